@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# No -n by default: two processes that compile different signatures of one cached Numba function at
+# once can leave an index that names the other's machine code.
+PYTEST_ARGS ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help figures test benchmark lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+figures: $(VENV)/figures.stamp ## draw the figures (ARGS="..." is passed on)
+	$(BIN)/python -m figures $(ARGS)
+
+test: $(VENV)/test.stamp ## run the tests (PYTEST_ARGS="-m slow" runs the long ones)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+benchmark: $(VENV)/figures.stamp ## time the exact mixtures (ARGS="..." is passed on)
+	$(BIN)/python -m benchmarks mixture $(ARGS)
+
+lint: $(VENV)/dev.stamp ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## remove the environment, caches and drawn figures
+	rm -rf $(VENV) build dist figures/out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find benchmarks dng_* figures tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'Python 3.11 or newer is needed, and "$(PYTHON)" is not.' >&2; \
+		echo 'Name one that is: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)' >&2; \
+		exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
