@@ -1,0 +1,47 @@
+"""The one table of tolerances, each with its reason.
+
+A tolerance bounds :func:`error`, which is relative for values above one and absolute below: what
+a value near zero is good for is decided by the terms that cancelled to make it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# Float64 against 50 digits.  A log-density is a sum of D + 3 terms, each rounded to 1e-16 of
+# itself: two digits are left for the dimensions of the tests, and two for the terms' cancelling.
+LOG_PROB = 1e-12
+
+# log p(c|x) is a difference of two log-densities.  Where they are large and close the difference
+# keeps 1e-16 of their size, not of its own: squared distances of 1e4 widths leave twelve digits.
+LOG_POSTERIOR = 1e-10
+
+# The score is a difference of a point and a mean, divided by a variance: the digits that the
+# subtraction cancels (up to six at the smallest noise of the schedules) are lost to it.
+SCORE = 1e-10
+
+# A chain of 1000 steps in float64 against its transcription in NumPy.  The two round differently,
+# and every step passes the difference on through a map that neither grows nor shrinks it much:
+# 1000 times 1e-16, and four digits for the posterior, which multiplies the errors of a distance
+# by 1/(2v), up to 1e4 in the last steps.
+CHAIN = 1e-9
+
+# Quadrature against closed forms or against 50 digits.  Gauss-Legendre panels converge to 1e-13;
+# the rest is for functions of the integrals (a logarithm, a quantile) and for SciPy's own.
+QUADRATURE = 1e-9
+
+
+def error(actual: Any, expected: Any) -> float:
+    """Largest |actual - expected| / max(|expected|, 1); infinite when one is NaN.
+
+    Equal infinities have no error.  ``expected`` is broadcast against ``actual``.
+    """
+    actual, expected = np.broadcast_arrays(
+        np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    )
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(actual - expected) / np.maximum(np.abs(expected), 1.0)
+    gap = np.where(actual == expected, 0.0, gap)
+    return float(np.where(np.isnan(gap), np.inf, gap).max(initial=0.0))
