@@ -1,0 +1,110 @@
+"""Checks of the arguments of public functions: one sentence each, the same everywhere."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def real(name: str, value: object, allowed: str, low: float, high: float, *, closed: str) -> float:
+    """A finite float between low and high; ``closed`` names the ends that belong: "[]", "(]"..."""
+    if isinstance(value, (bool, np.bool_, str, bytes)) or not np.isscalar(value):
+        raise TypeError(f"{name} must be a real number ({allowed}), got {value!r}")
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number ({allowed}), got {value!r}") from None
+    above = number >= low if closed[0] == "[" else number > low
+    below = number <= high if closed[1] == "]" else number < high
+    if not (math.isfinite(number) and above and below):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return number
+
+
+def finite(name: str, value: object) -> float:
+    """A finite float."""
+    return real(name, value, "finite", -math.inf, math.inf, closed="()")
+
+
+def non_negative(name: str, value: object) -> float:
+    """A finite float, zero or more."""
+    return real(name, value, "finite and >= 0", 0.0, math.inf, closed="[)")
+
+
+def positive(name: str, value: object) -> float:
+    """A finite float above zero."""
+    return real(name, value, "finite and > 0", 0.0, math.inf, closed="()")
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """An int from low to high (included)."""
+    allowed = f">= {low}" if high is None else f"from {low} to {high}"
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer {allowed}, got {value!r}")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer {allowed}, got {value!r}") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
+    return number
+
+
+def choice(name: str, value: object, allowed: Collection[str]) -> str:
+    """One of the allowed strings."""
+    if not isinstance(value, str) or value not in allowed:
+        listed = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def reals(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    """A float64 array of any shape, finite or not."""
+    if np.iscomplexobj(value):
+        raise TypeError(f"{name} must be an array of real numbers, got complex ones")
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of real numbers: {error}") from None
+
+
+def array(name: str, value: ArrayLike, shape: tuple[int | str, ...]) -> NDArray[np.float64]:
+    """A finite float64 array of the given shape; names in the shape stand for any length."""
+    result = reals(name, value)
+    wanted = "(" + ", ".join(str(length) for length in shape) + ("," if len(shape) == 1 else "")
+    if result.ndim != len(shape) or any(
+        isinstance(length, int) and length != actual
+        for length, actual in zip(shape, result.shape, strict=True)
+    ):
+        raise ValueError(f"{name} must have shape {wanted}), got {result.shape}")
+    if not np.isfinite(result).all():
+        bad = tuple(int(i) for i in np.argwhere(~np.isfinite(result))[0])
+        raise ValueError(f"{name} must be finite, got {result[bad]} at index {bad}")
+    return result
+
+
+def filled(name: str, value: ArrayLike, shape: tuple[int | str, ...]) -> NDArray[np.float64]:
+    """A finite float64 array of the given shape with at least one entry."""
+    result = array(name, value, shape)
+    if result.size == 0:
+        raise ValueError(f"{name} must not be empty, got shape {result.shape}")
+    return result
+
+
+def frozen(values: Any) -> NDArray[Any]:
+    """A read-only copy."""
+    copy = np.array(values)
+    copy.flags.writeable = False
+    return copy
