@@ -1,0 +1,203 @@
+"""The posterior p(c | x_t) of an unwanted component along a chain: exact, or tracked.
+
+A tracker compares, at each step, how likely the step that was taken is under the unwanted
+transition and under the base transition, and adds the log ratio to what it knew (DNG Eq. 12).
+It sees two numbers a sample: ``gap_sq = |mu_c - mu|^2`` and
+``residual_gap = (x_next - mu) . (mu_c - mu)``.
+
+The paper's tracker keeps log p and clamps it.  The log-odds tracker compares with the rest of
+the distribution instead of with the whole of it, so p stays in (0, 1) by construction.  Both
+take the step to be the DDPM transition; with less noise than that (eta < 1) they are wrong
+however many steps are taken, unless the divergence of the scores is known
+(``divergence=True``; exact for mixtures).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dng_math import _checks, equations
+from dng_math.schedules import TRACKER_VARIANCES, TrackerVariance
+
+Array = NDArray[np.float64]
+
+
+def log_posterior_from_log_odds(log_odds: ArrayLike) -> Array:
+    """log p from log p/(1-p), without overflow; any shape, float64."""
+    return -np.logaddexp(0.0, -np.asarray(log_odds, dtype=np.float64))
+
+
+def log_odds_from_log_posterior(log_posterior: ArrayLike) -> Array:
+    """log p/(1-p) from log p <= 0, any shape, float64; infinite at p = 1."""
+    log_p = np.asarray(log_posterior, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        return log_p - np.log(-np.expm1(log_p))
+
+
+@dataclass(frozen=True)
+class ExactPosterior:
+    """p(c | x_t) from the mixture itself."""
+
+
+@dataclass(frozen=True)
+class _Tracker:
+    """Hyperparameters that the trackers share.
+
+    Parameters
+    ----------
+    prior : float, optional
+        p(c) at the noisy end, in (0, 1); default: the mixture's own weight of c.
+    temperature : float
+        Factor of the log likelihood ratio; below 1 for networks, whose errors make the ratio
+        overconfident.
+    offset : float
+        The paper's offset, added as offset / (2 v) at each step: its sum depends on the
+        schedule and grows with the number of steps.
+    offset_nats : float
+        Added over the whole run in equal parts: the same for any number of steps.
+    p_min, p_max : float
+        Clamp of the posterior; p_max also caps the scale at g p_max / (1 - p_max).
+    variance : {"matched", "small", "large", "published"}
+        Variance that the tracker divides by; "matched" is that of the noise that is drawn, and
+        "published" with ``DDPM("large")`` is the published implementation.
+        See :meth:`dng_math.StepCoefficients.tracker_variance`.
+    divergence : bool
+        Add the term that a sampler with eta < 1 needs.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a value is out of range.
+    """
+
+    prior: float | None = None
+    temperature: float = 1.0
+    offset: float = 0.0
+    offset_nats: float = 0.0
+    p_min: float = 1e-6
+    p_max: float = 0.99
+    variance: TrackerVariance = "matched"
+    divergence: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prior is not None:
+            _checks.real("prior", self.prior, "in (0, 1)", 0.0, 1.0, closed="()")
+        _checks.non_negative("temperature", self.temperature)
+        _checks.finite("offset", self.offset)
+        _checks.finite("offset_nats", self.offset_nats)
+        _checks.real("p_max", self.p_max, "in (0, 1)", 0.0, 1.0, closed="()")
+        _checks.real("p_min", self.p_min, "in [0, p_max)", 0.0, self.p_max, closed="[)")
+        _checks.choice("variance", self.variance, TRACKER_VARIANCES)
+        _checks.boolean("divergence", self.divergence)
+
+    def _updated(self, state: Array, log_ratio: Array, variance: float, steps: int) -> Array:
+        return equations.tracker_update(
+            state,
+            log_ratio,
+            variance,
+            self.temperature,
+            self.offset,
+            self.offset_nats / steps,
+        )
+
+
+@dataclass(frozen=True)
+class PaperTracker(_Tracker):
+    """DNG Eq. 12 and Algorithm 2: log p, clamped to [log p_min, log p_max] after each step.
+
+    Nothing normalises the ratio: it exceeds 1 on a good part of the samples before the clamp.
+    The state is log p, float64, any shape.
+    """
+
+    __doc__ += _Tracker.__doc__.partition("\n")[2]  # type: ignore[union-attr]
+
+    def init(self, prior: Array) -> Array:
+        """State from p(c) at the noisy end."""
+        return self._clamped(np.log(prior))
+
+    def update(
+        self,
+        state: Array,
+        gap_sq: Array,
+        residual_gap: Array,
+        variance: float,
+        steps: int,
+        correction: Array | float = 0.0,
+    ) -> Array:
+        """State at the cleaner end of a step.
+
+        Parameters
+        ----------
+        state, gap_sq, residual_gap : ndarray, same shape
+            log p, |mu_c - mu|^2 and (x_next - mu) . (mu_c - mu).
+        variance : float
+            Of the transition; at 0 nothing can be compared and the state is returned.
+        steps : int
+            Number of steps of the run, over which ``offset_nats`` is spread.
+        correction : ndarray or float
+            Divergence correction of the log ratio of c to the base.
+        """
+        if variance == 0:
+            return state
+        log_ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, variance) + correction
+        return self._clamped(self._updated(state, log_ratio, variance, steps))
+
+    def _clamped(self, log_posterior: Array) -> Array:
+        with np.errstate(divide="ignore"):
+            return np.clip(log_posterior, np.log(self.p_min), np.log(self.p_max))
+
+    def log_posterior(self, state: Array) -> Array:
+        """log p(c | x_t)."""
+        return state
+
+    def odds(self, state: Array) -> Array:
+        """p / (1 - p)."""
+        posterior = np.exp(state)
+        return posterior / (1.0 - posterior)
+
+
+@dataclass(frozen=True)
+class LogOddsTracker(_Tracker):
+    """The normalised tracker (derived): c against the rest, whose mean is mu - odds gap.
+
+    The state is log p/(1-p), float64, any shape, never below that of p_min; the odds that
+    enter the update and the scale are capped at p_max / (1 - p_max).
+    """
+
+    __doc__ += _Tracker.__doc__.partition("\n")[2]  # type: ignore[union-attr]
+
+    def init(self, prior: Array) -> Array:
+        """State from p(c) at the noisy end."""
+        return np.log(prior) - np.log1p(-prior)
+
+    def update(
+        self,
+        state: Array,
+        gap_sq: Array,
+        residual_gap: Array,
+        variance: float,
+        steps: int,
+        correction: Array | float = 0.0,
+    ) -> Array:
+        """State at the cleaner end of a step; arguments as for :meth:`PaperTracker.update`.
+
+        ``correction`` is the divergence correction of the log ratio of c to the rest.
+        """
+        if variance == 0:
+            return state
+        log_ratio = equations.log_odds_ratio(self.odds(state), gap_sq, residual_gap, variance)
+        updated = self._updated(state, log_ratio + correction, variance, steps)
+        with np.errstate(divide="ignore"):
+            floor = np.log(self.p_min) - np.log1p(-self.p_min)
+        return np.maximum(updated, floor)
+
+    def log_posterior(self, state: Array) -> Array:
+        """log p(c | x_t)."""
+        return log_posterior_from_log_odds(state)
+
+    def odds(self, state: Array) -> Array:
+        """p / (1 - p), capped."""
+        return np.exp(np.minimum(state, np.log(self.p_max) - np.log1p(-self.p_max)))
