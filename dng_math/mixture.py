@@ -1,0 +1,723 @@
+"""Gaussian mixtures: closed under diffusing, conditioning and restricting to a class.
+
+``p_0 = sum_k w_k N(m_k, C_k)`` gives ``p_t = sum_k w_k N(alpha m_k, alpha^2 C_k + sigma^2 I)``,
+so scores, posteriors and reverse transitions are exact.  With one component on each point of a
+data set this is the memorised diffusion model of that data set.
+
+Accuracy.  A diffused mixture keeps its means and covariances in double-double, and squared
+distances are recomputed in double-double where double precision would not do, so the results
+follow the *exact* parameters ``alpha m_k`` and ``alpha^2 C_k + sigma^2 I``, not rounded ones.
+With e_D = D 2^-104 max_k (x - m_k)^T C_k^-1 (x - m_k), in double-double a matter of ulps:
+
+- ``log_prob``: 1e-12 max(1, |value|).
+- ``log_posterior`` and its complement: 1e-10 max(1, |value|) + e_D.  The second term is what
+  cancellation leaves when squared distances of 1e24 differ by a few units.
+- ``score``: 1e-10 max(1, |score|) + (1e-12 + e_D) sum_k r_k |s_k - s|.  Where components that
+  pull in opposite directions with |s_k| >> |s| share the responsibility, a relative error of
+  that size in a responsibility is visible in the sum.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dng_math import _checks, equations
+from dng_math import _mixture_kernels as kernels
+from dng_math._jit import run_blocks
+from dng_math.posterior import log_posterior_from_log_odds
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+SMALLEST_VARIANCE = 1e-250  # below, double-double products of variances underflow
+EPSILON = 2.0**-52
+CHUNK = 64 * kernels.BLOCK  # points a thread takes at a time
+
+
+def _two_product(a: Array | float, b: Array | float) -> tuple[Array, Array]:
+    """a * b as an exact sum of two doubles (Dekker 1971; NumPy has no fused multiply-add)."""
+    product = np.multiply(a, b)
+    split = 134217729.0  # 2^27 + 1
+    a_high, b_high = split * np.asarray(a), split * np.asarray(b)
+    a_high, b_high = a_high - (a_high - a), b_high - (b_high - b)
+    a_low, b_low = a - a_high, b - b_high
+    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+    return product, error
+
+
+def _two_sum(a: Array | float, b: Array | float) -> tuple[Array, Array]:
+    """a + b as an exact sum of two doubles (Knuth)."""
+    total = np.add(a, b)
+    shifted = total - a
+    return total, (a - (total - shifted)) + (b - shifted)
+
+
+class GaussianMixture:
+    """A mixture of K Gaussians in D dimensions; immutable.
+
+    Parameters
+    ----------
+    weights : array_like, shape (K,)
+        Not negative, not all zero; normalised to sum to 1.  Components of weight 0 are kept
+        and have no influence.
+    means : array_like, shape (K, D)
+    covariances : array_like, shape (K,), (K, D) or (K, D, D)
+        Variances of spherical components, of diagonal ones, or full covariance matrices
+        (symmetric, positive definite).
+    labels : array_like, shape (K,), optional
+        A class for each component, for :meth:`components`.
+
+    Attributes
+    ----------
+    weights, means, covariances : ndarray, float64, read-only
+        A diffused mixture shows its parameters rounded to float64.
+    labels : ndarray or None
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and what is allowed.
+
+    Examples
+    --------
+    >>> mixture = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [0.1, 0.1])
+    >>> mixture.diffuse(0.8, 0.6).covariances
+    array([0.424, 0.424])
+    """
+
+    weights: Array
+    means: Array
+    covariances: Array
+    labels: NDArray[Any] | None
+    _log_weights: Array
+    _means_low: Array
+    _covariances_low: Array
+
+    def __init__(
+        self,
+        weights: ArrayLike,
+        means: ArrayLike,
+        covariances: ArrayLike,
+        labels: ArrayLike | None = None,
+    ) -> None:
+        weight = _checks.array("weights", weights, ("K",))
+        if len(weight) == 0:
+            raise ValueError("weights must have at least one component, got none")
+        if np.any(weight < 0):
+            raise ValueError(f"weights must not be negative, got {weight.min()}")
+        if not np.any(weight > 0):
+            raise ValueError("weights must not be all zero")
+        mean = _checks.array("means", means, (len(weight), "D"))
+        if mean.shape[1] == 0:
+            raise ValueError(f"means must have shape (K, D) with D >= 1, got {mean.shape}")
+        with np.errstate(divide="ignore"):
+            log_weight = np.log(weight) - np.log(weight.max())
+        log_weight -= np.log(np.exp(log_weight).sum())
+        covariance = self._checked_covariances(covariances, *mean.shape)
+        zero = np.zeros_like
+        self._set(log_weight, mean, zero(mean), covariance, zero(covariance), labels)
+
+    @staticmethod
+    def _checked_covariances(covariances: ArrayLike, k: int, d: int) -> Array:
+        shapes = {1: (k,), 2: (k, d), 3: (k, d, d)}
+        dimension = np.ndim(covariances)
+        if dimension not in shapes or np.shape(covariances) != shapes[dimension]:
+            raise ValueError(
+                f"covariances must have shape {(k,)} (spherical), {(k, d)} (diagonal) or "
+                f"{(k, d, d)} (full), got {np.shape(covariances)}"
+            )
+        covariance = _checks.array("covariances", covariances, shapes[dimension])
+        variance = covariance
+        if covariance.ndim == 3:
+            transposed = covariance.transpose(0, 2, 1)
+            if not np.allclose(covariance, transposed, rtol=1e-10, atol=0.0):
+                bad = int(np.argmax(np.abs(covariance - transposed).max(axis=(1, 2))))
+                raise ValueError(f"covariances must be symmetric, covariances[{bad}] is not")
+            covariance = 0.5 * (covariance + transposed)
+            variance = np.diagonal(covariance, axis1=1, axis2=2)
+        if np.any(variance < SMALLEST_VARIANCE):
+            raise ValueError(
+                "covariances must be positive definite, with variances of at least "
+                f"{SMALLEST_VARIANCE:g}; got a variance of {variance.min()}"
+            )
+        return covariance
+
+    def _set(
+        self,
+        log_weight: Array,
+        mean: Array,
+        mean_low: Array,
+        covariance: Array,
+        covariance_low: Array,
+        labels: ArrayLike | None,
+    ) -> None:
+        fields = {
+            "_log_weights": log_weight,
+            "weights": np.exp(log_weight),
+            "means": mean,
+            "_means_low": mean_low,
+            "covariances": covariance,
+            "_covariances_low": covariance_low,
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, _checks.frozen(value))
+        if labels is not None:
+            labels = _checks.frozen(labels)
+            if labels.shape != (self.n_components,):
+                raise ValueError(
+                    f"labels must have shape ({self.n_components},), got {labels.shape}"
+                )
+        object.__setattr__(self, "labels", labels)
+        if covariance.ndim == 3:
+            _ = self._factors  # raises where a covariance is not positive definite
+
+    @classmethod
+    def _new(cls, *fields: Any) -> GaussianMixture:
+        mixture = cls.__new__(cls)
+        mixture._set(*fields)
+        return mixture
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        """Refuse: a mixture is immutable."""
+        raise AttributeError(f"GaussianMixture is immutable: cannot set {name}")
+
+    def __repr__(self) -> str:
+        """Sizes and kind."""
+        return f"GaussianMixture({self.n_components} {self.kind} components in {self.dim}D)"
+
+    @classmethod
+    def from_points(
+        cls,
+        points: ArrayLike,
+        bandwidth: float,
+        labels: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+    ) -> GaussianMixture:
+        """The memorised model of a data set: one spherical component on each point.
+
+        Parameters
+        ----------
+        points : array_like, shape (K, D)
+        bandwidth : float
+            Standard deviation of every component, in the units of the points; > 0.
+        labels : array_like, shape (K,), optional
+            Class of each point.
+        weights : array_like, shape (K,), optional
+            Default: equal.
+        """
+        width = _checks.positive("bandwidth", bandwidth)
+        centres = _checks.array("points", points, ("K", "D"))
+        if weights is None:
+            weights = np.ones(len(centres))
+        return cls(weights, centres, np.full(len(centres), width * width), labels)
+
+    # ------------------------------------------------------------------ shape
+
+    @property
+    def n_components(self) -> int:
+        """K."""
+        return self.means.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.means.shape[1]
+
+    @property
+    def kind(self) -> str:
+        """Form of the covariances: "spherical", "diagonal" or "full"."""
+        return ("spherical", "diagonal", "full")[self.covariances.ndim - 1]
+
+    def components(self, label: object) -> Indices:
+        """Indices of the components with a label."""
+        if self.labels is None:
+            raise ValueError("components(label) needs a mixture made with labels")
+        found = np.flatnonzero(self.labels == label)
+        if len(found) == 0:
+            raise ValueError(f"label must be one of {np.unique(self.labels)}, got {label!r}")
+        return found
+
+    def component_indices(self, name: str, components: ArrayLike) -> Indices:
+        """Sorted indices from indices or a boolean mask; ``name`` is for the error message."""
+        given = np.asarray(components)
+        k = self.n_components
+        if given.dtype == np.bool_:
+            if given.shape != (k,):
+                raise ValueError(f"{name} as a mask must have shape ({k},), got {given.shape}")
+            given = np.flatnonzero(given)
+        given = np.atleast_1d(given)
+        if given.size == 0:
+            raise ValueError(f"{name} must not be empty")
+        if not np.issubdtype(given.dtype, np.integer) or given.ndim != 1:
+            raise TypeError(f"{name} must be component indices or a mask, got {components!r}")
+        if given.min() < 0 or given.max() >= k:
+            raise ValueError(f"{name} must be from 0 to {k - 1}, got {given.tolist()}")
+        return np.unique(given).astype(np.intp)
+
+    def _points(self, x: ArrayLike) -> Array:
+        return np.ascontiguousarray(_checks.array("x", x, ("N", self.dim)))
+
+    # ------------------------------------------------------------------ new mixtures
+
+    def diffuse(self, alpha: float, sigma: float) -> GaussianMixture:
+        """The distribution of ``alpha x + sigma eps``: theory of the forward process.
+
+        Parameters
+        ----------
+        alpha, sigma : float
+            Not negative, not both zero.
+        """
+        alpha, sigma = _noise_level(alpha, sigma)
+        mean, error = _two_product(alpha, self.means)
+        mean, mean_low = _two_sum(mean, error + alpha * self._means_low)
+        alpha_sq, alpha_sq_low = _two_product(alpha, alpha)
+        sigma_sq, sigma_sq_low = _two_product(sigma, sigma)
+        covariance, error = _two_product(alpha_sq, self.covariances)
+        error = error + (alpha_sq_low * self.covariances + alpha_sq * self._covariances_low)
+        added = sigma_sq if self.covariances.ndim < 3 else sigma_sq * np.eye(self.dim)
+        added_low = sigma_sq_low if self.covariances.ndim < 3 else sigma_sq_low * np.eye(self.dim)
+        covariance, rounding = _two_sum(covariance, added)
+        covariance, covariance_low = _two_sum(covariance, rounding + (error + added_low))
+        variance = covariance
+        if covariance.ndim == 3:
+            variance = np.diagonal(covariance, axis1=1, axis2=2)
+        if variance.min() < SMALLEST_VARIANCE:
+            raise ValueError(
+                f"alpha = {alpha} and sigma = {sigma} leave a variance below "
+                f"{SMALLEST_VARIANCE:g}, which cannot be represented"
+            )
+        return self._new(self._log_weights, mean, mean_low, covariance, covariance_low, self.labels)
+
+    def restrict(self, components: ArrayLike) -> GaussianMixture:
+        """The mixture of some components, renormalised: p(x | components).
+
+        Parameters
+        ----------
+        components : array_like of int, or bool mask of shape (K,)
+        """
+        chosen = self.component_indices("components", components)
+        log_weight = self._log_weights[chosen]
+        top = log_weight.max()
+        if top == -np.inf:
+            raise ValueError("components must not all have weight zero")
+        log_weight = log_weight - (top + np.log(np.exp(log_weight - top).sum()))
+        return self._new(
+            log_weight,
+            self.means[chosen],
+            self._means_low[chosen],
+            self.covariances[chosen],
+            self._covariances_low[chosen],
+            None if self.labels is None else self.labels[chosen],
+        )
+
+    def reverse_transition(
+        self,
+        x: ArrayLike,
+        alpha_t: float,
+        sigma_t: float,
+        alpha_s: float = 1.0,
+        sigma_s: float = 0.0,
+    ) -> GaussianMixture:
+        """The exact reverse transition p(x_s | x_t), itself a mixture.
+
+        Parameters
+        ----------
+        x : array_like, shape (D,)
+            x_t.
+        alpha_t, sigma_t : float
+            The noisier time.
+        alpha_s, sigma_s : float
+            The cleaner time; default the data, which gives p(x_0 | x_t).
+        """
+        point = _checks.array("x", x, (self.dim,))
+        alpha_t, sigma_t = _noise_level(alpha_t, sigma_t, "_t")
+        alpha_s, sigma_s = _noise_level(alpha_s, sigma_s, "_s")
+        if alpha_s == 0 or not alpha_s * sigma_t > alpha_t * sigma_s:
+            raise ValueError(
+                "(alpha_s, sigma_s) must be less noisy than (alpha_t, sigma_t), with alpha_s > 0; "
+                f"got ({alpha_s}, {sigma_s}) and ({alpha_t}, {sigma_t})"
+            )
+        ratio = equations.transition_alpha(alpha_t, alpha_s)
+        beta = equations.transition_variance(sigma_t, sigma_s, ratio)
+        clean = self.diffuse(alpha_s, sigma_s)
+        noisy = self.diffuse(alpha_t, sigma_t)
+        log_weight = noisy._log_joint(point[None])[:, 0]
+        cov_s, cov_t = clean.covariances, noisy.covariances
+        if self.kind == "full":
+            # C_s and C_t commute, so that their quotient is symmetric.
+            shrink = np.linalg.solve(cov_t, cov_s)
+            shrink = 0.5 * (shrink + shrink.transpose(0, 2, 1))
+            from_prior = np.linalg.solve(cov_t, clean.means[:, :, None])[:, :, 0]
+            mean = beta * from_prior + ratio * (shrink @ point)
+        else:
+            wide = (slice(None), None) if self.kind == "spherical" else (slice(None),)
+            shrink = cov_s / cov_t
+            mean = beta * clean.means / cov_t[wide] + ratio * shrink[wide] * point
+        covariance = beta * shrink
+        return self._new(
+            log_weight,
+            mean,
+            np.zeros_like(mean),
+            covariance,
+            np.zeros_like(covariance),
+            self.labels,
+        )
+
+    # ------------------------------------------------------------------ densities
+
+    @cached_property
+    def _factors(self) -> tuple[Array, Array, Array]:
+        """Inverse Cholesky factors as double-double, and log determinants (full only)."""
+        shape = self.covariances.shape
+        factor, factor_low = np.empty(shape), np.empty(shape)
+        log_det = np.empty(shape[0])
+        bad = kernels.inverse_factors(
+            self.covariances, self._covariances_low, factor, factor_low, log_det
+        )
+        if bad >= 0:
+            raise ValueError(
+                f"covariances must be positive definite, covariances[{bad}] is not: "
+                f"{self.covariances[bad].tolist()}"
+            )
+        return factor, factor_low, log_det
+
+    @cached_property
+    def _spread_loss(self) -> float:
+        """How much z = W (x - m) can lose to cancellation: sqrt of the condition number."""
+        if self.kind != "full":
+            return 1.0
+        deviation = np.sqrt(np.diagonal(self.covariances, axis1=1, axis2=2))
+        correlation = self.covariances / (deviation[:, :, None] * deviation[:, None, :])
+        low = np.linalg.eigvalsh(correlation)[:, 0].min()
+        return float(np.sqrt(self.dim / low)) if low > 0 else np.inf
+
+    @cached_property
+    def _quadratic(self) -> tuple[Array, Array, Array, Array]:
+        """Logarithm of the peak densities, precision for the fast kernel, variance hi and low."""
+        if self.kind == "full":
+            factor, factor_low, log_det = self._factors
+            precision, variance, variance_low = factor, factor, factor_low
+        else:
+            shape = (*self.means.shape, 1)
+            variance = self._per_dimension(self.covariances).reshape(shape)
+            variance_low = self._per_dimension(self._covariances_low).reshape(shape)
+            precision = 1.0 / variance
+            log_det = (np.log(variance) + variance_low / variance).sum(axis=(1, 2))
+        peak = self._log_weights - 0.5 * (log_det + self.dim * np.log(2 * np.pi))
+        return peak, precision, variance, variance_low
+
+    def _per_dimension(self, values: Array) -> Array:
+        """(K,) or (K, D) to a contiguous (K, D)."""
+        if values.ndim == 1:
+            values = values[:, None]
+        return np.ascontiguousarray(np.broadcast_to(values, self.means.shape))
+
+    def _evaluate(
+        self, x: Array, groups: list[Indices], base: Array, gain: Array, *, trace: bool = False
+    ) -> tuple[Array, Array, Array, Array]:
+        """Fast path of every query: log_sum (G, N), value (G, N, D), trace and spread (G, N)."""
+        order = np.concatenate(groups)
+        bounds = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
+        peak, precision, _, _ = self._quadratic
+        n, n_groups = len(x), len(groups)
+        valued = base.size > 0
+        log_sum = np.empty((n_groups, n))
+        value = np.empty((n_groups, n, self.dim) if valued else (n_groups, 0, self.dim))
+        traces = np.empty((2, n_groups, n) if trace else (2, n_groups, 0))
+        fixed = (
+            bounds,
+            peak[order],
+            self.means[order],
+            self._means_low[order],
+            kernels.FULL if self.kind == "full" else kernels.DIAGONAL,
+            precision[order],
+            base[order] if valued else np.empty((0, self.dim)),
+            gain[order] if valued else np.empty((0, self.dim, 1)),
+            valued,
+            trace,
+        )
+
+        def run(chunk: int) -> None:
+            rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+            kernels.evaluate(
+                x[rows],
+                *fixed,
+                log_sum[:, rows],
+                value[:, rows],
+                traces[0][:, rows],
+                traces[1][:, rows],
+            )
+
+        run_blocks(run, -(-n // CHUNK))
+        return log_sum, value, traces[0], traces[1]
+
+    def _refine(
+        self, x: Array, groups: list[Indices], *, score: bool
+    ) -> tuple[Array, Array, Array, Array, Array]:
+        """The same in double-double: top (N,), relative log_sum, score, trace and spread."""
+        order = np.concatenate(groups)
+        bounds = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
+        peak, _, variance, variance_low = self._quadratic
+        n, n_groups = len(x), len(groups)
+        top, log_sum = np.empty(n), np.empty((n_groups, n))
+        scores = np.empty((n_groups, n, self.dim))
+        traces = np.empty((2, n_groups, n))
+        fixed = (
+            bounds,
+            peak[order],
+            self.means[order],
+            self._means_low[order],
+            kernels.FULL if self.kind == "full" else kernels.DIAGONAL,
+            variance[order],
+            variance_low[order],
+            score,
+        )
+
+        def run(chunk: int) -> None:
+            rows = slice(chunk * 256, (chunk + 1) * 256)
+            kernels.refined_groups(
+                x[rows],
+                *fixed,
+                top[rows],
+                log_sum[:, rows],
+                scores[:, rows],
+                traces[0][:, rows],
+                traces[1][:, rows],
+            )
+
+        run_blocks(run, -(-n // 256))
+        return top, log_sum, scores, traces[0], traces[1]
+
+    @property
+    def _all(self) -> list[Indices]:
+        return [np.flatnonzero(self.weights > 0)]
+
+    @property
+    def _nothing(self) -> tuple[Array, Array]:
+        return np.empty((0, self.dim)), np.empty((0, self.dim, 1))
+
+    @property
+    def _unit(self) -> float:
+        """Relative error of a log joint density in double precision, at worst."""
+        return 4 * EPSILON * self.dim**0.5 * self._spread_loss
+
+    @property
+    def _ill_conditioned(self) -> bool:
+        """Whether double precision loses squared distances even where nothing is subtracted."""
+        return self.dim**0.5 * self._spread_loss * EPSILON > 2e-13
+
+    def log_prob(self, x: ArrayLike) -> Array:
+        """Log density, shape (N,), of points x of shape (N, D); see Accuracy above."""
+        points = self._points(x)
+        if self._ill_conditioned:
+            top, log_sum, *_ = self._refine(points, self._all, score=False)
+            return top + log_sum[0]
+        return self._evaluate(points, self._all, *self._nothing)[0][0]
+
+    def _log_sums(self, points: Array, groups: list[Indices]) -> tuple[Array, Array]:
+        """Log joint densities of groups of components (G, N), relative to a reference (N,)."""
+        log_sum = self._evaluate(points, groups, *self._nothing)[0]
+        reference = log_sum.max(axis=0)
+        log_sum -= reference
+        # A difference of two log densities carries the rounding errors of both.
+        error = self._unit * (np.abs(reference + log_sum) + np.abs(reference))
+        doubtful = np.any(error > 1e-11 * np.maximum(1.0, -log_sum), axis=0)
+        if doubtful.any():
+            top, relative, *_ = self._refine(points[doubtful], groups, score=False)
+            reference[doubtful] = top
+            log_sum[:, doubtful] = relative
+        return reference, log_sum
+
+    def _log_joint(self, points: Array) -> Array:
+        """log w_k N(x; k) relative to the largest, shape (K, N)."""
+        live = self._all[0]
+        result = np.full((self.n_components, len(points)), -np.inf)
+        result[live] = self._log_sums(points, list(live[:, None]))[1]
+        total = np.logaddexp.reduce(result, axis=0)
+        return np.asarray(result - total)
+
+    def responsibilities(self, x: ArrayLike) -> Array:
+        """p(k | x), shape (N, K), of points x of shape (N, D)."""
+        return np.ascontiguousarray(np.exp(self._log_joint(self._points(x))).T)
+
+    def _split(self, components: ArrayLike) -> list[Indices]:
+        chosen = self.component_indices("components", components)
+        inside = np.zeros(self.n_components, dtype=bool)
+        inside[chosen] = True
+        live = self.weights > 0
+        return [np.flatnonzero(inside & live), np.flatnonzero(~inside & live)]
+
+    def log_odds(self, x: ArrayLike, components: ArrayLike) -> Array:
+        """log p(components | x) - log p(the others | x), shape (N,), for x of shape (N, D).
+
+        Infinite where one of the two sets has no weight.
+        """
+        points = self._points(x)
+        inside, outside = self._split(components)
+        if len(inside) == 0 or len(outside) == 0:
+            return np.full(len(points), np.inf if len(inside) else -np.inf)
+        _, log_sum = self._log_sums(points, [inside, outside])
+        return np.asarray(log_sum[0] - log_sum[1])
+
+    def log_posterior(
+        self, x: ArrayLike, components: ArrayLike, *, complement: bool = False
+    ) -> Array:
+        """log p(components | x), shape (N,); with ``complement`` log p(not components | x).
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+        components : array_like of int, or bool mask of shape (K,)
+        complement : bool
+            The probability of all other components, accurate also where it is e^-1000 or less.
+        """
+        log_odds = self.log_odds(x, components)
+        return log_posterior_from_log_odds(-log_odds if complement else log_odds)
+
+    # ------------------------------------------------------------------ scores
+
+    def _scores(
+        self, x: ArrayLike, groups: list[Indices], *, trace: bool = False
+    ) -> tuple[Array, Array, Array]:
+        """Relative log sums (G, N), scores (G, N, D) and divergences (G, N) of groups."""
+        points = self._points(x)
+        if self.kind == "full":
+            factor = self._factors[0]
+            precision = factor.transpose(0, 2, 1) @ factor
+        else:
+            precision = self._quadratic[1]
+        log_sum, score, traces, spread = self._evaluate(
+            points, groups, np.zeros_like(self.means), -precision, trace=trace
+        )
+        doubtful = np.full(len(points), self._ill_conditioned)
+        if sum(len(group) for group in groups) > 1:
+            doubtful |= self._unit * np.abs(log_sum).max(axis=0) > 1e-12
+        log_sum -= log_sum.max(axis=0)
+        if doubtful.any():
+            _, log_sum[:, doubtful], score[:, doubtful], t, s = self._refine(
+                points[doubtful], groups, score=True
+            )
+            if trace:
+                traces[:, doubtful], spread[:, doubtful] = t, s
+        return log_sum, score, traces + spread
+
+    def score(self, x: ArrayLike) -> Array:
+        """grad log p(x), shape (N, D), of points x of shape (N, D); see Accuracy above."""
+        return self._scores(x, self._all)[1][0]
+
+    def score_divergence(self, x: ArrayLike) -> Array:
+        """Divergence of the score (the Laplacian of log p), shape (N,)."""
+        return self._scores(x, self._all, trace=True)[2][0]
+
+    def log_posterior_gradient(self, x: ArrayLike, components: ArrayLike) -> Array:
+        """grad log p(components | x) = s_c - s, shape (N, D): the exact classifier's gradient."""
+        groups = self._split(components)
+        if any(len(group) == 0 for group in groups):
+            return np.zeros_like(self._points(x))
+        log_sum, score, _ = self._scores(x, groups)
+        # s = p s_c + (1 - p) s_r: the difference keeps its digits as p -> 1.
+        rest = np.exp(log_posterior_from_log_odds(log_sum[1] - log_sum[0]))
+        return np.asarray(rest[:, None] * (score[0] - score[1]))
+
+    def noise_prediction(self, x: ArrayLike, alpha: float, sigma: float) -> Array:
+        """The exact network: E[eps | x_t], shape (N, D), of this mixture diffused.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+            x_t = alpha x0 + sigma eps.
+        alpha, sigma : float
+        """
+        alpha, sigma = _noise_level(alpha, sigma)
+        return np.asarray(equations.noise_from_score(self.diffuse(alpha, sigma).score(x), sigma))
+
+    # ------------------------------------------------------------------ x0 given x_t
+
+    def _gain(self, alpha: float, noisy: GaussianMixture) -> Array:
+        """alpha C (alpha^2 C + sigma^2)^-1, shape (K, D, 1) or (K, D, D)."""
+        if self.kind == "full":
+            gain = alpha * np.linalg.solve(noisy.covariances, self.covariances)
+            return np.asarray(0.5 * (gain + gain.transpose(0, 2, 1)))
+        gain = alpha * (self.covariances / noisy.covariances)
+        return self._per_dimension(gain).reshape(*self.means.shape, 1)
+
+    def posterior_mean(self, x: ArrayLike, alpha: float, sigma: float) -> Array:
+        """E[x0 | x_t], shape (N, D): Tweedie's formula, finite also at alpha = 0.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+            x_t = alpha x0 + sigma eps, with x0 from this mixture.
+        alpha, sigma : float
+        """
+        points = self._points(x)
+        noisy = self.diffuse(*_noise_level(alpha, sigma))
+        return noisy._evaluate(points, self._all, self.means, self._gain(alpha, noisy))[1][0]
+
+    def posterior_covariance(self, x: ArrayLike, alpha: float, sigma: float) -> Array:
+        """Cov[x0 | x_t], shape (N, D, D); arguments as for :meth:`posterior_mean`."""
+        points = self._points(x)
+        alpha, sigma = _noise_level(alpha, sigma)
+        noisy = self.diffuse(alpha, sigma)
+        gain = self._gain(alpha, noisy)
+        if self.kind == "full":
+            # C - alpha^2 C C_t^-1 C = sigma^2 C C_t^-1
+            within = sigma**2 * np.linalg.solve(noisy.covariances, self.covariances)
+            within = 0.5 * (within + within.transpose(0, 2, 1))
+        else:
+            diagonal = sigma**2 * (self.covariances / noisy.covariances)
+            within = self._per_dimension(diagonal)[:, :, None] * np.eye(self.dim)
+            gain = gain * np.eye(self.dim)
+        result = np.empty((len(points), self.dim, self.dim))
+        chunk = max(1, 2**22 // (self.n_components * self.dim))
+        for start in range(0, len(points), chunk):
+            rows = slice(start, start + chunk)
+            weight = noisy.responsibilities(points[rows])
+            offset = points[rows, None] - noisy.means
+            means = self.means + np.einsum("kde,nke->nkd", gain, offset)
+            mean = np.einsum("nk,nkd->nd", weight, means)
+            offset = means - mean[:, None]
+            result[rows] = np.einsum("nk,kde->nde", weight, within)
+            result[rows] += np.einsum("nk,nkd,nke->nde", weight, offset, offset, optimize=True)
+        return result
+
+    # ------------------------------------------------------------------ samples
+
+    def sample(self, n: int, rng: np.random.Generator | int | None = None) -> Array:
+        """n independent draws, shape (n, D).
+
+        Parameters
+        ----------
+        n : int
+        rng : numpy.random.Generator, or int seed, optional
+        """
+        return self.sample_labelled(n, rng)[0]
+
+    def sample_labelled(
+        self, n: int, rng: np.random.Generator | int | None = None
+    ) -> tuple[Array, Indices]:
+        """Draws (n, D) and the component (n,) that each came from."""
+        n = _checks.integer("n", n, 0)
+        generator = np.random.default_rng(rng)
+        chosen = generator.choice(self.n_components, size=n, p=self.weights / self.weights.sum())
+        return self._draw(chosen, generator.standard_normal((n, self.dim))), chosen
+
+    def _draw(self, component: Indices, noise: Array) -> Array:
+        """m_k + L_k z for the given components (n,) and standard normals (n, D)."""
+        if self.kind == "full":
+            deviation = np.linalg.cholesky(self.covariances)
+            return self.means[component] + np.einsum("nde,ne->nd", deviation[component], noise)
+        deviation = np.sqrt(self._per_dimension(self.covariances))
+        return self.means[component] + deviation[component] * noise
+
+
+def _noise_level(alpha: float, sigma: float, suffix: str = "") -> tuple[float, float]:
+    alpha = _checks.non_negative(f"alpha{suffix}", alpha)
+    sigma = _checks.non_negative(f"sigma{suffix}", sigma)
+    if alpha == 0 and sigma == 0:
+        raise ValueError(f"alpha{suffix} and sigma{suffix} must not both be zero")
+    return alpha, sigma

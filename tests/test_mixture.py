@@ -1,0 +1,460 @@
+"""The exact mixture: 50-digit references, and the identities of the theory."""
+
+from __future__ import annotations
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate, stats
+from scipy.spatial.transform import Rotation
+from scipy.special import logsumexp
+
+from dng_math import GaussianMixture
+from tests import textbook
+from tests.mixtures import extreme, mixtures, moderate, points
+from tests.statistical import assert_mean_close, assert_proportion
+from tests.tolerances import LOG_POSTERIOR, LOG_PROB, SCORE, error
+
+levels = st.tuples(st.floats(0.0, 1.0), st.floats(0.05, 5.0))
+seeds = st.integers(0, 2**32 - 1)
+
+
+# ---------------------------------------------------------------- 50 digits
+
+
+def check_against_references(seed: int) -> int:
+    """Every query of one extreme mixture within its stated bound; returns the points checked."""
+    case = extreme(seed)
+    if case is None:
+        return 0
+    parameters = (case.weights, case.means, case.covariances, case.alpha, case.sigma)
+    mixture = GaussianMixture(*parameters[:3]).diffuse(case.alpha, case.sigma)
+    log_prob, score = mixture.log_prob(case.points), mixture.score(case.points)
+    log_posterior = [
+        mixture.log_posterior(case.points, case.chosen, complement=complement)
+        for complement in (False, True)
+    ]
+    for i, x in enumerate(case.points):
+        with mpmath.workdps(150):
+            parts = textbook._mp_components(x, *parameters)
+        squares = float(max(part.maha for part in parts))
+        # What double-double leaves of a difference of squared distances (see mixture.py).
+        limit = mixture.dim * 2.0**-104 * squares
+
+        expected = float(textbook.exact_log_prob(x, *parameters))
+        assert abs(log_prob[i] - expected) <= LOG_PROB * max(1.0, abs(expected)), (seed, i)
+
+        for complement in (False, True):
+            value = float(
+                textbook.exact_log_posterior(x, case.chosen, *parameters, complement=complement)
+            )
+            got = log_posterior[complement][i]
+            if value == -np.inf:
+                assert got == -np.inf
+            else:
+                allowed = LOG_POSTERIOR * max(1.0, abs(value)) + limit
+                assert abs(got - value) <= allowed, (seed, i, complement, got, value)
+
+        exact = np.array([float(v) for v in textbook.exact_score(x, *parameters)])
+        share = np.array([float(v) for v in textbook.exact_responsibilities(x, *parameters)])
+        own = np.array([[float(v) for v in part.gradient] for part in parts])
+        pull = share @ np.linalg.norm(own - exact, axis=1)
+        size = max(1.0, float(np.linalg.norm(exact)))
+        gap = np.linalg.norm(score[i] - exact)
+        assert gap <= SCORE * size + (1e-12 + limit) * pull, (seed, i)
+    return len(case.points)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_fifty_digits(block):
+    """150 mixtures at the edges of what is promised; the slow test has ten times as many."""
+    checked = sum(check_against_references(seed) for seed in range(40 * block, 40 * block + 40))
+    assert checked > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(15))
+def test_fifty_digits_many(block):
+    checked = sum(check_against_references(10_000 + 100 * block + i) for i in range(100))
+    assert checked > 300
+
+
+def test_complement_far_below_the_smallest_double():
+    """p(rest | x) = e^-2e20: the complement of a posterior that is 1 in double."""
+    mixture = GaussianMixture([0.5, 0.5], [[0.0], [1.0]], [1e-12, 1e-12])
+    x = np.array([[-1e8]])
+    parameters = (mixture.weights, mixture.means, mixture.covariances)
+    exact = float(textbook.exact_log_posterior(x[0], [0], *parameters, complement=True))
+    assert exact < -1e19
+    assert error(mixture.log_posterior(x, [0], complement=True)[0], exact) < 1e-14
+    assert mixture.log_posterior(x, [0])[0] == 0.0
+
+
+def test_diffused_parameters_are_not_rounded():
+    """Means 1e-11 apart, far away: the posterior follows alpha m, not its rounding."""
+    from_rounded = []
+    for offset in (1.1e-11, 1.7e-11, 2.3e-11):
+        base = GaussianMixture([0.5, 0.5], [[1.1], [1.1 + offset]], [1e-6, 1e-6])
+        x = np.array([[1e6]])
+        noisy = base.diffuse(1 / 3, 1e-3)
+        exact = float(
+            textbook.exact_log_posterior(
+                x[0], [0], base.weights, base.means, base.covariances, 1 / 3, 1e-3
+            )
+        )
+        assert error(noisy.log_posterior(x, [0]), exact) < LOG_POSTERIOR
+        rounded = GaussianMixture(noisy.weights, noisy.means, noisy.covariances)
+        from_rounded.append(error(rounded.log_posterior(x, [0]), exact))
+    assert max(from_rounded) > 1e-6
+
+
+def test_ill_conditioned_covariance():
+    """Condition number 1e15: squared distances keep their digits through double-double."""
+    axes = Rotation.from_euler("xyz", [0.3, 0.5, 0.7]).as_matrix()
+    covariance = axes @ np.diag([1e3, 1.0, 1e-12]) @ axes.T
+    covariance = 0.5 * (covariance + covariance.T)
+    mixture = GaussianMixture([1.0], np.zeros((1, 3)), covariance[None])
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    for row, got in zip(x, mixture.log_prob(x), strict=True):
+        exact = textbook.exact_log_prob(row, [1.0], np.zeros((1, 3)), covariance[None])
+        assert error(got, float(exact)) < LOG_PROB
+
+
+@given(mixtures(), seeds)
+def test_scipy(mixture, seed):
+    x = points(mixture, seed)
+    joint = [
+        np.log(w) + stats.multivariate_normal(m, c if c.ndim else c * np.eye(mixture.dim)).logpdf(x)
+        if mixture.kind != "diagonal"
+        else np.log(w) + stats.multivariate_normal(m, np.diag(c)).logpdf(x)
+        for w, m, c in zip(mixture.weights, mixture.means, mixture.covariances, strict=True)
+    ]
+    joint = np.reshape(joint, (mixture.n_components, len(x)))
+    assert error(mixture.log_prob(x), logsumexp(joint, axis=0)) < 1e-11
+    share = np.exp(joint - logsumexp(joint, axis=0)).T
+    np.testing.assert_allclose(mixture.responsibilities(x), share, atol=1e-11)
+
+
+def test_density_integrates_to_one():
+    mixture = moderate(3, "spherical", 4, 1).diffuse(0.7, 0.3)
+    total, _ = integrate.quad(lambda v: np.exp(mixture.log_prob([[v]])[0]), -20, 20, limit=200)
+    assert total == pytest.approx(1.0, abs=1e-9)
+
+
+# ---------------------------------------------------------------- identities (theory 3)
+
+
+@given(mixtures(), seeds, levels)
+def test_score_is_the_average_of_the_parts(mixture, seed, level):
+    """s = p s_c + (1 - p) s_r, and grad log p(c|x) = s_c - s."""
+    noisy = mixture.diffuse(*level)
+    x, chosen = points(mixture, seed), [0]
+    rest = np.arange(1, mixture.n_components)
+    p = np.exp(noisy.log_posterior(x, chosen))[:, None]
+    score = noisy.score(x)
+    own, other = noisy.restrict(chosen).score(x), noisy.restrict(rest).score(x)
+    assert error(score, p * own + (1 - p) * other) < 1e-10
+    assert error(noisy.log_posterior_gradient(x, chosen), own - score) < 1e-9
+
+
+@given(mixtures(), seeds, levels, st.floats(-3, 3))
+def test_guidance_towards_the_rest_is_guidance_away(mixture, seed, level, scale):
+    """s + lambda (s_r - s) = s - lambda o (s_c - s), for every lambda."""
+    noisy = mixture.diffuse(*level)
+    x = points(mixture, seed)
+    odds = np.exp(np.minimum(noisy.log_odds(x, [0]), 600.0))[:, None]
+    score = noisy.score(x)
+    rest = noisy.restrict(np.arange(1, mixture.n_components)).score(x)
+    away = score - scale * odds * noisy.log_posterior_gradient(x, [0])
+    toward = score + scale * (rest - score)
+    # odds of 1e10 multiply the rounding of what they multiply
+    assert np.all(np.abs(away - toward) <= 1e-11 * (1 + np.abs(toward)) * (10 + odds))
+
+
+@given(mixtures(), seeds, levels, levels)
+def test_diffusing_twice_composes(mixture, seed, first, second):
+    """(alpha, sigma) then (a, b) is (a alpha, sqrt(a^2 sigma^2 + b^2))."""
+    (alpha, sigma), (a, b) = first, second
+    twice = mixture.diffuse(alpha, sigma).diffuse(a, b)
+    once = mixture.diffuse(a * alpha, np.hypot(a * sigma, b))
+    x = points(mixture, seed)
+    assert error(twice.log_prob(x), once.log_prob(x)) < 1e-11
+    assert error(twice.score(x), once.score(x)) < 1e-10
+
+
+@given(mixtures(), seeds, st.floats(0.05, 1.0), st.floats(0.1, 0.95), st.floats(0.05, 1.0))
+def test_reverse_transition_is_bayes_rule(mixture, seed, alpha_s, ratio, sigma_s):
+    """p(x_s | x_t) p(x_t) = p(x_t | x_s) p(x_s), at every pair of points."""
+    alpha_t, beta = ratio * alpha_s, 0.3
+    sigma_t = np.hypot(ratio * sigma_s, np.sqrt(beta))
+    x_t, *x_s = points(mixture, seed, 4)
+    x_s = np.array(x_s)
+    transition = mixture.reverse_transition(x_t, alpha_t, sigma_t, alpha_s, sigma_s)
+    forward = stats.norm(ratio * x_s, np.sqrt(beta)).logpdf(x_t).sum(axis=1)
+    joint = forward + mixture.diffuse(alpha_s, sigma_s).log_prob(x_s)
+    marginal = mixture.diffuse(alpha_t, sigma_t).log_prob(x_t[None])[0]
+    assert error(transition.log_prob(x_s) + marginal, joint) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["spherical", "diagonal", "full"])
+def test_posterior_is_a_martingale(kind):
+    """E[p(c | x_s) | x_t] = p(c | x_t) along the unguided reverse process.
+
+    10^5 draws of x_s in [0, 1]: a bias of 0.01 fails with probability 1 - 1e-6.
+    """
+    mixture = moderate(5, kind, 3, 2)
+    x_t = np.array([0.5, -0.3])
+    s, t = (0.9, 0.4), (0.6, np.sqrt((0.6 / 0.9) ** 2 * 0.16 + 0.3))
+    transition = mixture.reverse_transition(x_t, *t, *s)
+    x_s = transition.sample(100_000, 0)
+    p = np.exp(mixture.diffuse(*s).log_posterior(x_s, [0]))
+    now = np.exp(mixture.diffuse(*t).log_posterior(x_t[None], [0]))[0]
+    assert 0.1 < now < 0.9
+    assert_mean_close(np.clip(p, 0, 1), now, bounds=(0.0, 1.0))
+
+
+@given(mixtures(), seeds, st.floats(0.1, 1.0), st.floats(0.1, 3.0))
+def test_tweedie(mixture, seed, alpha, sigma):
+    """E[x0 | x] = (x + sigma^2 s)/alpha, and Cov = (sigma^2/alpha) times its Jacobian."""
+    noisy = mixture.diffuse(alpha, sigma)
+    x = points(mixture, seed)
+    mean = mixture.posterior_mean(x, alpha, sigma)
+    assert error(mean, (x + sigma**2 * noisy.score(x)) / alpha) < 1e-8
+    eps = mixture.noise_prediction(x, alpha, sigma)
+    assert error(alpha * mean + sigma * eps, x) < 1e-10
+    covariance = mixture.posterior_covariance(x, alpha, sigma)
+    assert error(covariance, covariance.transpose(0, 2, 1)) < 1e-12
+    # div E[x0|x] = alpha/sigma^2 tr Cov, and div s = (alpha div E[x0|x] - D)/sigma^2
+    trace = np.trace(covariance, axis1=1, axis2=2)
+    divergence = ((alpha / sigma) ** 2 * trace - mixture.dim) / sigma**2
+    assert error(noisy.score_divergence(x), divergence) < 1e-7
+    point = mixture.reverse_transition(x[0], alpha, sigma)
+    assert error(point.weights @ point.means, mean[0]) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["spherical", "diagonal", "full"])
+def test_covariance_is_the_jacobian(kind):
+    mixture = moderate(8, kind, 3, 3)
+    x, alpha, sigma, h = points(mixture, 1, 3), 0.7, 0.5, 1e-5
+    steps = h * np.eye(3)
+    jacobian = np.stack(
+        [
+            mixture.posterior_mean(x + step, alpha, sigma)
+            - mixture.posterior_mean(x - step, alpha, sigma)
+            for step in steps
+        ],
+        axis=-1,
+    ) / (2 * h)
+    covariance = mixture.posterior_covariance(x, alpha, sigma)
+    assert error(covariance, jacobian * sigma**2 / alpha) < 1e-8
+
+
+@given(mixtures(), seeds)
+def test_gradients_by_differences(mixture, seed):
+    x, h = points(mixture, seed, 3), 1e-5
+    steps = h * np.eye(mixture.dim)
+
+    def gradient(function):
+        return np.stack([function(x + e) - function(x - e) for e in steps], axis=-1) / (2 * h)
+
+    assert error(mixture.score(x), gradient(mixture.log_prob)) < 1e-6
+    wanted = gradient(lambda v: mixture.log_posterior(v, [0]))
+    assert error(mixture.log_posterior_gradient(x, [0]), wanted) < 1e-6
+
+
+def test_posterior_mean_at_pure_noise_is_the_mean():
+    for kind in ("spherical", "diagonal", "full"):
+        mixture = moderate(2, kind, 3, 2)
+        mean = mixture.posterior_mean(points(mixture, 0), 0.0, 1.0)
+        assert error(mean, mixture.weights @ mixture.means) < 1e-14
+        np.testing.assert_allclose(
+            mixture.diffuse(0.0, 2.0).responsibilities([[1e6, 0.0]])[0], mixture.weights, rtol=1e-14
+        )
+
+
+@given(mixtures(), seeds)
+def test_rotations_translations_and_permutations(mixture, seed):
+    """log p, posteriors and |s| do not depend on the frame or on the order of the components."""
+    rng = np.random.default_rng(seed)
+    turn = np.linalg.qr(rng.normal(size=(mixture.dim, mixture.dim)))[0]
+    shift = rng.normal(size=mixture.dim)
+    order = rng.permutation(mixture.n_components)
+    covariance = mixture.covariances
+    if mixture.kind == "diagonal":
+        covariance = covariance[:, :, None] * np.eye(mixture.dim)
+    if mixture.kind != "spherical":
+        covariance = turn @ covariance @ turn.T
+        covariance = 0.5 * (covariance + covariance.transpose(0, 2, 1))
+    moved = GaussianMixture(
+        mixture.weights[order], (mixture.means @ turn.T + shift)[order], covariance[order]
+    )
+    x = points(mixture, seed)
+    y = x @ turn.T + shift
+    assert error(moved.log_prob(y), mixture.log_prob(x)) < 1e-10
+    assert error(moved.score(y), mixture.score(x) @ turn.T) < 1e-9
+    where = np.flatnonzero(order == 0)
+    assert error(moved.log_posterior(y, where), mixture.log_posterior(x, [0])) < 1e-10
+
+
+@given(mixtures(), seeds)
+def test_kinds_agree(mixture, seed):
+    """The same mixture written as a more general kind."""
+    x = points(mixture, seed)
+    diagonal = mixture.covariances
+    if mixture.kind == "spherical":
+        diagonal = np.repeat(diagonal[:, None], mixture.dim, axis=1)
+    if mixture.kind == "full":
+        return
+    full = diagonal[:, :, None] * np.eye(mixture.dim)
+    for covariance in (diagonal, full):
+        other = GaussianMixture(mixture.weights, mixture.means, covariance)
+        assert error(other.log_prob(x), mixture.log_prob(x)) < 1e-12
+        assert error(other.score(x), mixture.score(x)) < 1e-11
+        assert error(other.score_divergence(x), mixture.score_divergence(x)) < 1e-10
+        a, b = (m.posterior_covariance(x, 0.6, 0.8) for m in (other, mixture))
+        assert error(a, b) < 1e-11
+
+
+@given(mixtures(), seeds)
+def test_points_are_independent_of_each_other(mixture, seed):
+    """A point has the same bits alone and in any batch."""
+    x = points(mixture, seed, 300)
+    score, log_prob = mixture.score(x), mixture.log_prob(x)
+    for i in (0, 7, 255, 256, 299):
+        assert mixture.score(x[i : i + 1]).tobytes() == score[i : i + 1].tobytes()
+        assert mixture.log_prob(x[i : i + 1]).tobytes() == log_prob[i : i + 1].tobytes()
+
+
+def test_empty_batch():
+    mixture = moderate(1, "full", 3, 2)
+    none = np.empty((0, 2))
+    assert mixture.log_prob(none).shape == (0,)
+    assert mixture.score(none).shape == (0, 2)
+    assert mixture.posterior_covariance(none, 0.5, 0.5).shape == (0, 2, 2)
+    assert mixture.sample(0, 0).shape == (0, 2)
+
+
+# ---------------------------------------------------------------- construction and samples
+
+
+def test_samples_follow_the_mixture():
+    """10^5 draws at a false-alarm rate of 1e-6 a claim."""
+    for kind in ("spherical", "diagonal", "full"):
+        mixture = moderate(4, kind, 3, 2)
+        x, component = mixture.sample_labelled(100_000, 1)
+        for k, weight in enumerate(mixture.weights):
+            assert_proportion(int(np.sum(component == k)), len(x), weight)
+        # Whitened within a component: uncorrelated normals.
+        own = x[component == 0] - mixture.means[0]
+        covariance = mixture.covariances[0]
+        if covariance.ndim < 2:
+            covariance = covariance * np.eye(2)
+        white = np.linalg.solve(np.linalg.cholesky(covariance), own.T).T
+        assert_mean_close(white, 0.0, std=1.0)
+        assert_mean_close(white**2, 1.0, std=np.sqrt(2.0))
+        assert_mean_close(white[:, 0] * white[:, 1], 0.0, std=1.0)
+    assert np.array_equal(mixture.sample(5, 3), mixture.sample(5, np.random.default_rng(3)))
+
+
+def test_from_points_and_labels():
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    mixture = GaussianMixture.from_points(x, 0.5, labels=["a", "b", "a", "c", "a", "b"])
+    assert mixture.kind == "spherical" and mixture.n_components == 6 and mixture.dim == 3
+    np.testing.assert_array_equal(mixture.covariances, 0.25)
+    assert mixture.components("a").tolist() == [0, 2, 4]
+    kept = mixture.restrict(mixture.labels != "a")
+    assert kept.labels.tolist() == ["b", "c", "b"]
+    np.testing.assert_allclose(kept.weights, 1 / 3)
+    assert mixture.diffuse(0.5, 0.5).labels is not None
+
+
+def test_zero_weights_have_no_influence():
+    mixture = GaussianMixture([0.5, 0.0, 0.5], [[-1.0], [0.0], [1.0]], [0.1, 0.1, 0.1])
+    x = np.array([[0.0], [0.3]])
+    assert error(mixture.log_prob(x), mixture.restrict([0, 2]).log_prob(x)) < 1e-14
+    assert np.all(mixture.responsibilities(x)[:, 1] == 0)
+    assert np.all(mixture.log_posterior(x, [1]) == -np.inf)
+    assert np.all(mixture.log_posterior(x, [1], complement=True) == 0)
+    assert np.all(mixture.log_posterior_gradient(x, [1]) == 0)
+
+
+def test_immutable():
+    mixture = moderate(0, "spherical", 2, 2)
+    with pytest.raises(AttributeError, match="immutable"):
+        mixture.means = np.zeros((2, 2))
+    with pytest.raises(ValueError, match="read-only"):
+        mixture.means[0, 0] = 1.0
+    source = np.zeros((1, 2))
+    held = GaussianMixture([1.0], source, [1.0])
+    source[:] = 5.0
+    assert np.all(held.means == 0)
+
+
+TWO = ([0.5, 0.5], [[0.0], [1.0]], [1.0, 1.0])
+ASYMMETRIC = [[[1.0, 0.5], [0.2, 1.0]]]
+INDEFINITE = [[[1.0, 2.0], [2.0, 1.0]]]
+
+BAD = [
+    (lambda: GaussianMixture([0.5, -0.5], *TWO[1:]), "weights must not be negative.*-0.5"),
+    (lambda: GaussianMixture([0.0, 0.0], *TWO[1:]), "weights must not be all zero"),
+    (lambda: GaussianMixture([0.5, np.inf], *TWO[1:]), "weights must be finite.*inf"),
+    (lambda: GaussianMixture([], np.zeros((0, 1)), []), "weights.*at least one"),
+    (lambda: GaussianMixture([1.0], *TWO[1:]), r"means must have shape \(1, D\).*\(2, 1\)"),
+    (lambda: GaussianMixture([0.5, 0.5], [0.0, 1.0], [1.0, 1.0]), "means must have shape"),
+    (lambda: GaussianMixture([1.0], np.zeros((1, 0)), [1.0]), "D >= 1"),
+    (lambda: GaussianMixture(TWO[0], TWO[1], [1.0]), r"covariances must have shape \(2,\)"),
+    (lambda: GaussianMixture(TWO[0], TWO[1], 1.0), "covariances must have shape"),
+    (lambda: GaussianMixture(TWO[0], TWO[1], [1.0, 0.0]), "positive definite.*0.0"),
+    (lambda: GaussianMixture(TWO[0], TWO[1], [1.0, -1.0]), "positive definite.*-1.0"),
+    (lambda: GaussianMixture([1.0], np.zeros((1, 2)), ASYMMETRIC), r"symmetric, covariances\[0\]"),
+    (lambda: GaussianMixture([1.0], np.zeros((1, 2)), INDEFINITE), r"definite, covariances\[0\]"),
+    (lambda: GaussianMixture(*TWO, labels=[1]), "labels must have shape"),
+    (lambda: GaussianMixture(*TWO).log_prob([[0.0, 1.0]]), r"x must have shape \(N, 1\).*\(1, 2\)"),
+    (lambda: GaussianMixture(*TWO).score([0.0]), "x must have shape"),
+    (lambda: GaussianMixture(*TWO).score([[np.nan]]), "x must be finite.*nan"),
+    (lambda: GaussianMixture(*TWO).log_posterior([[0.0]], []), "components must not be empty"),
+    (lambda: GaussianMixture(*TWO).log_posterior([[0.0]], [2]), "components.*from 0 to 1.*2"),
+    (lambda: GaussianMixture(*TWO).restrict([-1]), "components.*from 0 to 1.*-1"),
+    (lambda: GaussianMixture(*TWO).restrict([True]), "components as a mask"),
+    (lambda: GaussianMixture([1.0, 0.0], *TWO[1:]).restrict([1]), "components.*weight zero"),
+    (lambda: GaussianMixture(*TWO).components(1), "labels"),
+    (
+        lambda: GaussianMixture(*TWO, labels=[0, 1]).components(7),
+        r"label must be one of \[0 1\].*7",
+    ),
+    (lambda: GaussianMixture(*TWO).diffuse(1.0, -0.1), "sigma.*>= 0.*-0.1"),
+    (lambda: GaussianMixture(*TWO).diffuse(-1.0, 0.1), "alpha.*>= 0.*-1.0"),
+    (lambda: GaussianMixture(*TWO).diffuse(0.0, 0.0), "alpha and sigma must not both be zero"),
+    (lambda: GaussianMixture(*TWO).diffuse(np.nan, 1.0), "alpha.*nan"),
+    (lambda: GaussianMixture(*TWO).diffuse(1e-200, 0.0), "cannot be represented"),
+    (lambda: GaussianMixture(*TWO).reverse_transition([0.0], 0.5, 0.5, 0.4, 0.6), "less noisy"),
+    (lambda: GaussianMixture(*TWO).reverse_transition([0.0], 0.0, 1.0, 0.0, 0.6), "alpha_s > 0"),
+    (lambda: GaussianMixture(*TWO).reverse_transition([[0.0]], 0.5, 0.5), "x must have shape"),
+    (lambda: GaussianMixture.from_points([[0.0]], 0.0), "bandwidth.*> 0.*0.0"),
+    (lambda: GaussianMixture.from_points([0.0], 1.0), "points must have shape"),
+    (lambda: GaussianMixture(*TWO).sample(-1), "n must be.*-1"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_values(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+WRONG_TYPES = [
+    (lambda: GaussianMixture(["a", "b"], *TWO[1:]), "weights must be an array of real numbers"),
+    (lambda: GaussianMixture([1j, 1], *TWO[1:]), "weights must be an array of real numbers"),
+    (lambda: GaussianMixture(*TWO).restrict([0.5]), "components must be component indices"),
+    (lambda: GaussianMixture(*TWO).diffuse("1", 1.0), "alpha must be a real number"),
+    (lambda: GaussianMixture(*TWO).diffuse(True, 1.0), "alpha must be a real number"),
+    (lambda: GaussianMixture(*TWO).sample(1.5), "n must be an integer.*1.5"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_TYPES)
+def test_wrong_types(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
