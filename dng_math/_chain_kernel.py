@@ -1,0 +1,431 @@
+"""The fused chain: predictions, guidance, step, noise and tracker for one chunk of samples.
+
+A chunk runs all steps before the next one starts, in blocks of BLOCK lanes that stay in cache,
+so memory does not depend on the number of steps.  Lane ``i`` of a block always holds the
+same sample (blocks start at multiples of BLOCK in the sample index) and lanes never mix, so a
+sample's bits do not depend on which others are asked for.
+
+Two ways to the predictions: loops over components (any covariances), and, for many points of
+one bandwidth in many dimensions, two matrix products a block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dng_math import equations
+from dng_math._elementary import exp, log
+from dng_math._jit import kernel, scalar
+from dng_math._mixture_kernels import BLOCK, DIAGONAL, block_groups, exponentiate
+from dng_math._rule_kernels import (
+    EXACT,
+    NO_TRACKER,
+    RATIO,
+    SAFE,
+    copy,
+    divergences,
+    fill,
+    guide,
+    track,
+    tracked_odds,
+)
+from dng_math.noise import INITIAL_STREAM, STEP_STREAM, normal_pair
+
+step_mean = scalar(equations.step_mean)
+take_step = scalar(equations.step)
+
+
+@kernel
+def store(source, target, step, first):  # type: ignore[no-untyped-def]
+    """target[step, :, first : first + BLOCK] = source, where target is not empty."""
+    if target.size:
+        for d in range(source.shape[0]):
+            for i in range(BLOCK):
+                target[step, d, first + i] = source[d, i]
+
+
+@kernel
+def diffuse_parameters(  # type: ignore[no-untyped-def]
+    alpha, sigma, kind, log_weight, mean, covariance, peak, diffused, precision, gain, scratch
+):
+    """Parameters of the mixture at (alpha, sigma), in place.
+
+    covariance, precision and gain are (K, D, 1) or (K, D, D); scratch is (2, D, D).
+    """
+    components, dimensions = mean.shape
+    variance = sigma * sigma
+    for k in range(components):
+        for d in range(dimensions):
+            diffused[k, d] = alpha * mean[k, d]
+        log_det = dimensions * 1.8378770664093453  # log 2 pi
+        if kind == DIAGONAL:
+            for d in range(dimensions):
+                c = covariance[k, d, 0]
+                v = alpha * alpha * c + variance
+                precision[k, d, 0] = 1.0 / v
+                gain[k, d, 0] = alpha * c / v
+                log_det += log(v)
+        else:
+            lower, inverse = scratch[0], precision[k]
+            for i in range(dimensions):
+                for j in range(i + 1):
+                    s = alpha * alpha * covariance[k, i, j]
+                    if i == j:
+                        s += variance
+                    for e in range(j):
+                        s -= lower[i, e] * lower[j, e]
+                    if i == j:
+                        lower[i, i] = np.sqrt(s)
+                        log_det += log(s)
+                    else:
+                        lower[i, j] = s / lower[j, j]
+            for j in range(dimensions):
+                for i in range(dimensions):
+                    inverse[i, j] = 0.0
+                for i in range(j, dimensions):
+                    s = 1.0 if i == j else 0.0
+                    for e in range(j, i):
+                        s -= lower[i, e] * inverse[e, j]
+                    inverse[i, j] = s / lower[i, i]
+            # gain = alpha C W^T W
+            for i in range(dimensions):
+                for j in range(dimensions):
+                    s = 0.0
+                    for e in range(dimensions):
+                        s += covariance[k, i, e] * inverse[j, e]
+                    scratch[1, i, j] = alpha * s
+            for i in range(dimensions):
+                for j in range(dimensions):
+                    s = 0.0
+                    for e in range(j, dimensions):
+                        s += scratch[1, i, e] * inverse[e, j]
+                    gain[k, i, j] = s
+        peak[k] = log_weight[k] - 0.5 * log_det
+
+
+@kernel
+def matrix_groups(  # type: ignore[no-untyped-def]
+    x,
+    alpha,
+    sigma,
+    groups,
+    log_weight,
+    mean,
+    norm_sq,
+    centre,
+    variance,
+    with_trace,
+    shifted,
+    logits,
+    work,
+    top,
+    total,
+    value,
+    trace,
+    spread,
+):
+    """block_groups by two matrix products, for spherical components of one variance.
+
+    mean (K, D) and norm_sq (K,) are relative to centre (D,), which keeps the squares small.
+    The terms that all components share are left out of top.
+    """
+    dimensions = x.shape[0]
+    v = alpha * alpha * variance + sigma * sigma
+    gain = alpha * variance / v
+    kept = sigma * sigma / v  # 1 - alpha gain
+    for d in range(dimensions):
+        shift, row, out = alpha * centre[d], x[d], shifted[d]
+        for i in range(BLOCK):
+            out[i] = (row[i] - shift) * (alpha / v)
+    for g in range(len(groups) - 1):
+        first, last = groups[g], groups[g + 1]
+        rows = logits[: last - first]
+        np.dot(mean[first:last], shifted, rows)
+        for k in range(last - first):
+            c = log_weight[first + k] - norm_sq[first + k] * (0.5 * alpha * alpha / v)
+            row = rows[k]
+            for i in range(BLOCK):
+                row[i] += c
+        exponentiate(rows, last - first, top[g], total[g])
+        np.dot(mean[first:last].T, rows, value[g])
+        inverse, sums = work[2], total[g]
+        for i in range(BLOCK):
+            inverse[i] = 1.0 / sums[i]
+        for d in range(dimensions):
+            out = value[g, d]
+            for i in range(BLOCK):
+                out[i] *= inverse[i]
+        if with_trace:
+            sp, tr = spread[g], trace[g]
+            for i in range(BLOCK):
+                sp[i] = 0.0
+                tr[i] = gain * dimensions
+            for k in range(last - first):
+                c, row = norm_sq[first + k], rows[k]
+                for i in range(BLOCK):
+                    sp[i] += row[i] * c
+            for i in range(BLOCK):
+                sp[i] *= inverse[i]
+            for d in range(dimensions):
+                row = value[g, d]
+                for i in range(BLOCK):
+                    sp[i] -= row[i] * row[i]
+            for i in range(BLOCK):
+                sp[i] *= kept * kept
+        for d in range(dimensions):
+            c, row, out = centre[d], x[d], value[g, d]
+            for i in range(BLOCK):
+                out[i] = kept * (out[i] + c) + gain * row[i]
+
+
+@kernel
+def noise_row(seed, first_sample, entry, stream, spare, spare_pair, out):  # type: ignore[no-untyped-def]
+    """out[i] = entry of sample first_sample + i; returns the pair whose second lane is spare."""
+    pair = entry >> 1
+    if entry & 1 and spare_pair == pair:
+        for i in range(BLOCK):
+            out[i] = spare[i]
+        return spare_pair
+    for i in range(BLOCK):
+        a, b = normal_pair(seed, first_sample + np.uint64(i), np.uint64(pair), np.uint64(stream))
+        out[i] = a
+        spare[i] = b
+    if entry & 1:
+        for i in range(BLOCK):
+            out[i] = spare[i]
+    return pair
+
+
+@kernel
+def combine(top, total, value, share, work, x0):  # type: ignore[no-untyped-def]
+    """Posterior shares of the groups (G, BLOCK) and the prediction of the whole mixture."""
+    n_groups, dimensions = value.shape[0], value.shape[1]
+    if n_groups == 1:
+        fill(share, 1.0)
+        copy(value[0], x0)
+        return
+    highest, whole = work[0], work[1]
+    if n_groups == 2:
+        # The usual case, with one exponential: that of the larger group is 1.
+        a, b, s, t, p, q = top[0], top[1], total[0], total[1], share[0], share[1]
+        for i in range(BLOCK):
+            e = exp(-abs(a[i] - b[i]))
+            p[i] = s[i] * (1.0 if a[i] >= b[i] else e)
+            q[i] = t[i] * (e if a[i] >= b[i] else 1.0)
+            whole[i] = p[i] + q[i]
+    else:
+        for i in range(BLOCK):
+            highest[i] = top[0, i]
+            whole[i] = 0.0
+        for g in range(1, n_groups):
+            row = top[g]
+            for i in range(BLOCK):
+                highest[i] = max(highest[i], row[i])
+        for g in range(n_groups):
+            row, sums, out = top[g], total[g], share[g]
+            for i in range(BLOCK):
+                out[i] = sums[i] * exp(row[i] - highest[i])
+                whole[i] += out[i]
+    for i in range(BLOCK):
+        whole[i] = 1.0 / whole[i]
+    for g in range(n_groups):
+        out = share[g]
+        for i in range(BLOCK):
+            out[i] *= whole[i]
+    for d in range(dimensions):
+        out = x0[d]
+        row, weight = value[0, d], share[0]
+        for i in range(BLOCK):
+            out[i] = weight[i] * row[i]
+        for g in range(1, n_groups):
+            row, weight = value[g, d], share[g]
+            for i in range(BLOCK):
+                out[i] += weight[i] * row[i]
+
+
+@kernel
+def initial_noise(seed, first_sample, sigma, x):  # type: ignore[no-untyped-def]
+    """x (D, BLOCK) = sigma z, from the stream of x_T."""
+    spare = np.empty(BLOCK)
+    pair = -1
+    for d in range(x.shape[0]):
+        pair = noise_row(seed, first_sample, d, INITIAL_STREAM, spare, pair, x[d])
+        for i in range(BLOCK):
+            x[d, i] *= sigma
+
+
+@kernel
+def chain(  # type: ignore[no-untyped-def]
+    seed,
+    first_sample,
+    x,
+    state,
+    steps,
+    variances,
+    active,
+    kind,
+    matrix,
+    groups,
+    log_weight,
+    mean,
+    covariance,
+    norm_sq,
+    centre,
+    has_positive,
+    positive_log_weight,
+    positive_mean,
+    positive_covariance,
+    positive_norm_sq,
+    rule,
+    parameters,
+    tracker,
+    tracker_parameters,
+    with_divergence,
+    record_x,
+    record_scale,
+    record_state,
+    record_exact,
+):
+    """All steps for blocks x (blocks, D, BLOCK) with states (blocks, M, BLOCK), in place.
+
+    steps (N, 9) holds alpha_t, sigma_t, x_factor, x0_factor, sqrt(step_var), the kernel's
+    factors of x and x0, eta and beta_ts; variances (N,) is the tracker's and active (N,) says
+    where the rule acts.  groups bounds the concepts and, last, the rest.  The records are
+    (N + 1, ..., BLOCK * blocks), record_scale (N, ...), or empty.
+    """
+    n_blocks, dimensions, _ = x.shape
+    concepts = state.shape[1]
+    n_groups = len(groups) - 1
+    components = len(log_weight)
+    positives = len(positive_log_weight)
+    largest = positives
+    for g in range(n_groups):
+        largest = max(largest, groups[g + 1] - groups[g])
+
+    peak, diffused = np.empty(components), np.empty((components, dimensions))
+    precision, gain = np.empty(covariance.shape), np.empty(covariance.shape)
+    p_peak, p_diffused = np.empty(positives), np.empty((positives, dimensions))
+    p_precision, p_gain = np.empty(positive_covariance.shape), np.empty(positive_covariance.shape)
+    no_low, p_no_low = np.zeros((components, dimensions)), np.zeros((positives, dimensions))
+    p_groups = np.array([0, positives])
+    scratch = np.empty((2, dimensions, dimensions))
+
+    logits, work = np.empty((largest, BLOCK)), np.empty((4, BLOCK))
+    shifted = np.empty((dimensions, BLOCK))
+    top, total = np.empty((n_groups, BLOCK)), np.empty((n_groups, BLOCK))
+    log_sum, value = np.empty((n_groups, BLOCK)), np.empty((n_groups, dimensions, BLOCK))
+    trace, spread = np.empty((n_groups, BLOCK)), np.empty((n_groups, BLOCK))
+    p_top, p_total = np.empty((1, BLOCK)), np.empty((1, BLOCK))
+    positive = np.empty((1, dimensions, BLOCK))
+    share = np.empty((n_groups, BLOCK))
+    divergence = np.empty((n_groups + 1, BLOCK))
+    x0, guided = np.empty((dimensions, BLOCK)), np.empty((dimensions, BLOCK))
+    x_next, z = np.empty((dimensions, BLOCK)), np.empty(BLOCK)
+    odds, scale = np.empty((concepts, BLOCK)), np.empty((concepts, BLOCK))
+    memory = np.zeros((n_blocks, dimensions if rule == SAFE else 0, BLOCK))
+    spare = np.empty((n_blocks, BLOCK))
+    spare_pair = np.full(n_blocks, -1)
+
+    for n in range(len(steps)):
+        alpha, sigma, x_factor, x0_factor, deviation = (
+            steps[n, 0],
+            steps[n, 1],
+            steps[n, 2],
+            steps[n, 3],
+            steps[n, 4],
+        )
+        if not matrix:
+            diffuse_parameters(
+                alpha, sigma, kind, log_weight, mean, covariance,
+                peak, diffused, precision, gain, scratch,
+            )  # fmt: skip
+            if has_positive:
+                diffuse_parameters(
+                    alpha, sigma, kind, positive_log_weight, positive_mean, positive_covariance,
+                    p_peak, p_diffused, p_precision, p_gain, scratch,
+                )  # fmt: skip
+        for b in range(n_blocks):
+            now, own_state = x[b], state[b]
+            if matrix:
+                matrix_groups(
+                    now, alpha, sigma, groups, log_weight, mean, norm_sq, centre,
+                    covariance[0, 0, 0], with_divergence, shifted, logits, work,
+                    top, total, value, trace, spread,
+                )  # fmt: skip
+            else:
+                block_groups(
+                    now, groups, peak, diffused, no_low, kind, precision, mean, gain,
+                    True, with_divergence, logits, work, top, total, value, trace, spread,
+                )  # fmt: skip
+            combine(top, total, value, share, work, x0)
+            if rule == EXACT or record_exact.size:
+                for g in range(n_groups):
+                    row, sums, out = top[g], total[g], log_sum[g]
+                    for i in range(BLOCK):
+                        out[i] = row[i] + log(sums[i])
+            if has_positive and matrix:
+                matrix_groups(
+                    now, alpha, sigma, p_groups, positive_log_weight, positive_mean,
+                    positive_norm_sq, centre, covariance[0, 0, 0], False, shifted, logits, work,
+                    p_top, p_total, positive, trace, spread,
+                )  # fmt: skip
+            elif has_positive:
+                block_groups(
+                    now, p_groups, p_peak, p_diffused, p_no_low, kind, p_precision, positive_mean,
+                    p_gain, True, False, logits, work, p_top, p_total, positive, trace, spread,
+                )  # fmt: skip
+            else:
+                copy(value[n_groups - 1], positive[0])
+            if tracker != NO_TRACKER:
+                tracked_odds(tracker, own_state, tracker_parameters[4], odds)
+            if active[n]:
+                guide(
+                    rule, parameters, n, -alpha / sigma, x0, value, share, log_sum, positive[0],
+                    odds, memory[b], work, scale, guided,
+                )  # fmt: skip
+            else:
+                copy(x0, guided)
+                fill(scale, 0.0)
+
+            for d in range(dimensions):
+                out, mean_row, row = x_next[d], guided[d], now[d]
+                if deviation > 0.0:
+                    spare_pair[b] = noise_row(
+                        seed, first_sample + np.uint64(b * BLOCK), n * dimensions + d,
+                        STEP_STREAM, spare[b], spare_pair[b], z,
+                    )  # fmt: skip
+                    for i in range(BLOCK):
+                        centre_next = step_mean(row[i], mean_row[i], x_factor, x0_factor)
+                        out[i] = take_step(centre_next, deviation, z[i])
+                else:
+                    for i in range(BLOCK):
+                        out[i] = step_mean(row[i], mean_row[i], x_factor, x0_factor)
+
+            store(now, record_x, n, b * BLOCK)
+            store(scale, record_scale, n, b * BLOCK)
+            store(own_state, record_state, n, b * BLOCK)
+            if record_exact.size:
+                for i in range(BLOCK):
+                    highest = log_sum[0, i]
+                    for g in range(1, n_groups):
+                        highest = max(highest, log_sum[g, i])
+                    whole = 0.0
+                    for g in range(n_groups):
+                        whole += exp(log_sum[g, i] - highest)
+                    for k in range(n_groups - 1):
+                        record_exact[n, k, b * BLOCK + i] = log_sum[k, i] - highest - log(whole)
+
+            if tracker != NO_TRACKER and variances[n] > 0.0:
+                if with_divergence:
+                    divergences(alpha, sigma, share, value, x0, trace, spread, divergence)
+                others = positive if tracker == RATIO else value
+                score_factor = alpha / (sigma * sigma) / steps[n, 6]
+                track(
+                    tracker, tracker_parameters, variances[n], steps[n, 5], steps[n, 6],
+                    with_divergence, score_factor, steps[n, 7], steps[n, 8], now, x_next, x0,
+                    others, odds, divergence, work, own_state,
+                )  # fmt: skip
+            copy(x_next, now)
+    for b in range(n_blocks):
+        store(x[b], record_x, len(steps), b * BLOCK)
+        store(state[b], record_state, len(steps), b * BLOCK)

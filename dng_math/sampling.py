@@ -1,0 +1,532 @@
+"""Reverse chains on exact mixtures: any rule, tracker, sampler and schedule.
+
+Two engines run the same chain with the same random numbers.  ``"fused"`` is the compiled one
+(:mod:`dng_math._chain_kernel`); for the model of a data set (spherical, one bandwidth, many
+components) its predictions are two matrix products a block.  ``"reference"`` is the slow
+obvious one: the public methods of the mixture, the rule and the tracker, one line each.  Tests
+hold them against each other and against an independent transcription.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from threadpoolctl import threadpool_limits
+
+from dng_math import _chain_kernel as fused
+from dng_math import _checks, equations, guidance, noise
+from dng_math import _rule_kernels as rules
+from dng_math._jit import available_threads, run_blocks
+from dng_math._mixture_kernels import BLOCK, DIAGONAL, FULL
+from dng_math.guidance import Predictions, RatioTracker, Rule, innermost, tracker_of
+from dng_math.mixture import GaussianMixture
+from dng_math.posterior import ExactPosterior, LogOddsTracker, PaperTracker
+from dng_math.schedules import NoiseSchedule, Sampler, StepCoefficients
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
+Tracker = PaperTracker | LogOddsTracker | RatioTracker
+
+RECORDS = ("trajectory", "scale", "tracked", "exact")
+MATRIX_COMPONENTS = 128  # from here on two matrix products beat the loop over components
+CHUNK_BLOCKS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class ChainResult:
+    """What a chain leaves; N samples, D dimensions, M forbidden concepts, S steps.
+
+    Attributes
+    ----------
+    x : ndarray, shape (N, D)
+        The samples.
+    time : ndarray, shape (S + 1,)
+        From 1 (noise) to 0 (data): times of the rows of the records.
+    log_posterior : ndarray, shape (M, N), or None
+        log p(c_k | x) as tracked, at the end; for feedback guidance the log ratio L.
+    trajectory : ndarray, shape (S + 1, N, D), or None
+        x at every time.
+    scale : ndarray, shape (S, M, N), or None
+        The scale lambda of every step (for SLD its mean over dimensions).
+    tracked, exact : ndarray, shape (S + 1, M, N), or None
+        log p(c_k | x_t), as tracked and as it is.
+    """
+
+    x: Array
+    time: Array
+    log_posterior: Array | None
+    trajectory: Array | None
+    scale: Array | None
+    tracked: Array | None
+    exact: Array | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Chain:
+    """Arguments of :func:`sample` after checking."""
+
+    mixture: GaussianMixture
+    coefficients: StepCoefficients
+    rule: Rule
+    concepts: list[Indices]
+    rest: Indices
+    positive: Indices | None
+    tracker: Tracker | None
+    prior: Array
+    n: int
+    seed: int
+    first_sample: int
+    record: frozenset[str]
+    threads: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of states and scales: one a concept, and one where there is none."""
+        return max(1, len(self.concepts))
+
+    @property
+    def variances(self) -> Array:
+        """What the tracker divides by."""
+        choice = "matched" if self.tracker is None else self.tracker.variance
+        return self.coefficients.tracker_variance(choice)
+
+
+def _concepts(mixture: GaussianMixture, forbidden: object) -> list[Indices]:
+    if forbidden is None:
+        return []
+    parts: list[Any] = [forbidden]
+    if isinstance(forbidden, (list, tuple)) and all(np.ndim(part) == 1 for part in forbidden):
+        parts = list(forbidden)
+    if len(parts) == 0:
+        raise ValueError("forbidden must not be empty")
+    concepts = [mixture.component_indices("forbidden", part) for part in parts]
+    if sum(map(len, concepts)) > len(np.unique(np.concatenate(concepts))):
+        raise ValueError(f"forbidden concepts must not share components, got {forbidden!r}")
+    return concepts
+
+
+def sample(
+    mixture: GaussianMixture,
+    schedule: NoiseSchedule,
+    rule: Rule | None = None,
+    *,
+    n: int,
+    forbidden: ArrayLike | Sequence[ArrayLike] | None = None,
+    positive: ArrayLike | None = None,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    first_sample: int = 0,
+    initial: Literal["noise", "exact"] | ArrayLike = "noise",
+    record: Collection[str] = (),
+    threads: int | None = None,
+    engine: Literal["fused", "reference"] = "fused",
+) -> ChainResult:
+    """Sample a mixture through its reverse diffusion, guided.
+
+    Parameters
+    ----------
+    mixture : GaussianMixture
+        The data distribution p_0.
+    schedule : NoiseSchedule
+        Its steps are taken from the noisy end; respace it for fewer.
+    rule : Rule, optional
+        From :mod:`dng_math.guidance`; default unguided.
+    n : int
+        Number of samples.
+    forbidden : component indices, mask, or a list of several such, optional
+        The unwanted components; several concepts must be disjoint.
+    positive : component indices or mask, optional
+        What rules with a positive prediction lead to; default everything not forbidden.
+    sampler : DDPM, DDIM, EulerMaruyama or ProbabilityFlow, optional
+        Default ``DDPM("small")``.
+    seed, first_sample : int
+        Sample i of the result is a function of (seed, first_sample + i) alone: the same bits
+        in any batch and on any number of threads.
+    initial : "noise", "exact" or array_like of shape (n, D)
+        x_T: drawn from N(0, sigma_T^2), as samplers do; from the mixture diffused to T; given.
+    record : collection of {"trajectory", "scale", "tracked", "exact"}
+        What to keep of every step.  Without it memory does not depend on the number of steps.
+    threads : int, optional
+        Default: all cores.
+    engine : {"fused", "reference"}
+        The compiled chain, or the plain NumPy one that it is tested against.
+
+    Returns
+    -------
+    ChainResult
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and what is allowed.
+    """
+    if not isinstance(mixture, GaussianMixture):
+        raise TypeError(f"mixture must be a GaussianMixture, got {mixture!r}")
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {schedule!r}")
+    if rule is None:
+        rule = guidance.Unguided()
+    if not hasattr(rule, "guide"):
+        raise TypeError(f"rule must be a guidance rule, got {rule!r}")
+    unknown = sorted(set(record) - set(RECORDS))
+    if isinstance(record, str) or unknown:
+        raise ValueError(f"record must be a collection of {RECORDS}, got {record!r}")
+    _checks.choice("engine", engine, ("fused", "reference"))
+    coefficients = schedule.coefficients(sampler)
+
+    concepts = _concepts(mixture, forbidden)
+    taken = np.concatenate([*concepts, np.empty(0, dtype=np.intp)])
+    rest = np.setdiff1d(np.arange(mixture.n_components), taken)
+    if mixture.weights[rest].sum() == 0:
+        raise ValueError("forbidden must leave some components with weight: all are forbidden")
+    for concept in concepts:
+        if mixture.weights[concept].sum() == 0:
+            raise ValueError(f"forbidden components {concept.tolist()} have no weight")
+    allowed = None if positive is None else mixture.component_indices("positive", positive)
+    if allowed is not None and mixture.weights[allowed].sum() == 0:
+        raise ValueError(f"positive components {allowed.tolist()} have no weight")
+
+    tracker = tracker_of(rule, coefficients)
+    inner = innermost(rule)
+    if len(concepts) > 1 and not rule.several_concepts:
+        raise ValueError(f"forbidden must be one concept for {inner!r}, got {len(concepts)}")
+    unforbidden = isinstance(inner, guidance.Unguided) or (
+        allowed is not None and rule.needs_positive and not isinstance(inner, guidance.PerpNeg)
+    )
+    if not concepts and not unforbidden:
+        raise ValueError(f"forbidden must name the unwanted components for {inner!r}, got None")
+    for name, missing in (("tracked", tracker is None), ("exact", not concepts)):
+        if name in record and missing:
+            needed = "a rule with a tracked posterior" if name == "tracked" else "forbidden"
+            raise ValueError(f"record={name!r} needs {needed}")
+    eta_matters = tracker is not None and tracker.divergence
+    if eta_matters and np.any(coefficients.sigma_t == 0):
+        raise ValueError("schedule must have sigma > 0 where the divergence is corrected")
+
+    own_weights = [mixture.weights[concept].sum() for concept in concepts] or [1.0]
+    given = None if tracker is None else getattr(tracker, "prior", None)
+    chain = _Chain(
+        mixture=mixture,
+        coefficients=coefficients,
+        rule=rule,
+        concepts=concepts,
+        rest=rest,
+        positive=allowed,
+        tracker=tracker,
+        prior=np.array(own_weights if given is None else [given] * max(1, len(concepts))),
+        n=_checks.integer("n", n, 0),
+        seed=_checks.integer("seed", seed, 0, 2**64 - 1),
+        first_sample=_checks.integer("first_sample", first_sample, 0, 2**62),
+        record=frozenset(record),
+        threads=available_threads() if threads is None else _checks.integer("threads", threads, 1),
+    )
+    x = _initial(chain, schedule, initial)
+    run = _reference if engine == "reference" else _fused
+    x, state, records = run(chain, x)
+    log_posterior = None
+    if tracker is not None and state is not None:
+        log_posterior = tracker.log_posterior(state)
+        if "tracked" in records:
+            records["tracked"] = tracker.log_posterior(records["tracked"])
+    if "exact" in records:
+        records["exact"][-1] = [mixture.log_posterior(x, concept) for concept in concepts]
+    time = np.append(coefficients.time, 0.0)
+    return ChainResult(
+        x=x,
+        time=time,
+        log_posterior=log_posterior,
+        **{name: records.get(name) for name in RECORDS},
+    )
+
+
+def _initial(chain: _Chain, schedule: NoiseSchedule, initial: object) -> Array:
+    dimensions = chain.mixture.dim
+    if not isinstance(initial, str):
+        return _checks.array("initial", initial, (chain.n, dimensions))  # type: ignore[arg-type]
+    _checks.choice("initial", initial, ("noise", "exact"))
+    z = noise.standard_normal(
+        chain.seed,
+        chain.n,
+        dimensions,
+        first_sample=chain.first_sample,
+        stream=noise.INITIAL_STREAM,
+        threads=chain.threads,
+    )
+    if initial == "noise":
+        return np.asarray(schedule.sigma[-1] * z)
+    u = noise.standard_uniform(
+        chain.seed, chain.n, first_sample=chain.first_sample, stream=noise.CHOICE_STREAM
+    )
+    bounds = np.cumsum(chain.mixture.weights)
+    chosen = np.searchsorted(bounds / bounds[-1], u, side="right")
+    return chain.mixture.diffuse(schedule.alpha[-1], schedule.sigma[-1])._draw(chosen, z)
+
+
+# ---------------------------------------------------------------------- the reference engine
+
+
+def _reference(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Array]]:
+    mixture, c, rule, tracker = chain.mixture, chain.coefficients, chain.rule, chain.tracker
+    parts = [mixture.restrict(concept) for concept in chain.concepts]
+    rest = mixture.restrict(chain.rest)
+    positive = rest if chain.positive is None else mixture.restrict(chain.positive)
+    memory = rule.init(chain.n, mixture.dim)
+    state = None
+    if tracker is not None:
+        state = tracker.init(np.repeat(chain.prior[:, None], chain.n, axis=1))
+    rows: dict[str, list[Array]] = {name: [] for name in chain.record}
+
+    def keep(name: str, value: Array | None) -> None:
+        if name in rows and value is not None:
+            rows[name].append(value)
+
+    for i, variance in enumerate(chain.variances):
+        alpha, sigma = float(c.alpha_t[i]), float(c.sigma_t[i])
+        noisy = mixture.diffuse(alpha, sigma)
+        base = mixture.posterior_mean(x, alpha, sigma)
+        toward = positive.posterior_mean(x, alpha, sigma)
+        negative = np.reshape(
+            [part.posterior_mean(x, alpha, sigma) for part in parts], (-1, *base.shape)
+        )
+        joint = [noisy.log_posterior(x, concept) for concept in chain.concepts]
+        log_rest = noisy.log_posterior(x, chain.rest)
+        predictions = Predictions(
+            base=base,
+            negative=negative if len(negative) else base[None],
+            positive=toward,
+            rest=rest.posterior_mean(x, alpha, sigma),
+            log_ratio=np.array(joint) - log_rest if joint else None,
+            odds=None if tracker is None or state is None else tracker.odds(state),
+            to_noise=-alpha / sigma,
+            step=i,
+            time=float(c.time[i]),
+        )
+        guided, scale, memory = rule.guide(predictions, memory)
+        x_next = equations.step_mean(x, guided, c.x_factor[i], c.x0_factor[i])
+        if c.step_var[i] > 0:
+            z = noise.standard_normal(
+                chain.seed, chain.n, mixture.dim, step=i, first_sample=chain.first_sample
+            )
+            x_next = equations.step(x_next, np.sqrt(c.step_var[i]), z)
+        keep("trajectory", x)
+        keep("scale", scale)
+        keep("tracked", state)
+        keep("exact", np.array(joint) if joint else None)
+        if tracker is not None and state is not None:
+            others = toward[None] if isinstance(tracker, RatioTracker) else negative
+            gap = c.kernel_x0_factor[i] * (others - base)
+            residual = x_next - equations.step_mean(
+                x, base, c.kernel_x_factor[i], c.kernel_x0_factor[i]
+            )
+            correction: Array | float = 0.0
+            if tracker.divergence:
+                correction = _correction(chain, i, x, noisy, tracker.odds(state))
+            state = tracker.update(
+                state,
+                np.sum(gap * gap, axis=-1),
+                np.sum(residual * gap, axis=-1),
+                float(variance),
+                len(c),
+                correction,
+            )
+        x = x_next
+    keep("trajectory", x)
+    keep("tracked", state)
+    if "exact" in rows:
+        keep("exact", np.zeros((len(parts), chain.n)))
+    return x, state, {name: np.array(values) for name, values in rows.items()}
+
+
+def _correction(chain: _Chain, i: int, x: Array, noisy: GaussianMixture, odds: Array) -> Array:
+    """The divergence correction of the tracker's log ratio, shape (M, N)."""
+    c = chain.coefficients
+    score, divergence = noisy.score(x), noisy.score_divergence(x)
+    corrections = []
+    for concept, o in zip(chain.concepts, odds, strict=True):
+        part = noisy.restrict(concept)
+        gap = part.score_divergence(x) - divergence
+        if isinstance(chain.tracker, LogOddsTracker):
+            score_gap_sq = np.sum((part.score(x) - score) ** 2, axis=-1)
+            gap = equations.rest_divergence_gap(o, gap, score_gap_sq)
+        corrections.append(equations.divergence_correction(c.eta[i], c.beta_ts[i], gap))
+    return np.array(corrections)
+
+
+# ---------------------------------------------------------------------- the fused engine
+
+
+def _rule_parameters(rule: Rule) -> tuple[int, Array]:
+    """The kernel's code of a rule, and its parameters in the order that `guide` reads them."""
+    inner = innermost(rule)
+    match inner:
+        case guidance.Unguided():
+            code, values = rules.UNGUIDED, [0.0]
+        case guidance.ClassifierFreeGuidance(g):
+            code, values = rules.TOWARD, [g]
+        case guidance.NegativePrompting(g):
+            code, values = rules.NEGATIVE, [g]
+        case guidance.SafeLatentDiffusion(g, threshold, gate, scale, momentum, decay, warmup):
+            absolute = float(gate == "absolute")
+            code, values = rules.SAFE, [g, threshold, scale, momentum, decay, absolute, warmup]
+        case guidance.PerpNeg(g, positive_scale):
+            code, values = rules.PERPENDICULAR, [g, positive_scale]
+        case guidance.ContrastiveCFG(g, temperature):
+            code, values = rules.CONTRASTIVE, [g, temperature]
+        case guidance.DynamicNegativeGuidance(g, ExactPosterior()):
+            code, values = rules.EXACT, [g]
+        case guidance.DynamicNegativeGuidance(g, PaperTracker() | LogOddsTracker() as posterior):
+            code, values = rules.TRACKED, [g, posterior.p_max]
+        case guidance.FeedbackGuidance(pi):
+            code, values = rules.FEEDBACK, [1.0, pi]
+        case _:
+            raise TypeError(
+                f"rule must be one of dng_math.guidance for engine='fused', got {inner!r}; "
+                "engine='reference' runs any object with init and guide"
+            )
+    return code, np.array(values, dtype=np.float64)
+
+
+def _tracker_parameters(tracker: Tracker | None, steps: int) -> tuple[int, Array]:
+    """The kernel's code of a tracker, and (temperature, offset, nats a step, low, high)."""
+    if tracker is None:
+        return rules.NO_TRACKER, np.zeros(5)
+    if isinstance(tracker, RatioTracker):
+        values = [tracker.temperature, 0.0, tracker.step_offset, tracker.low, tracker.high]
+        return rules.RATIO, np.array(values)
+    with np.errstate(divide="ignore"):
+        bounds = np.log([tracker.p_min, tracker.p_max])
+        code = rules.PAPER
+        if isinstance(tracker, LogOddsTracker):
+            code = rules.LOG_ODDS
+            bounds -= np.log1p([-tracker.p_min, -tracker.p_max])
+    nats = tracker.offset_nats / steps
+    return code, np.array([tracker.temperature, tracker.offset, nats, *bounds])
+
+
+def _component_arrays(
+    mixture: GaussianMixture, order: Indices, centre: Array
+) -> tuple[Array, Array, Array, Array]:
+    """log weights, means, covariances (K, D, 1 or D) and squared norms, for the kernel."""
+    mean = mixture.means[order] - centre
+    if mixture.kind == "full":
+        covariance = mixture.covariances[order]
+    else:
+        covariance = mixture._per_dimension(mixture.covariances)[order][:, :, None]
+    return mixture._log_weights[order], mean, covariance, np.sum(mean * mean, axis=1)
+
+
+def _fused(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Array]]:
+    mixture, c = chain.mixture, chain.coefficients
+    steps, dimensions = len(c), mixture.dim
+    live = [part[mixture.weights[part] > 0] for part in (*chain.concepts, chain.rest)]
+    order = np.concatenate(live)
+    groups = np.concatenate([[0], np.cumsum([len(part) for part in live])])
+    matrix = (
+        mixture.kind == "spherical"
+        and len(order) >= MATRIX_COMPONENTS
+        and bool(np.all(mixture.covariances == mixture.covariances[0]))
+    )
+    centre = mixture.weights @ mixture.means if matrix else np.zeros(dimensions)
+    positive = order[:0]
+    if chain.positive is not None and chain.rule.needs_positive:
+        positive = chain.positive[mixture.weights[chain.positive] > 0]
+    log_weight, mean, covariance, norm_sq = _component_arrays(mixture, order, centre)
+    p_log_weight, p_mean, p_covariance, p_norm_sq = _component_arrays(mixture, positive, centre)
+    rule, parameters = _rule_parameters(chain.rule)
+    tracker, tracker_parameters = _tracker_parameters(chain.tracker, steps)
+
+    columns = (
+        c.alpha_t,
+        c.sigma_t,
+        c.x_factor,
+        c.x0_factor,
+        np.sqrt(c.step_var),
+        c.kernel_x_factor,
+        c.kernel_x0_factor,
+        c.eta,
+        c.beta_ts,
+    )
+    # Blocks start at multiples of BLOCK in the sample index, so that a sample has its own lane.
+    skip = chain.first_sample % BLOCK
+    n_blocks = -(-(skip + chain.n) // BLOCK)
+    lanes = n_blocks * BLOCK
+    blocks = np.zeros((lanes, dimensions))
+    blocks[skip : skip + chain.n] = x
+    blocks = np.ascontiguousarray(blocks.reshape(n_blocks, BLOCK, dimensions).transpose(0, 2, 1))
+    state = np.zeros((n_blocks, chain.rows, BLOCK))
+    if chain.tracker is not None:
+        state += chain.tracker.init(chain.prior)[:, None]
+
+    def record(name: str, *shape: int) -> Array:
+        return np.empty(shape if name in chain.record else (0,) * len(shape))
+
+    records = {
+        "trajectory": record("trajectory", steps + 1, dimensions, lanes),
+        "scale": record("scale", steps, chain.rows, lanes),
+        "tracked": record("tracked", steps + 1, chain.rows, lanes),
+        "exact": record("exact", steps + 1, chain.rows, lanes),
+    }
+    fixed = (
+        np.ascontiguousarray(np.stack(columns, axis=1)),
+        np.ascontiguousarray(chain.variances),
+        _active(chain.rule, c),
+        FULL if mixture.kind == "full" else DIAGONAL,
+        matrix,
+        groups,
+        log_weight,
+        mean,
+        covariance,
+        norm_sq,
+        centre,
+        len(positive) > 0,
+        p_log_weight,
+        p_mean,
+        p_covariance,
+        p_norm_sq,
+        rule,
+        parameters,
+        tracker,
+        tracker_parameters,
+        chain.tracker is not None and chain.tracker.divergence,
+    )
+    size = max(1, min(CHUNK_BLOCKS, -(-n_blocks // chain.threads)))
+
+    def run(chunk: int) -> None:
+        span = slice(chunk * size, (chunk + 1) * size)
+        columns_of = slice(chunk * size * BLOCK, (chunk + 1) * size * BLOCK)
+        fused.chain(
+            np.uint64(chain.seed),
+            np.uint64(chain.first_sample - skip + chunk * size * BLOCK),
+            blocks[span],
+            state[span],
+            *fixed,
+            *(values[..., columns_of] for values in records.values()),
+        )
+
+    # One BLAS thread: ours already use the cores, and a product split over threads could round
+    # differently.
+    with threadpool_limits(1, user_api="blas"):
+        run_blocks(run, -(-n_blocks // size), chain.threads)
+
+    def rows(values: Array) -> Array:
+        return values[..., skip : skip + chain.n]
+
+    kept = {name: rows(records[name]) for name in chain.record}
+    if "trajectory" in kept:
+        kept["trajectory"] = np.ascontiguousarray(kept["trajectory"].transpose(0, 2, 1))
+    flat = blocks.transpose(1, 0, 2).reshape(dimensions, lanes)
+    final_state = state.transpose(1, 0, 2).reshape(chain.rows, lanes)
+    return np.ascontiguousarray(rows(flat).T), rows(final_state), kept
+
+
+def _active(rule: Rule, c: StepCoefficients) -> NDArray[np.bool_]:
+    """Steps inside every limited interval around a rule."""
+    active = np.ones(len(c), dtype=bool)
+    while isinstance(rule, guidance.LimitedInterval):
+        active &= (rule.t_lo <= c.time) & (c.time <= rule.t_hi)
+        rule = rule.rule
+    return active
