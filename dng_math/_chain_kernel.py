@@ -15,13 +15,16 @@ import numpy as np
 
 from dng_math import equations
 from dng_math._elementary import exp, log
-from dng_math._jit import kernel, scalar
+from dng_math._jit import block_kernel, kernel, scalar
 from dng_math._mixture_kernels import BLOCK, DIAGONAL, block_groups, exponentiate
 from dng_math._rule_kernels import (
     EXACT,
+    FEEDBACK,
     NO_TRACKER,
+    PERPENDICULAR,
     RATIO,
     SAFE,
+    TOWARD,
     copy,
     divergences,
     fill,
@@ -35,7 +38,7 @@ step_mean = scalar(equations.step_mean)
 take_step = scalar(equations.step)
 
 
-@kernel
+@block_kernel
 def store(source, target, step, first):  # type: ignore[no-untyped-def]
     """target[step, :, first : first + BLOCK] = source, where target is not empty."""
     if target.size:
@@ -44,7 +47,7 @@ def store(source, target, step, first):  # type: ignore[no-untyped-def]
                 target[step, d, first + i] = source[d, i]
 
 
-@kernel
+@block_kernel
 def diffuse_parameters(  # type: ignore[no-untyped-def]
     alpha, sigma, kind, log_weight, mean, covariance, peak, diffused, precision, gain, scratch
 ):
@@ -141,12 +144,16 @@ def matrix_groups(  # type: ignore[no-untyped-def]
         first, last = groups[g], groups[g + 1]
         rows = logits[: last - first]
         np.dot(mean[first:last], shifted, rows)
+        highest = top[g]
+        for i in range(BLOCK):
+            highest[i] = -np.inf
         for k in range(last - first):
             c = log_weight[first + k] - norm_sq[first + k] * (0.5 * alpha * alpha / v)
             row = rows[k]
             for i in range(BLOCK):
                 row[i] += c
-        exponentiate(rows, last - first, top[g], total[g])
+                highest[i] = max(highest[i], row[i])
+        exponentiate(rows, last - first, highest, total[g])
         np.dot(mean[first:last].T, rows, value[g])
         inverse, sums = work[2], total[g]
         for i in range(BLOCK):
@@ -178,7 +185,7 @@ def matrix_groups(  # type: ignore[no-untyped-def]
                 out[i] = kept * (out[i] + c) + gain * row[i]
 
 
-@kernel
+@block_kernel
 def noise_row(seed, first_sample, entry, stream, spare, spare_pair, out):  # type: ignore[no-untyped-def]
     """out[i] = entry of sample first_sample + i; returns the pair whose second lane is spare."""
     pair = entry >> 1
@@ -196,7 +203,7 @@ def noise_row(seed, first_sample, entry, stream, spare, spare_pair, out):  # typ
     return pair
 
 
-@kernel
+@block_kernel
 def combine(top, total, value, share, work, x0):  # type: ignore[no-untyped-def]
     """Posterior shares of the groups (G, BLOCK) and the prediction of the whole mixture."""
     n_groups, dimensions = value.shape[0], value.shape[1]
@@ -374,7 +381,7 @@ def chain(  # type: ignore[no-untyped-def]
                     now, p_groups, p_peak, p_diffused, p_no_low, kind, p_precision, positive_mean,
                     p_gain, True, False, logits, work, p_top, p_total, positive, trace, spread,
                 )  # fmt: skip
-            else:
+            elif rule == TOWARD or rule == PERPENDICULAR or rule == FEEDBACK:
                 copy(value[n_groups - 1], positive[0])
             if tracker != NO_TRACKER:
                 tracked_odds(tracker, own_state, tracker_parameters[4], odds)

@@ -56,6 +56,15 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compiled(function, nogil=True, no_cfunc_wrapper=True)
 
 
+def block_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop over a block of lanes, called by kernels only.
+
+    It allocates nothing, so it is compiled without reference counts: the atomic updates for
+    each row it looks at would cost as much as the arithmetic on a row.
+    """
+    return _compiled(function, _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
 @intrinsic
 def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
     """``a * b + c`` with one rounding (IEEE 754 fusedMultiplyAdd)."""

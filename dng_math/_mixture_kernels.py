@@ -17,27 +17,34 @@ import numpy as np
 
 from dng_math import _double_double as dd
 from dng_math._elementary import exp, log
-from dng_math._jit import kernel
+from dng_math._jit import block_kernel, kernel
 
 BLOCK = 256  # lanes: enough to amortise the bookkeeping of a loop, few enough to stay in cache
 DIAGONAL, FULL = 0, 1  # spherical components are diagonal ones with equal entries
 
 
-@kernel
-def block_logits(x, log_weight, mean, mean_low, kind, precision, first, last, logits, work):  # type: ignore[no-untyped-def]
-    """logits[k - first] = log w_k N(x; m_k, C_k) for components first ... last - 1."""
+@block_kernel
+def block_logits(  # type: ignore[no-untyped-def]
+    x, log_weight, mean, mean_low, kind, precision, first, last, logits, top, work
+):
+    """logits[k - first] = log w_k N(x; m_k, C_k) for first <= k < last, and their maximum."""
     dimensions = x.shape[0]
     square, u = work[0], work[1]
     for k in range(first, last):
-        for i in range(BLOCK):
-            square[i] = 0.0
+        c, out = log_weight[k], logits[k - first]
         if kind == DIAGONAL:
-            for d in range(dimensions):
+            m, low, p, row = mean[k, 0], mean_low[k, 0], precision[k, 0, 0], x[0]
+            for i in range(BLOCK):
+                v = (row[i] - m) - low
+                square[i] = p * (v * v)
+            for d in range(1, dimensions):
                 m, low, p, row = mean[k, d], mean_low[k, d], precision[k, d, 0], x[d]
                 for i in range(BLOCK):
                     v = (row[i] - m) - low
                     square[i] += p * (v * v)
         else:
+            for i in range(BLOCK):
+                square[i] = 0.0
             for d in range(dimensions):
                 # precision holds the inverse Cholesky factor W: |W (x - m)|^2.
                 for i in range(BLOCK):
@@ -48,36 +55,37 @@ def block_logits(x, log_weight, mean, mean_low, kind, precision, first, last, lo
                         u[i] += p * ((row[i] - m) - low)
                 for i in range(BLOCK):
                     square[i] += u[i] * u[i]
-        c, out = log_weight[k], logits[k - first]
-        for i in range(BLOCK):
-            out[i] = c - 0.5 * square[i]
+        if k == first:
+            for i in range(BLOCK):
+                out[i] = c - 0.5 * square[i]
+                top[i] = out[i]
+        else:
+            for i in range(BLOCK):
+                out[i] = c - 0.5 * square[i]
+                top[i] = max(top[i], out[i])
 
 
-@kernel
+@block_kernel
 def exponentiate(logits, count, top, total):  # type: ignore[no-untyped-def]
     """Turn logits into weights e^(logit - top), with their sum; log-sum-exp = top + log total."""
-    for i in range(BLOCK):
-        top[i] = logits[0, i]
-        total[i] = 1.0
+    row = logits[0]
     if count == 1:
         for i in range(BLOCK):
-            logits[0, i] = 1.0
+            row[i] = 1.0
+            total[i] = 1.0
         return
-    for k in range(1, count):
-        row = logits[k]
-        for i in range(BLOCK):
-            top[i] = max(top[i], row[i])
     for i in range(BLOCK):
-        total[i] = 0.0
-    for k in range(count):
+        row[i] = exp(row[i] - top[i])
+        total[i] = row[i]
+    for k in range(1, count):
         row = logits[k]
         for i in range(BLOCK):
             row[i] = exp(row[i] - top[i])
             total[i] += row[i]
 
 
-@kernel
-def _component_value(x, mean, mean_low, kind, base, gain, k, d, out):  # type: ignore[no-untyped-def]
+@block_kernel
+def component_value(x, mean, mean_low, kind, base, gain, k, d, out):  # type: ignore[no-untyped-def]
     """out = (base_k + gain_k (x - m_k))_d."""
     b = base[k, d]
     if kind == DIAGONAL:
@@ -93,7 +101,7 @@ def _component_value(x, mean, mean_low, kind, base, gain, k, d, out):  # type: i
                 out[i] += g * ((row[i] - m) - low)
 
 
-@kernel
+@block_kernel
 def block_groups(  # type: ignore[no-untyped-def]
     x,
     groups,
@@ -127,11 +135,13 @@ def block_groups(  # type: ignore[no-untyped-def]
     for g in range(len(groups) - 1):
         first, last = groups[g], groups[g + 1]
         count = last - first
-        block_logits(x, log_weight, mean, mean_low, kind, precision, first, last, logits, work)
-        exponentiate(logits, count, top[g], total[g])
+        highest, sums = top[g], total[g]
+        block_logits(
+            x, log_weight, mean, mean_low, kind, precision, first, last, logits, highest, work
+        )
+        exponentiate(logits, count, highest, sums)
         if not with_value:
             continue
-        sums = total[g]
         for i in range(BLOCK):
             inverse[i] = 1.0 / sums[i]
         for d in range(dimensions):
@@ -139,10 +149,17 @@ def block_groups(  # type: ignore[no-untyped-def]
             for i in range(BLOCK):
                 out[i] = 0.0
             for k in range(count):
-                _component_value(x, mean, mean_low, kind, base, gain, first + k, d, component)
-                row = logits[k]
-                for i in range(BLOCK):
-                    out[i] += row[i] * component[i]
+                weight = logits[k]
+                b = base[first + k, d]
+                if kind == DIAGONAL:
+                    m, low, row = mean[first + k, d], mean_low[first + k, d], x[d]
+                    slope = gain[first + k, d, 0]
+                    for i in range(BLOCK):
+                        out[i] += weight[i] * (b + slope * ((row[i] - m) - low))
+                else:
+                    component_value(x, mean, mean_low, kind, base, gain, first + k, d, component)
+                    for i in range(BLOCK):
+                        out[i] += weight[i] * component[i]
             for i in range(BLOCK):
                 out[i] *= inverse[i]
         if not with_trace:
@@ -159,7 +176,7 @@ def block_groups(  # type: ignore[no-untyped-def]
             for i in range(BLOCK):
                 tr[i] += row[i] * t
             for d in range(dimensions):
-                _component_value(x, mean, mean_low, kind, base, gain, first + k, d, component)
+                component_value(x, mean, mean_low, kind, base, gain, first + k, d, component)
                 out = value[g, d]
                 for i in range(BLOCK):
                     difference = component[i] - out[i]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dng_math import equations
 from dng_math._elementary import exp
-from dng_math._jit import kernel, scalar
+from dng_math._jit import block_kernel, scalar
 from dng_math._mixture_kernels import BLOCK
 from dng_math.guidance import PerpNeg
 
@@ -33,7 +33,7 @@ divergence_correction = scalar(equations.divergence_correction)
 rest_divergence_gap = scalar(equations.rest_divergence_gap)
 
 
-@kernel
+@block_kernel
 def copy(source, target):  # type: ignore[no-untyped-def]
     """target = source, (rows, BLOCK); a slice assignment would take Numba seconds to compile."""
     for d in range(source.shape[0]):
@@ -42,7 +42,7 @@ def copy(source, target):  # type: ignore[no-untyped-def]
             out[i] = row[i]
 
 
-@kernel
+@block_kernel
 def fill(target, number):  # type: ignore[no-untyped-def]
     """target = number, (rows, BLOCK)."""
     for d in range(target.shape[0]):
@@ -51,7 +51,7 @@ def fill(target, number):  # type: ignore[no-untyped-def]
             out[i] = number
 
 
-@kernel
+@block_kernel
 def tracked_odds(tracker, state, cap, odds):  # type: ignore[no-untyped-def]
     """p / (1 - p) from the tracker's state (e^L for feedback guidance)."""
     for k in range(state.shape[0]):
@@ -65,7 +65,7 @@ def tracked_odds(tracker, state, cap, odds):  # type: ignore[no-untyped-def]
                 out[i] = exp(min(row[i], cap))
 
 
-@kernel
+@block_kernel
 def guide(  # type: ignore[no-untyped-def]
     rule, p, step, to_noise, x0, value, share, log_sum, positive, odds, memory, work, scale, guided
 ):
@@ -73,7 +73,8 @@ def guide(  # type: ignore[no-untyped-def]
     dimensions, concepts = x0.shape[0], scale.shape[0]
     g = p[0]
     a, b = work[0], work[1]
-    copy(x0, guided)
+    if rule == UNGUIDED or rule == SAFE or rule == EXACT or (rule == TRACKED and concepts > 1):
+        copy(x0, guided)  # these add to it, or leave it
     if rule == UNGUIDED:
         fill(scale, 0.0)
     elif rule == TOWARD:
@@ -211,7 +212,7 @@ def guide(  # type: ignore[no-untyped-def]
                 out[i] = toward(base[i], other[i] - base[i], row[i])
 
 
-@kernel
+@block_kernel
 def track(  # type: ignore[no-untyped-def]
     tracker,
     t,
@@ -269,7 +270,7 @@ def track(  # type: ignore[no-untyped-def]
             row[i] = max(updated, low)
 
 
-@kernel
+@block_kernel
 def divergences(alpha, sigma, share, value, x0, trace, spread, out):  # type: ignore[no-untyped-def]
     """Divergence of the score of each group (G, BLOCK) and, in the last row, of the mixture.
 
