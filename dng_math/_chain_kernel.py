@@ -40,11 +40,11 @@ take_step = scalar(equations.step)
 
 @block_kernel
 def store(source, target, step, first):  # type: ignore[no-untyped-def]
-    """target[step, :, first : first + BLOCK] = source, where target is not empty."""
+    """target[step, first : first + BLOCK] = source (rows, BLOCK), where target is not empty."""
     if target.size:
         for d in range(source.shape[0]):
             for i in range(BLOCK):
-                target[step, d, first + i] = source[d, i]
+                target[step, first + i, d] = source[d, i]
 
 
 @block_kernel
@@ -288,6 +288,7 @@ def chain(  # type: ignore[no-untyped-def]
     tracker,
     tracker_parameters,
     with_divergence,
+    first_lane,
     record_x,
     record_scale,
     record_state,
@@ -297,8 +298,9 @@ def chain(  # type: ignore[no-untyped-def]
 
     steps (N, 9) holds alpha_t, sigma_t, x_factor, x0_factor, sqrt(step_var), the kernel's
     factors of x and x0, eta and beta_ts; variances (N,) is the tracker's and active (N,) says
-    where the rule acts.  groups bounds the concepts and, last, the rest.  The records are
-    (N + 1, ..., BLOCK * blocks), record_scale (N, ...), or empty.
+    where the rule acts.  groups bounds the concepts and, last, the rest.  The records of all
+    chunks are (N + 1, lanes, ...), record_scale (N, lanes, ...), or empty; first_lane is the
+    lane of this chunk's first sample.
     """
     n_blocks, dimensions, _ = x.shape
     concepts = state.shape[1]
@@ -408,9 +410,9 @@ def chain(  # type: ignore[no-untyped-def]
                     for i in range(BLOCK):
                         out[i] = step_mean(row[i], mean_row[i], x_factor, x0_factor)
 
-            store(now, record_x, n, b * BLOCK)
-            store(scale, record_scale, n, b * BLOCK)
-            store(own_state, record_state, n, b * BLOCK)
+            store(now, record_x, n, first_lane + b * BLOCK)
+            store(scale, record_scale, n, first_lane + b * BLOCK)
+            store(own_state, record_state, n, first_lane + b * BLOCK)
             if record_exact.size:
                 for i in range(BLOCK):
                     highest = log_sum[0, i]
@@ -420,7 +422,9 @@ def chain(  # type: ignore[no-untyped-def]
                     for g in range(n_groups):
                         whole += exp(log_sum[g, i] - highest)
                     for k in range(n_groups - 1):
-                        record_exact[n, k, b * BLOCK + i] = log_sum[k, i] - highest - log(whole)
+                        record_exact[n, first_lane + b * BLOCK + i, k] = (
+                            log_sum[k, i] - highest - log(whole)
+                        )
 
             if tracker != NO_TRACKER and variances[n] > 0.0:
                 if with_divergence:
@@ -434,5 +438,5 @@ def chain(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
             copy(x_next, now)
     for b in range(n_blocks):
-        store(x[b], record_x, len(steps), b * BLOCK)
-        store(state[b], record_state, len(steps), b * BLOCK)
+        store(x[b], record_x, len(steps), first_lane + b * BLOCK)
+        store(state[b], record_state, len(steps), first_lane + b * BLOCK)

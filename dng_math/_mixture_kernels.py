@@ -142,8 +142,12 @@ def block_groups(  # type: ignore[no-untyped-def]
         exponentiate(logits, count, highest, sums)
         if not with_value:
             continue
-        for i in range(BLOCK):
-            inverse[i] = 1.0 / sums[i]
+        if count > 1:
+            for i in range(BLOCK):
+                inverse[i] = 1.0 / sums[i]
+        else:
+            for i in range(BLOCK):
+                inverse[i] = 1.0
         for d in range(dimensions):
             out = value[g, d]
             for i in range(BLOCK):

@@ -165,6 +165,10 @@ class LogOddsTracker(_Tracker):
 
     The state is log p/(1-p), float64, any shape, never below that of p_min; the odds that
     enter the update and the scale are capped at p_max / (1 - p_max).
+
+    Guide with g >= 1/2.  A step that is nothing but the rule's own push, x_next - mu = -g o gap,
+    adds -(1 + o) (1 + (2g - 1) o) |gap|^2 / (2v): for g < 1/2 that is positive as soon as
+    o > 1/(1 - 2g), and the tracked posterior runs away with the sample.
     """
 
     __doc__ += _Tracker.__doc__.partition("\n")[2]  # type: ignore[union-attr]

@@ -465,10 +465,10 @@ def _fused(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Arra
         return np.empty(shape if name in chain.record else (0,) * len(shape))
 
     records = {
-        "trajectory": record("trajectory", steps + 1, dimensions, lanes),
-        "scale": record("scale", steps, chain.rows, lanes),
-        "tracked": record("tracked", steps + 1, chain.rows, lanes),
-        "exact": record("exact", steps + 1, chain.rows, lanes),
+        "trajectory": record("trajectory", steps + 1, lanes, dimensions),
+        "scale": record("scale", steps, lanes, chain.rows),
+        "tracked": record("tracked", steps + 1, lanes, chain.rows),
+        "exact": record("exact", steps + 1, lanes, chain.rows),
     }
     fixed = (
         np.ascontiguousarray(np.stack(columns, axis=1)),
@@ -497,14 +497,14 @@ def _fused(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Arra
 
     def run(chunk: int) -> None:
         span = slice(chunk * size, (chunk + 1) * size)
-        columns_of = slice(chunk * size * BLOCK, (chunk + 1) * size * BLOCK)
         fused.chain(
             np.uint64(chain.seed),
             np.uint64(chain.first_sample - skip + chunk * size * BLOCK),
             blocks[span],
             state[span],
             *fixed,
-            *(values[..., columns_of] for values in records.values()),
+            chunk * size * BLOCK,
+            *records.values(),
         )
 
     # One BLAS thread: ours already use the cores, and a product split over threads could round
@@ -512,15 +512,14 @@ def _fused(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Arra
     with threadpool_limits(1, user_api="blas"):
         run_blocks(run, -(-n_blocks // size), chain.threads)
 
-    def rows(values: Array) -> Array:
-        return values[..., skip : skip + chain.n]
-
-    kept = {name: rows(records[name]) for name in chain.record}
-    if "trajectory" in kept:
-        kept["trajectory"] = np.ascontiguousarray(kept["trajectory"].transpose(0, 2, 1))
-    flat = blocks.transpose(1, 0, 2).reshape(dimensions, lanes)
-    final_state = state.transpose(1, 0, 2).reshape(chain.rows, lanes)
-    return np.ascontiguousarray(rows(flat).T), rows(final_state), kept
+    own = slice(skip, skip + chain.n)
+    kept = {name: records[name][:, own] for name in chain.record}
+    for name in ("scale", "tracked", "exact"):
+        if name in kept:
+            kept[name] = kept[name].transpose(0, 2, 1)
+    samples = blocks.transpose(0, 2, 1).reshape(lanes, dimensions)[own]
+    final_state = state.transpose(1, 0, 2).reshape(chain.rows, lanes)[:, own]
+    return samples, final_state, kept
 
 
 def _active(rule: Rule, c: StepCoefficients) -> NDArray[np.bool_]:

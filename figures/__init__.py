@@ -1,0 +1,1 @@
+"""The figures of the paper, and what goes beyond them, from exact mixtures."""
