@@ -1,0 +1,1 @@
+"""How fast the toolkit is: one file a question, ``python -m benchmarks --list``."""

@@ -1,0 +1,214 @@
+"""Interleaved timing, what it was measured on, and the table and CSV that come of it.
+
+Contenders take turns (A, B, C, A, B, C, ...), so a machine that slows down slows all of them, and
+a ratio is the median over the rounds of the ratio within a round.  Nothing is timed before its
+values have been checked (:func:`check_close`): a wrong result has no speed.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+import dng_math
+from dng_math._jit import available_threads
+
+BASELINE = "dng_math"
+PACKAGES = ("numpy", "scipy", "numba", "scikit-learn", "torch", "jax")
+# Runtimes let their threads spin for a while when the work is done, and would take a core from
+# the next contender.
+PAUSE = 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Rounds of every comparison; ``quick`` for sizes that only show that the code runs."""
+
+    repeats: int = 7
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on a contender's time: at least a multiple of the baseline's, or at most seconds."""
+
+    text: str
+    least_ratio: float = 0.0
+    most_seconds: float = np.inf
+
+    def reached(self, ratio: float, seconds: float) -> bool:
+        return ratio >= self.least_ratio and seconds <= self.most_seconds
+
+    def measured(self, ratio: float, seconds: float) -> str:
+        """What was found, in the words of the goal."""
+        if self.most_seconds < np.inf:
+            return f"{seconds:.3g} s"
+        return f"{ratio:.3g}x faster" if self.least_ratio >= 1 else f"{1 / ratio:.3g}x the time"
+
+
+def nothing() -> None:
+    """The warm-up of what is warm already, or must not be."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``run`` is timed in at most ``rounds`` rounds, after one ``warm_up`` (default: ``run``)."""
+
+    name: str
+    run: Callable[[], object]
+    warm_up: Callable[[], object] | None = None
+    rounds: int | None = None
+    goal: Goal | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender: a line of the table, and with the machine a line of the CSV."""
+
+    benchmark: str
+    contender: str
+    n: int
+    steps: int | None = None
+    median_s: float | None = None
+    q25: float | None = None
+    q75: float | None = None
+    memory_mib: float | None = None
+    ratio_to_dng_math: float | None = None
+    goal: str = ""
+    measured: str = ""
+    met: str = ""
+    note: str = ""
+
+
+def verdict(reached: bool, settings: Settings) -> str:
+    """What is said of a goal; small sizes are not what goals are about."""
+    return "not judged" if settings.quick else "reached" if reached else "missed"
+
+
+def skipped(benchmark: str, contender: str, n: int, steps: int | None, reason: object) -> Row:
+    """A contender that is not here."""
+    return Row(benchmark, contender, n, steps, note=f"skipped: {reason}")
+
+
+def check_close(what: str, actual: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
+    """Raise unless |actual - expected| <= tolerance max(1, |expected|) everywhere."""
+    wanted = np.asarray(expected)
+    error = np.max(np.abs(actual - wanted) / np.maximum(1.0, np.abs(wanted)))
+    if not error <= tolerance:
+        raise RuntimeError(f"{what} is off by {error:.3g}, more than {tolerance:g}: not timed")
+
+
+def interleaved(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every round of every contender."""
+    for contender in contenders:
+        (contender.warm_up or contender.run)()
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for turn in range(repeats):
+        for contender in contenders:
+            if contender.rounds is None or turn < contender.rounds:
+                time.sleep(PAUSE)
+                start = time.perf_counter()
+                contender.run()
+                seconds[contender.name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(
+    benchmark: str,
+    contenders: Sequence[Contender],
+    settings: Settings,
+    *,
+    n: int,
+    steps: int | None = None,
+    per: int = 1,
+) -> list[Row]:
+    """Time the contenders, of which one is the baseline; seconds are divided by ``per``."""
+    seconds = interleaved(contenders, settings.repeats)
+    rows = []
+    for contender in contenders:
+        own = np.array(seconds[contender.name])
+        # A contender with fewer rounds is compared with the baseline of those rounds.
+        pairs = zip(own, seconds[BASELINE], strict=False)
+        ratio = float(np.median([mine / base for mine, base in pairs]))
+        q25, median, q75 = (float(q) / per for q in np.quantile(own, [0.25, 0.5, 0.75]))
+        row = Row(benchmark, contender.name, n, steps, median, q25, q75, note=contender.note)
+        row = replace(row, ratio_to_dng_math=ratio)
+        if (goal := contender.goal) is not None:
+            row = replace(row, goal=goal.text, measured=goal.measured(ratio, median))
+            row = replace(row, met=verdict(goal.reached(ratio, median), settings))
+        rows.append(row)
+    return rows
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        return run.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on, with what, and when."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "none"
+    return {
+        "cpu": _cpu(),
+        "cores": f"{available_threads()} of {os.cpu_count()}",
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "dng_math": dng_math.__version__,
+        **versions,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_csv(path: Path, rows: Sequence[Row], where: dict[str, str]) -> None:
+    """One line a contender, with the machine on every line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [field.name for field in fields(Row)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*names, *where], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            cells = {name: _cell(value) for name, value in asdict(row).items()}
+            writer.writerow(cells | where)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Plain text, one line a contender, without the columns that say nothing."""
+    columns = []
+    for field in fields(Row):
+        cells = [_cell(getattr(row, field.name)) for row in rows]
+        if any(cells):
+            width = max(map(len, [field.name, *cells]))
+            columns.append([cell.ljust(width) for cell in [field.name, *cells]])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -1,0 +1,195 @@
+"""The benchmarks run, compare like with like, and say what they did not measure."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import harness, mixture, rivals
+from benchmarks.__main__ import main
+from benchmarks.harness import Contender, Goal, Row, Settings
+from tests.statistical import FALSE_ALARM
+from tests.tolerances import CHAIN, error
+
+QUICK = Settings(repeats=1, quick=True)
+COLUMNS = (
+    *("benchmark", "contender", "n", "steps", "median_s", "q25", "q75", "memory_mib"),
+    *("ratio_to_dng_math", "goal", "measured", "met", "note"),
+    *("cpu", "cores", "os", "python", "dng_math", *harness.PACKAGES, "date"),
+)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """What one small run of everything prints, and the lines of its CSV."""
+    out, said = tmp_path_factory.mktemp("results"), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        main(["mixture", "--quick", "--repeats", "1", "--out", str(out)])
+    with (out / "mixture_quick.csv").open(newline="", encoding="utf-8") as file:
+        return said.getvalue(), list(csv.DictReader(file))
+
+
+def test_every_part_leaves_rows(quick):
+    _, rows = quick
+    found = {row["benchmark"] for row in rows}
+    kinds = {f"{what} ({kind})" for what in ("log_prob", "score") for kind in ("full", "diagonal")}
+    assert found == {"chain", "digits step", "first use", "memory", *kinds}
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        measured = row["median_s"] or row["memory_mib"]
+        assert bool(measured) != row["note"].startswith("skipped: ")
+        assert row["cpu"] and row["date"]
+        if row["median_s"]:
+            assert 0 < float(row["q25"]) <= float(row["median_s"]) <= float(row["q75"])
+            assert float(row["ratio_to_dng_math"]) > 0
+
+
+def test_the_contenders_of_the_chain_are_all_named(quick):
+    said, rows = quick
+    names = {row["contender"] for row in rows if row["benchmark"] == "chain"} - {
+        "torch, one thread"
+    }
+    expected = {"dng_math", "dng_math, one thread", "numpy", "numpy primitives", "torch", "jax"}
+    assert names == expected
+    assert all(name in said for name in names)
+
+
+def test_small_sizes_do_not_judge_goals(quick):
+    said, rows = quick
+    assert {row["met"] for row in rows} == {"", "not judged"}
+    assert "not judged: chain, numpy: dng_math at least 15x faster" in said
+
+
+def test_a_recorded_chain_shows_in_the_memory(quick):
+    _, rows = quick
+    grown = [float(row["memory_mib"]) for row in rows if row["benchmark"] == "memory"]
+    if sys.platform == "linux":
+        assert grown[2] > max(grown[:2])
+
+
+@pytest.mark.parametrize("missing", ["torch", "jax"])
+def test_a_contender_that_is_not_installed_is_skipped_by_name(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "jax", None)
+    row = next(row for row in mixture.chain(QUICK) if row.contender == missing)
+    assert row.note.startswith("skipped: ") and missing in row.note
+    assert row.median_s is None and row.met == ""
+    assert row.note in harness.table([row])
+
+
+def test_without_scikit_learn_the_rest_runs(monkeypatch):
+    for name in ("sklearn", "sklearn.mixture", "sklearn.datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    rows = mixture.densities(QUICK)
+    skipped = [row for row in rows if row.note.startswith("skipped")]
+    assert {row.contender for row in skipped} == {"scikit-learn"} and len(rows) == 3 * len(skipped)
+    assert [row.note[:7] for row in mixture.digits(QUICK)] == ["skipped"]
+
+
+# ---------------------------------------------------------------------- like with like
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_rival_chain_fed_the_same_noise_is_the_same_chain(library):
+    xp = pytest.importorskip(library)
+    job, n = rivals.four_modes(1000), 700
+    same = mixture.same_noise(n, 5)
+
+    def draw(step, out):
+        z = np.empty(n)
+        same(step, z)
+        out[:] = xp.asarray(z)
+
+    x, log_p = rivals.eager_chain(xp, job, n, draw)
+    ours = mixture.sample(
+        job.mixture, job.schedule, job.rule, n=n, forbidden=[job.forbidden], seed=5
+    )
+    assert ours.log_posterior is not None
+    assert error(x, ours.x[:, 0]) <= CHAIN
+    assert error(log_p, ours.log_posterior[0]) <= CHAIN
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_the_rival_chain_with_its_own_noise_has_the_same_law(library):
+    module = pytest.importorskip(library)
+    job, n = rivals.four_modes(100), 20_000
+    chains = {
+        "numpy": lambda: rivals.numpy_chain(job, n, 0),
+        "torch": lambda: rivals.torch_chain(module, job, n, 0),
+        "jax": lambda: rivals.jax_chain(module, job, n)(0),
+    }
+    x, expected = chains[library](), mixture.fused_chain(job, n, 1)
+    assert stats.ks_2samp(x, expected).pvalue > FALSE_ALARM
+    mixture.check_modes(library, job, x, expected)
+    with pytest.raises(RuntimeError, match="in the modes"):
+        mixture.check_modes(library, job, np.abs(x), expected)
+
+
+# ---------------------------------------------------------------------- the harness
+
+
+def test_contenders_take_turns_after_their_warm_up():
+    calls: list[str] = []
+    contenders = [
+        Contender("a", lambda: calls.append("a")),
+        Contender("b", lambda: calls.append("b"), warm_up=lambda: calls.append("warm"), rounds=1),
+    ]
+    seconds = harness.interleaved(contenders, 2)
+    assert calls == ["a", "warm", "a", "b", "a"]
+    assert [len(values) for values in seconds.values()] == [2, 1]
+
+
+def test_ratios_are_medians_over_rounds_and_goals_are_judged_by_them(monkeypatch):
+    seconds = {"dng_math": [1.0, 2.0, 4.0], "slow": [3.0, 8.0, 8.0], "once": [7.0]}
+    monkeypatch.setattr(harness, "interleaved", lambda contenders, repeats: seconds)
+    goals = {
+        "dng_math": Goal("at most 3 s", most_seconds=3.0),
+        "slow": Goal("3x", least_ratio=3.0),
+        "once": Goal("at most 0.1x the time", least_ratio=10.0),
+    }
+    contenders = [Contender(name, harness.nothing, goal=goals[name]) for name in seconds]
+    rows = harness.compare("b", contenders, Settings(3), n=1, per=2)
+    assert [row.ratio_to_dng_math for row in rows] == [1.0, 3.0, 7.0]
+    assert [row.median_s for row in rows] == [1.0, 4.0, 3.5]
+    assert [row.met for row in rows] == ["reached", "reached", "missed"]
+
+
+def test_a_bound_below_one_is_said_as_the_time_it_takes():
+    assert Goal("", least_ratio=0.5).measured(0.25, 1.0) == "4x the time"
+    assert Goal("", least_ratio=3.0).measured(2.5, 1.0) == "2.5x faster"
+    assert Goal("", most_seconds=3.0).measured(2.5, 1.25) == "1.25 s"
+
+
+@pytest.mark.parametrize("wrong", [1.1, np.nan, np.inf])
+def test_a_wrong_result_is_not_timed(wrong):
+    harness.check_close("it", [1.0, 1e6], [1.0, 1e6 + 1.0], 1e-5)
+    with pytest.raises(RuntimeError, match="it is off by"):
+        harness.check_close("it", [1.0, wrong], [1.0, 1.0], 1e-5)
+
+
+def test_a_full_run_writes_what_a_quick_one_leaves_alone(tmp_path, monkeypatch, capsys):
+    row = Row("b", "dng_math", 1, goal="g", measured="m", met="missed")
+    monkeypatch.setattr(mixture, "PARTS", {"part": lambda settings: [row]})
+    for arguments in (["--quick"], []):
+        main(["mixture", "--out", str(tmp_path), *arguments])
+    assert {path.name for path in tmp_path.iterdir()} == {"mixture.csv", "mixture_quick.csv"}
+    assert "missed: b, dng_math: g; m" in capsys.readouterr().out
+
+
+def test_the_list_names_commands_and_parts(capsys):
+    main(["--list"])
+    said = capsys.readouterr().out
+    assert all(f"{name}: " in said for name in ("mixture", *mixture.PARTS))
+
+
+@pytest.mark.parametrize("arguments", [[], ["mixture", "--repeats", "0"], ["mixtures"]])
+def test_wrong_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "error: " in capsys.readouterr().err
