@@ -129,10 +129,44 @@ def eager_chain(xp: Any, job: Job, n: int, draw: Draw) -> tuple[Any, Any]:
     return x, log_p
 
 
-def numpy_chain(job: Job, n: int, seed: int) -> Array:
+def plain_chain(job: Job, n: int, draw: Draw) -> tuple[Array, Array]:
+    """x and log p(c | x), shape (N,): the formulas as they stand, on arrays of (N, K)."""
+    means = job.mixture.means[:, 0]
+    low, high = job.bounds
+    z = np.empty(n)
+    draw(INITIAL, z)
+    x = float(job.schedule.sigma[-1]) * z
+    log_p = np.full(n, min(max(job.log_prior, low), high))
+    rows = zip(*(values[..., 0] for values in job.components()), *job.steps(), strict=True)
+    for i, row in enumerate(rows):
+        centre, minus_half_precision, peak, gain, x_factor, x0_factor, deviation, half = row
+        offset = x[:, None] - centre
+        logit = peak + minus_half_precision * offset**2
+        weight = np.exp(logit - logit.max(axis=1, keepdims=True))
+        weight = weight / weight.sum(axis=1, keepdims=True)
+        value = means + gain * offset
+        x0, x0_negative = (weight * value).sum(axis=1), value[:, job.forbidden]
+        p = np.exp(log_p)
+        guided = x0 - job.guidance_scale * p / (1.0 - p) * (x0_negative - x0)
+        mean, mean_negative = (x_factor * x + x0_factor * y for y in (x0, x0_negative))
+        x = x_factor * x + x0_factor * guided
+        if deviation > 0.0:
+            draw(i, z)
+            x = x + deviation * z
+        if half > 0.0:
+            log_p = log_p - half * ((x - mean_negative) ** 2 - (x - mean) ** 2)
+            log_p = np.clip(log_p, low, high)
+    return x, log_p
+
+
+def numpy_chain(job: Job, n: int, seed: int, *, in_place: bool) -> Array:
     """Samples, shape (N,), with NumPy's default generator."""
     generator = np.random.default_rng(seed)
-    return eager_chain(np, job, n, lambda step, out: generator.standard_normal(out=out))[0]
+
+    def draw(step: int, out: Array) -> None:
+        generator.standard_normal(out=out)
+
+    return eager_chain(np, job, n, draw)[0] if in_place else plain_chain(job, n, draw)[0]
 
 
 def torch_chain(torch: Any, job: Job, n: int, seed: int) -> Array:

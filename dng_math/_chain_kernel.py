@@ -34,6 +34,8 @@ from dng_math._rule_kernels import (
 )
 from dng_math.noise import INITIAL_STREAM, STEP_STREAM, normal_pair
 
+PAGE = 512  # doubles
+
 step_mean = scalar(equations.step_mean)
 take_step = scalar(equations.step)
 
@@ -262,78 +264,56 @@ def initial_noise(seed, first_sample, sigma, x):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def chain(  # type: ignore[no-untyped-def]
+def aligned_pool(rows, chunk):  # type: ignore[no-untyped-def]
+    """An uninitialised array (rows, BLOCK), on another page for every chunk.
+
+    The allocator gives every thread the same layout, so that the buffers of two threads agree in
+    the low bits of their addresses, and on some processors they then evict each other: two
+    threads took as long as one.
+    """
+    raw = np.empty(rows * BLOCK + 17 * PAGE)
+    start = (-raw.ctypes.data % (8 * PAGE)) // 8 + (chunk % 16) * PAGE
+    return raw[start : start + rows * BLOCK].reshape((rows, BLOCK))
+
+
+@block_kernel
+def advance(  # type: ignore[no-untyped-def]
     seed,
     first_sample,
     x,
     state,
-    steps,
-    variances,
-    active,
-    kind,
-    matrix,
-    groups,
-    log_weight,
-    mean,
-    covariance,
-    norm_sq,
-    centre,
-    has_positive,
-    positive_log_weight,
-    positive_mean,
-    positive_covariance,
-    positive_norm_sq,
-    rule,
-    parameters,
-    tracker,
-    tracker_parameters,
-    with_divergence,
-    first_lane,
-    record_x,
-    record_scale,
-    record_state,
-    record_exact,
+    plan,
+    way,
+    model,
+    target,
+    guidance,
+    records,
+    diffused,
+    p_diffused,
+    scratch,
+    of_groups,
+    of_positive,
+    of_samples,
 ):
-    """All steps for blocks x (blocks, D, BLOCK) with states (blocks, M, BLOCK), in place.
+    """The loop of :func:`chain`, on what that has allocated; without reference counts.
 
-    steps (N, 9) holds alpha_t, sigma_t, x_factor, x0_factor, sqrt(step_var), the kernel's
-    factors of x and x0, eta and beta_ts; variances (N,) is the tracker's and active (N,) says
-    where the rule acts.  groups bounds the concepts and, last, the rest.  The records of all
-    chunks are (N + 1, lanes, ...), record_scale (N, lanes, ...), or empty; first_lane is the
-    lane of this chunk's first sample.
+    Counts of arrays that two threads allocated side by side share cache lines, and updating
+    them would cost more than the arithmetic.
     """
+    steps, variances, active = plan
+    kind, matrix, with_divergence = way
+    groups, log_weight, mean, covariance, norm_sq, centre = model
+    p_groups, p_log_weight, p_mean, p_covariance, p_norm_sq, has_positive = target
+    rule, parameters, tracker, tracker_parameters = guidance
+    first_lane, record_x, record_scale, record_state, record_exact = records
+    peak, moved, no_low, precision, gain = diffused
+    p_peak, p_moved, p_no_low, p_precision, p_gain = p_diffused
+    square, logits, work, shifted = scratch
+    top, total, value, trace, spread, share, log_sum, divergence = of_groups
+    p_top, p_total, positive = of_positive
+    x0, guided, x_next, z, odds, scale, memory, spare, spare_pair = of_samples
     n_blocks, dimensions, _ = x.shape
-    concepts = state.shape[1]
     n_groups = len(groups) - 1
-    components = len(log_weight)
-    positives = len(positive_log_weight)
-    largest = positives
-    for g in range(n_groups):
-        largest = max(largest, groups[g + 1] - groups[g])
-
-    peak, diffused = np.empty(components), np.empty((components, dimensions))
-    precision, gain = np.empty(covariance.shape), np.empty(covariance.shape)
-    p_peak, p_diffused = np.empty(positives), np.empty((positives, dimensions))
-    p_precision, p_gain = np.empty(positive_covariance.shape), np.empty(positive_covariance.shape)
-    no_low, p_no_low = np.zeros((components, dimensions)), np.zeros((positives, dimensions))
-    p_groups = np.array([0, positives])
-    scratch = np.empty((2, dimensions, dimensions))
-
-    logits, work = np.empty((largest, BLOCK)), np.empty((4, BLOCK))
-    shifted = np.empty((dimensions, BLOCK))
-    top, total = np.empty((n_groups, BLOCK)), np.empty((n_groups, BLOCK))
-    log_sum, value = np.empty((n_groups, BLOCK)), np.empty((n_groups, dimensions, BLOCK))
-    trace, spread = np.empty((n_groups, BLOCK)), np.empty((n_groups, BLOCK))
-    p_top, p_total = np.empty((1, BLOCK)), np.empty((1, BLOCK))
-    positive = np.empty((1, dimensions, BLOCK))
-    share = np.empty((n_groups, BLOCK))
-    divergence = np.empty((n_groups + 1, BLOCK))
-    x0, guided = np.empty((dimensions, BLOCK)), np.empty((dimensions, BLOCK))
-    x_next, z = np.empty((dimensions, BLOCK)), np.empty(BLOCK)
-    odds, scale = np.empty((concepts, BLOCK)), np.empty((concepts, BLOCK))
-    memory = np.zeros((n_blocks, dimensions if rule == SAFE else 0, BLOCK))
-    spare = np.empty((n_blocks, BLOCK))
-    spare_pair = np.full(n_blocks, -1)
 
     for n in range(len(steps)):
         alpha, sigma, x_factor, x0_factor, deviation = (
@@ -346,12 +326,12 @@ def chain(  # type: ignore[no-untyped-def]
         if not matrix:
             diffuse_parameters(
                 alpha, sigma, kind, log_weight, mean, covariance,
-                peak, diffused, precision, gain, scratch,
+                peak, moved, precision, gain, square,
             )  # fmt: skip
             if has_positive:
                 diffuse_parameters(
-                    alpha, sigma, kind, positive_log_weight, positive_mean, positive_covariance,
-                    p_peak, p_diffused, p_precision, p_gain, scratch,
+                    alpha, sigma, kind, p_log_weight, p_mean, p_covariance,
+                    p_peak, p_moved, p_precision, p_gain, square,
                 )  # fmt: skip
         for b in range(n_blocks):
             now, own_state = x[b], state[b]
@@ -363,7 +343,7 @@ def chain(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
             else:
                 block_groups(
-                    now, groups, peak, diffused, no_low, kind, precision, mean, gain,
+                    now, groups, peak, moved, no_low, kind, precision, mean, gain,
                     True, with_divergence, logits, work, top, total, value, trace, spread,
                 )  # fmt: skip
             combine(top, total, value, share, work, x0)
@@ -374,13 +354,13 @@ def chain(  # type: ignore[no-untyped-def]
                         out[i] = row[i] + log(sums[i])
             if has_positive and matrix:
                 matrix_groups(
-                    now, alpha, sigma, p_groups, positive_log_weight, positive_mean,
-                    positive_norm_sq, centre, covariance[0, 0, 0], False, shifted, logits, work,
+                    now, alpha, sigma, p_groups, p_log_weight, p_mean,
+                    p_norm_sq, centre, covariance[0, 0, 0], False, shifted, logits, work,
                     p_top, p_total, positive, trace, spread,
                 )  # fmt: skip
             elif has_positive:
                 block_groups(
-                    now, p_groups, p_peak, p_diffused, p_no_low, kind, p_precision, positive_mean,
+                    now, p_groups, p_peak, p_moved, p_no_low, kind, p_precision, p_mean,
                     p_gain, True, False, logits, work, p_top, p_total, positive, trace, spread,
                 )  # fmt: skip
             elif rule == TOWARD or rule == PERPENDICULAR or rule == FEEDBACK:
@@ -440,3 +420,138 @@ def chain(  # type: ignore[no-untyped-def]
     for b in range(n_blocks):
         store(x[b], record_x, len(steps), first_lane + b * BLOCK)
         store(state[b], record_state, len(steps), first_lane + b * BLOCK)
+
+
+@kernel
+def chain(  # type: ignore[no-untyped-def]
+    seed,
+    first_sample,
+    x,
+    state,
+    steps,
+    variances,
+    active,
+    kind,
+    matrix,
+    groups,
+    log_weight,
+    mean,
+    covariance,
+    norm_sq,
+    centre,
+    has_positive,
+    positive_log_weight,
+    positive_mean,
+    positive_covariance,
+    positive_norm_sq,
+    rule,
+    parameters,
+    tracker,
+    tracker_parameters,
+    with_divergence,
+    first_lane,
+    record_x,
+    record_scale,
+    record_state,
+    record_exact,
+):
+    """All steps for blocks x (blocks, D, BLOCK) with states (blocks, M, BLOCK), in place.
+
+    steps (N, 9) holds alpha_t, sigma_t, x_factor, x0_factor, sqrt(step_var), the kernel's
+    factors of x and x0, eta and beta_ts; variances (N,) is the tracker's and active (N,) says
+    where the rule acts.  groups bounds the concepts and, last, the rest.  The records of all
+    chunks are (N + 1, lanes, ...), record_scale (N, lanes, ...), or empty; first_lane is the
+    lane of this chunk's first sample.
+    """
+    n_blocks, dimensions, _ = x.shape
+    concepts = state.shape[1]
+    n_groups = len(groups) - 1
+    components = len(log_weight)
+    positives = len(positive_log_weight)
+    largest = positives
+    for g in range(n_groups):
+        largest = max(largest, groups[g + 1] - groups[g])
+
+    diffused = (
+        np.empty(components),
+        np.empty((components, dimensions)),
+        np.zeros((components, dimensions)),
+        np.empty(covariance.shape),
+        np.empty(covariance.shape),
+    )
+    p_diffused = (
+        np.empty(positives),
+        np.empty((positives, dimensions)),
+        np.zeros((positives, dimensions)),
+        np.empty(positive_covariance.shape),
+        np.empty(positive_covariance.shape),
+    )
+    carried = dimensions if rule == SAFE else 0
+    rows = largest + 4 + dimensions
+    rows += n_groups * (dimensions + 7) + 1
+    rows += dimensions + 2
+    rows += 3 * dimensions + 1 + 2 * concepts
+    pool = aligned_pool(rows, first_lane // (n_blocks * BLOCK))
+    at = 0
+    scratch = (
+        np.empty((2, dimensions, dimensions)),
+        pool[at : at + largest],
+        pool[at + largest : at + largest + 4],
+        pool[at + largest + 4 : at + largest + 4 + dimensions],
+    )
+    at += largest + 4 + dimensions
+    of_groups = (
+        pool[at : at + n_groups],
+        pool[at + n_groups : at + 2 * n_groups],
+        pool[at + 6 * n_groups : at + (6 + dimensions) * n_groups].reshape(
+            (n_groups, dimensions, BLOCK)
+        ),
+        pool[at + 2 * n_groups : at + 3 * n_groups],
+        pool[at + 3 * n_groups : at + 4 * n_groups],
+        pool[at + 4 * n_groups : at + 5 * n_groups],
+        pool[at + 5 * n_groups : at + 6 * n_groups],
+        pool[at + (6 + dimensions) * n_groups : at + (7 + dimensions) * n_groups + 1],
+    )
+    at += n_groups * (dimensions + 7) + 1
+    of_positive = (
+        pool[at : at + 1],
+        pool[at + 1 : at + 2],
+        pool[at + 2 : at + 2 + dimensions].reshape((1, dimensions, BLOCK)),
+    )
+    at += dimensions + 2
+    of_samples = (
+        pool[at : at + dimensions],
+        pool[at + dimensions : at + 2 * dimensions],
+        pool[at + 2 * dimensions : at + 3 * dimensions],
+        pool[at + 3 * dimensions],
+        pool[at + 3 * dimensions + 1 : at + 3 * dimensions + 1 + concepts],
+        pool[at + 3 * dimensions + 1 + concepts : at + 3 * dimensions + 1 + 2 * concepts],
+        np.zeros((n_blocks, carried, BLOCK)),
+        np.empty((n_blocks, BLOCK)),
+        np.full(n_blocks, -1),
+    )
+    advance(
+        seed,
+        first_sample,
+        x,
+        state,
+        (steps, variances, active),
+        (kind, matrix, with_divergence),
+        (groups, log_weight, mean, covariance, norm_sq, centre),
+        (
+            np.array([0, positives]),
+            positive_log_weight,
+            positive_mean,
+            positive_covariance,
+            positive_norm_sq,
+            has_positive,
+        ),
+        (rule, parameters, tracker, tracker_parameters),
+        (first_lane, record_x, record_scale, record_state, record_exact),
+        diffused,
+        p_diffused,
+        scratch,
+        of_groups,
+        of_positive,
+        of_samples,
+    )

@@ -53,7 +53,7 @@ def scalar(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop over arrays, callable from Python without the GIL."""
-    return _compiled(function, nogil=True, no_cfunc_wrapper=True)
+    return _compiled(function, nogil=True, _nrt=True, no_cfunc_wrapper=True)
 
 
 def block_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
