@@ -267,9 +267,8 @@ def initial_noise(seed, first_sample, sigma, x):  # type: ignore[no-untyped-def]
 def aligned_pool(rows, chunk):  # type: ignore[no-untyped-def]
     """An uninitialised array (rows, BLOCK), on another page for every chunk.
 
-    The allocator gives every thread the same layout, so that the buffers of two threads agree in
-    the low bits of their addresses, and on some processors they then evict each other: two
-    threads took as long as one.
+    Measured, not understood: with buffers that start alike modulo a page two threads took as long
+    as one (AMD EPYC); the likely reason is that the allocator gives every thread the same layout.
     """
     raw = np.empty(rows * BLOCK + 17 * PAGE)
     start = (-raw.ctypes.data % (8 * PAGE)) // 8 + (chunk % 16) * PAGE
