@@ -15,6 +15,7 @@ however many steps are taken, unless the divergence of the scores is known
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,7 @@ from dng_math import _checks, equations
 from dng_math.schedules import TRACKER_VARIANCES, TrackerVariance
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 
 def log_posterior_from_log_odds(log_odds: ArrayLike) -> Array:
@@ -104,6 +106,14 @@ class _Tracker:
         )
 
 
+def _with_parameters(tracker: type[T]) -> type[T]:
+    """Add what the trackers share to the docstring of one (there are none under python -OO)."""
+    if tracker.__doc__ and _Tracker.__doc__:
+        tracker.__doc__ += _Tracker.__doc__.partition("\n")[2]
+    return tracker
+
+
+@_with_parameters
 @dataclass(frozen=True)
 class PaperTracker(_Tracker):
     """DNG Eq. 12 and Algorithm 2: log p, clamped to [log p_min, log p_max] after each step.
@@ -111,8 +121,6 @@ class PaperTracker(_Tracker):
     Nothing normalises the ratio: it exceeds 1 on a good part of the samples before the clamp.
     The state is log p, float64, any shape.
     """
-
-    __doc__ += _Tracker.__doc__.partition("\n")[2]  # type: ignore[union-attr]
 
     def init(self, prior: Array) -> Array:
         """State from p(c) at the noisy end."""
@@ -159,6 +167,7 @@ class PaperTracker(_Tracker):
         return posterior / (1.0 - posterior)
 
 
+@_with_parameters
 @dataclass(frozen=True)
 class LogOddsTracker(_Tracker):
     """The normalised tracker (derived): c against the rest, whose mean is mu - odds gap.
@@ -170,8 +179,6 @@ class LogOddsTracker(_Tracker):
     adds -(1 + o) (1 + (2g - 1) o) |gap|^2 / (2v): for g < 1/2 that is positive as soon as
     o > 1/(1 - 2g), and the tracked posterior runs away with the sample.
     """
-
-    __doc__ += _Tracker.__doc__.partition("\n")[2]  # type: ignore[union-attr]
 
     def init(self, prior: Array) -> Array:
         """State from p(c) at the noisy end."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -454,3 +456,10 @@ def test_rules_are_values():
     )
     with pytest.raises(AttributeError):
         NegativePrompting().guidance_scale = 2.0
+
+
+def test_docstrings_hold_the_shared_parameters_and_may_be_stripped():
+    for tracker in (PaperTracker, LogOddsTracker):
+        assert "p_min, p_max : float" in tracker.__doc__
+    code = "from dng_math import PaperTracker; PaperTracker()"
+    subprocess.run([sys.executable, "-OO", "-c", code], check=True)
