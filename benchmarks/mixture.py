@@ -340,7 +340,7 @@ def _peak(*, renew: bool = False) -> int:
 
 def memory(settings: Settings) -> list[Row]:
     """Peak of resident memory (MiB) that chains of two lengths add; one recorded, to compare."""
-    n, few = (10_000, 10) if settings.quick else (100_000, 100)
+    n, few = (10_000 if settings.quick else 100_000), 100
     rows = []
     for steps, record in ((few, ""), (10 * few, ""), (few, "trajectory")):
         code = "from benchmarks.mixture import memory_growth\n"
