@@ -86,6 +86,16 @@ def step(mean, deviation, noise):
     return mean + deviation * noise
 
 
+def step_residual(x, base, shift, noise, x_drift, base_drift, factor, deviation):
+    """x_next - mu_base, without forming either (derived).
+
+    ``shift`` is the guided prediction minus the base one, ``factor`` what multiplies a prediction
+    in the step.  The drifts are the factors of the step minus those of the transition that mu_base
+    belongs to: zero where the two are one.
+    """
+    return x_drift * x + base_drift * base + factor * shift + deviation * noise
+
+
 # ---------------------------------------------------------------- guidance
 
 

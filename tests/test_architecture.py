@@ -55,7 +55,7 @@ def violations(source: str, module: str) -> list[str]:
     names = list(imported(source, module))
     wrong = [name for name in names if within(name, FORBIDDEN[package])]
     if package == "dng_kernels":
-        wrong += [n for n in names if within(n, {"dng_math"}) and not within(n, SHARED)]
+        wrong += [n for n in names if within(n, {"dng_math"}) and not within(n, LIGHT)]
     if module == "dng_math.equations":
         wrong += names
     elif module in LIGHT:

@@ -1,0 +1,811 @@
+"""The step as one Triton kernel: every tensor is read once and written once.
+
+A sample is cut into chunks whose length depends on its size alone, one program a chunk, so what a
+sample becomes does not depend on the batch.  A program adds up what its chunk knows of the two
+sums, writes that down, and draws a number from the sample's counter; whoever draws the last adds
+the chunks up in their order and updates the state.  Integers are counted, floats are not: two runs
+are bit-equal.
+
+Contrastive CFG and Perp-Neg must have the sums before they can guide.  Their programs draw
+tickets: those with a sample's first tickets add up, the later ones wait for them and then take the
+step.  A ticket is drawn by a program that runs, and the early ones never wait, so this ends
+whatever order programs are started in.
+
+The arithmetic is that of :mod:`dng_math.equations`, compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dng_kernels import normal, plan
+from dng_kernels.layout import SUMS, chunking, is_channels_last, readable
+from dng_kernels.reference import GUIDE, STEP, UPDATE, Inputs, Outputs, Variant
+from dng_math import equations
+
+# ------------------------------------------------ what is written elsewhere, compiled
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of pure arithmetic as part of a kernel.
+
+    The interpreter runs it as it is: there it needs no wrapping, which would look for
+    ``triton.language`` in a module that must not import it.
+    """
+    jitted = triton.jit(function)
+    return jitted if isinstance(jitted, triton.JITFunction) else function
+
+
+toward = _compiled(equations.toward)
+away = _compiled(equations.away)
+dynamic_scale = _compiled(equations.dynamic_scale)
+feedback_scale = _compiled(equations.feedback_scale)
+contrastive_scale = _compiled(equations.contrastive_scale)
+perpendicular = _compiled(equations.perpendicular)
+safe_correction = _compiled(equations.safe_correction)
+safe_momentum = _compiled(equations.safe_momentum)
+step_mean = _compiled(equations.step_mean)
+step = _compiled(equations.step)
+step_residual = _compiled(equations.step_residual)
+log_likelihood_ratio = _compiled(equations.log_likelihood_ratio)
+log_odds_ratio = _compiled(equations.log_odds_ratio)
+tracker_update = _compiled(equations.tracker_update)
+divergence_correction = _compiled(equations.divergence_correction)
+rest_divergence_gap = _compiled(equations.rest_divergence_gap)
+philox_round = _compiled(normal.philox_round)
+log_tail = _compiled(normal.log_tail)
+sine = _compiled(normal.sine)
+cosine = _compiled(normal.cosine)
+
+_STEP, _GUIDE, _UPDATE = tl.constexpr(STEP), tl.constexpr(GUIDE), tl.constexpr(UPDATE)
+_TRACKED, _FEEDBACK = tl.constexpr(plan.TRACKED), tl.constexpr(plan.FEEDBACK)
+_TOWARD, _SAFE = tl.constexpr(plan.TOWARD), tl.constexpr(plan.SAFE)
+_CONTRASTIVE = tl.constexpr(plan.CONTRASTIVE)
+_PERPENDICULAR = tl.constexpr(plan.PERPENDICULAR)
+_NO_TRACKER, _PAPER = tl.constexpr(plan.NO_TRACKER), tl.constexpr(plan.PAPER)
+_LOG_ODDS = tl.constexpr(plan.LOG_ODDS)
+_LARGEST = tl.constexpr(plan.LARGEST)
+_WIDTH = tl.constexpr(plan.WIDTH)
+(
+    _X_FACTOR,
+    _FACTOR,
+    _DEVIATION,
+    _KERNEL_X_FACTOR,
+    _KERNEL_FACTOR,
+    _X_DRIFT,
+    _DRIFT,
+    _VARIANCE,
+    _ACTIVE,
+    _APPLIED,
+    _TO_NOISE,
+    _FROM_NOISE,
+    _X0_X_FACTOR,
+    _X0_FACTOR,
+    _CLIP,
+    _CFG_SCALE,
+    _GUIDANCE_SCALE,
+    _TEMPERATURE,
+    _OFFSET,
+    _OFFSET_NATS,
+    _LOW,
+    _HIGH,
+    _LOG_ODDS_CAP,
+    _ETA,
+    _BETA,
+    _SCORE_FACTOR,
+    _RULE_0,
+    _RULE_1,
+    _RULE_2,
+    _RULE_3,
+    _RULE_4,
+) = (tl.constexpr(column) for column in range(len(plan.COLUMNS)))
+
+_STEP_STREAM = tl.constexpr(normal.STEP_STREAM)
+_TO_UNIT, _HALF_UNIT = tl.constexpr(normal.TO_UNIT), tl.constexpr(normal.HALF_UNIT)
+_TO_ANGLE = tl.constexpr(normal.TO_ANGLE)
+_HALF_ROOT = tl.constexpr(normal.HALF_ROOT)
+_LN2_HIGH, _LN2_LOW = tl.constexpr(normal.LN2_HIGH), tl.constexpr(normal.LN2_LOW)
+
+# How noise reaches the kernel, and how a sample lies in memory.
+NO_NOISE, GIVEN, SEED, KEYS = range(4)
+_GIVEN, _SEED, _KEYS = tl.constexpr(GIVEN), tl.constexpr(SEED), tl.constexpr(KEYS)
+
+_SUMS = tl.constexpr(SUMS)
+
+
+# ------------------------------------------------ standard normals
+
+
+@triton.jit
+def philox(seed, sample, group, tag):
+    """Four random words of each counter, in 64-bit integers."""
+    c0 = sample & 0xFFFFFFFF
+    c1 = (sample >> 32) & 0xFFFFFFFF
+    c2 = group
+    c3 = tag
+    k0 = seed & 0xFFFFFFFF
+    k1 = (seed >> 32) & 0xFFFFFFFF
+    for _ in tl.static_range(10):
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+
+
+@triton.jit
+def normal_pair(radius_word, angle_word):
+    """Two independent standard normals of uint32 words; dng_kernels.normal in Triton."""
+    u = radius_word.to(tl.float32) * _TO_UNIT + _HALF_UNIT
+    bits = u.to(tl.int32, bitcast=True) + (0x3F800000 - _HALF_ROOT)
+    exponent = ((bits >> 23) - 127).to(tl.float32)
+    f = ((bits & 0x7FFFFF) + _HALF_ROOT).to(tl.float32, bitcast=True) - 1.0
+    log_u = (exponent * _LN2_LOW + log_tail(f)) + f + exponent * _LN2_HIGH
+    radius = tl.sqrt(-2.0 * log_u)
+    quarter = (angle_word + 0x20000000) >> 30
+    rest = (angle_word - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * _TO_ANGLE
+    s, c = sine(rest), cosine(rest)
+    odd = (quarter & 1) == 1
+    sin = tl.where(odd, c, s)
+    cos = tl.where(odd, s, c)
+    sin = tl.where(quarter >= 2, -sin, sin)
+    cos = tl.where((quarter == 1) | (quarter == 2), -cos, cos)
+    return radius * cos, radius * sin
+
+
+@triton.jit
+def normals(
+    seed, sample, tag, first, D, channels, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Normals of the places first ... first + BLOCK - 1 in memory; first is a multiple of 4."""
+    if CHANNELS_LAST:
+        # Numbers belong to elements in C order: every place looks its own up.
+        place = first + tl.arange(0, BLOCK).to(tl.int64)
+        element = (place % channels) * (D // channels) + place // channels
+        c0, c1, c2, c3 = philox(seed, sample, element >> 2, tag)
+        late = (element & 2) != 0
+        cos, sin = normal_pair(tl.where(late, c2, c0), tl.where(late, c3, c1))
+        return tl.where((element & 1) != 0, sin, cos)
+    group = (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64)
+    c0, c1, c2, c3 = philox(seed, sample, group, tag)
+    z0, z1 = normal_pair(c0, c1)
+    z2, z3 = normal_pair(c2, c3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+# ------------------------------------------------ one sample
+
+
+@triton.jit
+def clamp(value, low, high):
+    """NaN stays NaN, on a GPU too."""
+    value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def one_minus_exp(a):
+    """1 - e^a for a <= 0, without cancellation."""
+    series = a * (1.0 + a * (0.5 + a * (1.0 / 6 + a * (1.0 / 24 + a * (1.0 / 120)))))
+    return tl.where(a > -0.1, -series, 1.0 - tl.exp(a))
+
+
+@triton.jit
+def tracked_odds(row, state, TRACKER: tl.constexpr):
+    """p / (1 - p) of a posterior, e^L of a ratio."""
+    if TRACKER == _LOG_ODDS:
+        state = clamp(state, -_LARGEST, tl.load(row + _LOG_ODDS_CAP))
+        return tl.exp(state)
+    state = clamp(state, tl.load(row + _LOW), tl.load(row + _HIGH))
+    if TRACKER == _PAPER:
+        return tl.exp(state) / one_minus_exp(state)
+    return tl.exp(state)
+
+
+@triton.jit
+def scale_of(row, odds, a, RULE: tl.constexpr):
+    """The scale of a sample; ``a`` is |delta|^2 for contrastive CFG."""
+    guidance_scale = tl.load(row + _GUIDANCE_SCALE)
+    if RULE == _TRACKED:
+        scale = dynamic_scale(guidance_scale, odds, 1.0)
+    elif RULE == _FEEDBACK:
+        scale = feedback_scale(odds, tl.load(row + _RULE_0))
+    elif RULE == _CONTRASTIVE:
+        to_noise = tl.load(row + _TO_NOISE)
+        decay = tl.exp(-tl.load(row + _RULE_0) * to_noise * to_noise * a)
+        scale = contrastive_scale(guidance_scale, decay)
+    else:
+        scale = guidance_scale
+    return tl.load(row + _ACTIVE) * scale
+
+
+@triton.jit
+def updated_state(
+    row,
+    state,
+    odds,
+    gap_sq,
+    residual_gap,
+    divergence,
+    TRACKER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """State at the cleaner end of the step; unchanged where the variance is 0."""
+    kernel_factor = tl.load(row + _KERNEL_FACTOR)
+    variance = tl.load(row + _VARIANCE)
+    low, high = tl.load(row + _LOW), tl.load(row + _HIGH)
+    moves = variance > 0
+    variance = tl.where(moves, variance, 1.0)
+    if DIVERGENCE and TRACKER == _LOG_ODDS:
+        score_gap_sq = tl.load(row + _SCORE_FACTOR) * gap_sq
+        divergence = rest_divergence_gap(odds, divergence, score_gap_sq)
+    gap_sq = kernel_factor * kernel_factor * gap_sq
+    residual_gap = kernel_factor * residual_gap
+    if TRACKER == _LOG_ODDS:
+        log_ratio = log_odds_ratio(odds, gap_sq, residual_gap, variance)
+        start = state
+    else:
+        log_ratio = log_likelihood_ratio(gap_sq, residual_gap, variance)
+        start = clamp(state, low, high)
+    if DIVERGENCE:
+        eta, beta = tl.load(row + _ETA), tl.load(row + _BETA)
+        log_ratio += divergence_correction(eta, beta, divergence)
+    updated = tracker_update(
+        start,
+        clamp(log_ratio, -_LARGEST, _LARGEST),
+        variance,
+        tl.load(row + _TEMPERATURE),
+        tl.load(row + _OFFSET),
+        tl.load(row + _OFFSET_NATS),
+    )
+    return tl.where(moves, clamp(updated, low, high), state)
+
+
+@triton.jit
+def finish(
+    row,
+    sample,
+    scale,
+    state,
+    odds,
+    a,
+    b,
+    divergence,
+    state_next,
+    scale_out,
+    D,
+    RULE: tl.constexpr,
+    TRACKER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """Write what there is one of a sample, from the sums a and b over all of it."""
+    if state_next is not None:
+        if DIVERGENCE:
+            div = tl.load(divergence + sample).to(tl.float32)
+        else:
+            div = 0.0
+        updated = updated_state(row, state, odds, a, b, div, TRACKER, DIVERGENCE)
+        tl.store(state_next + sample, updated)
+    if scale_out is not None:
+        if RULE == _SAFE:
+            # Never 0 / 0: an empty sample has no mean.
+            mean = a / tl.maximum(D, 1).to(tl.float32)
+            scale = tl.load(row + _GUIDANCE_SCALE) * tl.load(row + _APPLIED) * mean
+        tl.store(scale_out + sample, scale)
+
+
+# ------------------------------------------------ one block of one sample
+
+
+@triton.jit
+def x0_of(x, prediction, x_factor, factor, clip):
+    """x0 of a prediction, in [-clip, clip]."""
+    return clamp(step_mean(x, prediction, x_factor, factor), -clip, clip)
+
+
+@triton.jit
+def chunk_sums(eps, eps_neg, eps_third, first, end, RULE: tl.constexpr, BLOCK: tl.constexpr):
+    """What a rule must know before it can guide, of the places first ... end - 1.
+
+    |delta|^2 for contrastive CFG; |direction|^2, delta . direction and |eps|^2 for Perp-Neg.
+    """
+    a = tl.zeros([BLOCK], tl.float32)
+    b = tl.zeros([BLOCK], tl.float32)
+    c = tl.zeros([BLOCK], tl.float32)
+    lane = tl.arange(0, BLOCK)
+    for start in range(first, end, BLOCK):
+        inside = lane < end - start
+        e = tl.load(eps + start + lane, mask=inside, other=0.0).to(tl.float32)
+        n = tl.load(eps_neg + start + lane, mask=inside, other=0.0).to(tl.float32)
+        delta = n - e
+        if RULE == _PERPENDICULAR:
+            direction = tl.load(eps_third + start + lane, mask=inside, other=0.0).to(tl.float32) - e
+            a += direction * direction
+            b += delta * direction
+            c += e * e
+        else:
+            a += delta * delta
+    return tl.sum(a), tl.sum(b), tl.sum(c)
+
+
+@triton.jit
+def chunk_step(
+    row,
+    tag,
+    seed,
+    sample_index,
+    scale,
+    projection,
+    x,
+    x_next_in,
+    eps,
+    eps_neg,
+    eps_third,
+    noise,
+    momentum,
+    x_next,
+    guided_out,
+    momentum_out,
+    first,
+    end,
+    D,
+    channels,
+    MODE: tl.constexpr,
+    RULE: tl.constexpr,
+    TRACKER: tl.constexpr,
+    CFG: tl.constexpr,
+    CLIP: tl.constexpr,
+    DRIFT: tl.constexpr,
+    NOISE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Guide, step and add up the places first ... end - 1 of a sample.
+
+    Returns |delta|^2 and residual . delta where a posterior is tracked, SLD's scale for SLD.
+    """
+    if CFG:
+        cfg_scale = tl.load(row + _CFG_SCALE)
+    if CLIP:
+        clip = tl.load(row + _CLIP)
+        x0_x_factor, x0_factor = tl.load(row + _X0_X_FACTOR), tl.load(row + _X0_FACTOR)
+    if MODE == _UPDATE:
+        x_factor, factor = tl.load(row + _KERNEL_X_FACTOR), tl.load(row + _KERNEL_FACTOR)
+    if MODE == _STEP:
+        x_factor, factor = tl.load(row + _X_FACTOR), tl.load(row + _FACTOR)
+        deviation = 0.0
+        if NOISE:
+            deviation = tl.load(row + _DEVIATION)
+        if DRIFT:
+            x_drift, drift = tl.load(row + _X_DRIFT), tl.load(row + _DRIFT)
+    if MODE != _UPDATE and RULE == _SAFE:
+        strength = tl.load(row + _GUIDANCE_SCALE) * tl.load(row + _APPLIED)
+        to_noise, from_noise = tl.load(row + _TO_NOISE), tl.load(row + _FROM_NOISE)
+        threshold, slope = tl.load(row + _RULE_0), tl.load(row + _RULE_1)
+        momentum_scale, decay = tl.load(row + _RULE_2), tl.load(row + _RULE_3)
+        absolute, active = tl.load(row + _RULE_4) > 0, tl.load(row + _ACTIVE) > 0
+    if MODE != _UPDATE and RULE == _PERPENDICULAR:
+        positive_scale = tl.load(row + _ACTIVE) * tl.load(row + _RULE_0)
+
+    a = tl.zeros([BLOCK], tl.float32)
+    b = tl.zeros([BLOCK], tl.float32)
+    lane = tl.arange(0, BLOCK)
+    for start in range(first, end, BLOCK):
+        inside = lane < end - start
+        # All loads first: they are in flight together.
+        e = tl.load(eps + start + lane, mask=inside, other=0.0).to(tl.float32)
+        n = tl.load(eps_neg + start + lane, mask=inside, other=0.0).to(tl.float32)
+        if CFG or RULE == _PERPENDICULAR:
+            third = tl.load(eps_third + start + lane, mask=inside, other=0.0).to(tl.float32)
+        if MODE != _GUIDE:
+            now = tl.load(x + start + lane, mask=inside, other=0.0).to(tl.float32)
+        if MODE == _UPDATE:
+            then = tl.load(x_next_in + start + lane, mask=inside, other=0.0).to(tl.float32)
+        if NOISE == _GIVEN:
+            z = tl.load(noise + start + lane, mask=inside, other=0.0).to(tl.float32)
+        if RULE == _SAFE and MODE != _UPDATE:
+            kept = tl.load(momentum + start + lane, mask=inside, other=0.0)
+        if NOISE == _SEED or NOISE == _KEYS:
+            z = normals(seed, sample_index, tag, start, D, channels, CHANNELS_LAST, BLOCK)
+
+        delta = n - e
+        if MODE == _UPDATE:
+            if CLIP:
+                e = x0_of(now, e, x0_x_factor, x0_factor, clip)
+                delta = tl.where(inside, x0_of(now, n, x0_x_factor, x0_factor, clip) - e, 0.0)
+            a += delta * delta
+            b += (then - step_mean(now, e, x_factor, factor)) * delta
+        else:
+            base = e
+            push = 0.0
+            if CFG:
+                base = toward(third, e - third, cfg_scale)
+                push = base - e
+            if RULE == _SAFE:
+                difference = delta * to_noise
+                magnitude = tl.abs(difference)
+                gated = tl.where(absolute, magnitude, -difference)
+                s = tl.where(gated < threshold, tl.minimum(slope * magnitude, 1.0), 0.0)
+                correction = safe_correction(s, difference, momentum_scale, kept)
+                if momentum_out is not None:
+                    following = safe_momentum(kept, correction, decay)
+                    following = tl.where(active, following, kept)
+                    tl.store(momentum_out + start + lane, following, mask=inside)
+                guided = away(base, correction * from_noise, strength)
+                a += tl.where(inside, s, 0.0)
+            elif RULE == _PERPENDICULAR:
+                direction = third - e
+                guided = away(
+                    toward(base, direction, positive_scale),
+                    perpendicular(delta, direction, projection),
+                    scale,
+                )
+            elif RULE == _TOWARD or RULE == _FEEDBACK:
+                guided = toward(base, delta, scale)
+                shift = toward(push, delta, scale)
+            else:
+                guided = away(base, delta, scale)
+                shift = away(push, delta, scale)
+            if guided_out is not None:
+                tl.store(guided_out + start + lane, guided, mask=inside)
+            if MODE == _STEP:
+                if CLIP:
+                    e = x0_of(now, e, x0_x_factor, x0_factor, clip)
+                    guided = x0_of(now, guided, x0_x_factor, x0_factor, clip)
+                    delta = tl.where(inside, x0_of(now, n, x0_x_factor, x0_factor, clip) - e, 0.0)
+                    shift = guided - e
+                if not NOISE:
+                    z = tl.zeros([BLOCK], tl.float32)
+                then = step(step_mean(now, guided, x_factor, factor), deviation, z)
+                tl.store(x_next + start + lane, then, mask=inside)
+                if TRACKER:
+                    residual = step(factor * shift, deviation, z)
+                    if DRIFT:
+                        residual = step_residual(
+                            now, e, shift, z, x_drift, drift, factor, deviation
+                        )
+                    a += delta * delta
+                    b += residual * delta
+    return tl.sum(a), tl.sum(b)
+
+
+# ------------------------------------------------ the kernel
+
+
+@triton.jit
+def fused_step(
+    table,
+    index,
+    x,
+    x_next_in,
+    eps,
+    eps_neg,
+    eps_third,
+    noise,
+    momentum,
+    keys,
+    state,
+    divergence,
+    x_next,
+    guided_out,
+    momentum_out,
+    state_next,
+    scale_out,
+    counters,
+    partials,
+    D,
+    chunk,
+    chunks,
+    batch,
+    x_stride,
+    x_next_in_stride,
+    eps_stride,
+    eps_neg_stride,
+    eps_third_stride,
+    noise_stride,
+    momentum_stride,
+    x_next_stride,
+    guided_out_stride,
+    momentum_out_stride,
+    channels,
+    seed,
+    first_sample,
+    MODE: tl.constexpr,
+    RULE: tl.constexpr,
+    TRACKER: tl.constexpr,
+    CFG: tl.constexpr,
+    CLIP: tl.constexpr,
+    DRIFT: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    NOISE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a chunk (two for rules that need the sums first); see the module."""
+    TWO_PASSES: tl.constexpr = (MODE != _UPDATE) and (
+        RULE == _CONTRASTIVE or RULE == _PERPENDICULAR
+    )
+    SINGLE: tl.constexpr = SLOTS == 1
+    SUMMED: tl.constexpr = (state_next is not None) or (RULE == _SAFE and scale_out is not None)
+    step_index = tl.load(index)
+    row = table + step_index * _WIDTH
+    program = tl.program_id(0)
+    adds_up = False
+    if TWO_PASSES and not SINGLE:
+        program = tl.atomic_add(counters, 1, sem="relaxed")
+        sample = (program // (2 * chunks)).to(tl.int64)
+        part = program % (2 * chunks)
+        adds_up = part < chunks
+        part = part % chunks
+    else:
+        sample = (program // chunks).to(tl.int64)
+        part = program % chunks
+    first = part.to(tl.int64) * chunk
+    end = tl.minimum(first + chunk, D)
+    arrived = counters + 2 + sample
+    left = counters + 2 + batch + sample
+    sums = partials + (sample * chunks) * _SUMS
+    slot = tl.arange(0, SLOTS)
+
+    if x is not None:
+        x += sample * x_stride
+    if x_next_in is not None:
+        x_next_in += sample * x_next_in_stride
+    eps += sample * eps_stride
+    eps_neg += sample * eps_neg_stride
+    if eps_third is not None:
+        eps_third += sample * eps_third_stride
+    if noise is not None:
+        noise += sample * noise_stride
+    if momentum is not None:
+        momentum += sample * momentum_stride
+    if x_next is not None:
+        x_next += sample * x_next_stride
+    if guided_out is not None:
+        guided_out += sample * guided_out_stride
+    if momentum_out is not None:
+        momentum_out += sample * momentum_out_stride
+
+    if adds_up:
+        a, b, c = chunk_sums(eps, eps_neg, eps_third, first, end, RULE, BLOCK)
+        own = sums + part * _SUMS
+        tl.store(own, a)
+        tl.store(own + 1, b)
+        tl.store(own + 2, c)
+        tl.debug_barrier()
+        tl.atomic_add(arrived, 1, sem="release")
+    else:
+        odds = 0.0
+        before = 0.0
+        projection = 0.0
+        a = 0.0
+        if TRACKER:
+            before = tl.load(state + sample)
+            odds = tracked_odds(row, before, TRACKER)
+        if TWO_PASSES:
+            if SINGLE:
+                a, b, c = chunk_sums(eps, eps_neg, eps_third, first, end, RULE, BLOCK)
+            else:
+                while tl.atomic_add(arrived, 0, sem="acquire") < chunks:
+                    pass
+                tl.debug_barrier()
+                there = slot < chunks
+                # Past the first-level cache, which may hold what was there before.
+                at = sums + slot * _SUMS
+                a = tl.sum(tl.load(at, mask=there, other=0.0, cache_modifier=".cg"))
+                b = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg"))
+                c = tl.sum(tl.load(at + 2, mask=there, other=0.0, cache_modifier=".cg"))
+            if RULE == _PERPENDICULAR:
+                known = a > tl.load(row + _RULE_1) * c
+                projection = tl.where(known, b / tl.where(known, a, 1.0), 0.0)
+        scale = scale_of(row, odds, a, RULE)
+        sample_index = first_sample + sample
+        if NOISE == _KEYS:
+            seed = tl.load(keys + 2 * sample)
+            sample_index = tl.load(keys + 2 * sample + 1)
+        tag = step_index.to(tl.int64) | (_STEP_STREAM << 16)
+        a, b = chunk_step(
+            row,
+            tag,
+            seed.to(tl.int64),
+            sample_index,
+            scale,
+            projection,
+            x,
+            x_next_in,
+            eps,
+            eps_neg,
+            eps_third,
+            noise,
+            momentum,
+            x_next,
+            guided_out,
+            momentum_out,
+            first,
+            end,
+            D,
+            channels,
+            MODE,
+            RULE,
+            TRACKER,
+            CFG,
+            CLIP,
+            DRIFT,
+            NOISE,
+            CHANNELS_LAST,
+            BLOCK,
+        )
+        if SINGLE:
+            finish(
+                row,
+                sample,
+                scale,
+                before,
+                odds,
+                a,
+                b,
+                divergence,
+                state_next,
+                scale_out,
+                D,
+                RULE,
+                TRACKER,
+                DIVERGENCE,
+            )
+        elif TWO_PASSES:
+            # Whoever leaves last clears the counters for the next launch.
+            tl.debug_barrier()
+            if tl.atomic_add(left, 1, sem="acq_rel") == chunks - 1:
+                finish(
+                    row,
+                    sample,
+                    scale,
+                    before,
+                    odds,
+                    a,
+                    b,
+                    divergence,
+                    state_next,
+                    scale_out,
+                    D,
+                    RULE,
+                    TRACKER,
+                    DIVERGENCE,
+                )
+                tl.store(arrived, 0)
+                tl.store(left, 0)
+                if tl.atomic_add(counters + 1, 1, sem="acq_rel") == batch - 1:
+                    tl.store(counters, 0)
+                    tl.store(counters + 1, 0)
+        elif SUMMED:
+            own = sums + part * _SUMS
+            tl.store(own, a)
+            tl.store(own + 1, b)
+            tl.debug_barrier()
+            if tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1:
+                tl.debug_barrier()
+                there = slot < chunks
+                at = sums + slot * _SUMS
+                a = tl.sum(tl.load(at, mask=there, other=0.0, cache_modifier=".cg"))
+                b = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg"))
+                finish(
+                    row,
+                    sample,
+                    scale,
+                    before,
+                    odds,
+                    a,
+                    b,
+                    divergence,
+                    state_next,
+                    scale_out,
+                    D,
+                    RULE,
+                    TRACKER,
+                    DIVERGENCE,
+                )
+                tl.store(arrived, 0)
+        elif part == 0:
+            finish(
+                row,
+                sample,
+                scale,
+                before,
+                odds,
+                a,
+                b,
+                divergence,
+                state_next,
+                scale_out,
+                D,
+                RULE,
+                TRACKER,
+                DIVERGENCE,
+            )
+
+
+# ------------------------------------------------ the launch
+
+
+def arguments(
+    inputs: Inputs,
+    outputs: Outputs,
+    variant: Variant,
+    table: Tensor,
+    index: Tensor,
+    seed: int | None,
+    first_sample: int,
+    counters: Tensor,
+    partials: Tensor,
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid of a launch and every argument of the kernel."""
+    layout = inputs.eps if inputs.x is None else inputs.x
+    channels_last = is_channels_last(layout)
+    batch = len(layout)
+    elements = layout[0].numel()
+    block, chunk, chunks = chunking(elements)
+    strides = {}
+    events: dict[str, Tensor | None] = {}
+    for name, tensor in zip(
+        (*_INPUT_EVENTS, *_OUTPUT_EVENTS), (*inputs[:7], *outputs[:3]), strict=True
+    ):
+        if tensor is None:
+            events[name], strides[f"{name}_stride"] = None, 0
+        else:
+            events[name], strides[f"{name}_stride"] = readable(tensor, channels_last)
+    two_passes = variant.mode != UPDATE and variant.rule in (plan.CONTRASTIVE, plan.PERPENDICULAR)
+    single = chunks == 1
+    noise = GIVEN if inputs.noise is not None else KEYS if inputs.keys is not None else NO_NOISE
+    if seed is not None:
+        noise = SEED
+    grid = (batch * chunks * (2 if two_passes and not single else 1),)
+    return grid, {
+        "table": table,
+        "index": index,
+        **events,
+        "keys": inputs.keys,
+        "state": inputs.state,
+        "divergence": inputs.divergence_gap,
+        "state_next": outputs.state,
+        "scale_out": outputs.scale,
+        "counters": counters,
+        "partials": partials,
+        "D": elements,
+        "chunk": chunk,
+        "chunks": chunks,
+        "batch": batch,
+        **strides,
+        "channels": layout.shape[1] if channels_last else 1,
+        "seed": 0 if seed is None else seed,
+        "first_sample": first_sample,
+        "MODE": variant.mode,
+        "RULE": variant.rule,
+        "TRACKER": variant.tracker,
+        "CFG": variant.cfg,
+        "CLIP": variant.clip,
+        "DRIFT": variant.drift,
+        "DIVERGENCE": variant.divergence,
+        "NOISE": noise,
+        "CHANNELS_LAST": channels_last,
+        "SLOTS": 1 << (chunks - 1).bit_length(),
+        "BLOCK": block,
+    }
+
+
+_INPUT_EVENTS = ("x", "x_next_in", "eps", "eps_neg", "eps_third", "noise", "momentum")
+_OUTPUT_EVENTS = ("x_next", "guided_out", "momentum_out")
+
+
+# Multiplications and additions are fused where the compiler likes: it says so, not a default.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def run(*launch: Any) -> None:
+    """One launch; arguments as for :func:`arguments`."""
+    grid, named = arguments(*launch)
+    fused_step[grid](**named, **OPTIONS)

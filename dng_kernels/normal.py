@@ -1,0 +1,135 @@
+"""Standard normals in float32, as a pure function of (seed, sample index, step, element).
+
+Philox 4x32-10 (Salmon et al., SC 2011) turns the key ``seed`` and the counter
+``(sample, element // 4, step, stream)`` into four random words, and Box-Muller turns those into
+four normals, the elements 4 j to 4 j + 3 of a sample in C order.  Batch, block and launch do not
+enter.  The words are the same bits on every device; the normals differ by rounding at most,
+because logarithm, sine and cosine are polynomials written here once.
+
+:mod:`dng_math.noise` makes doubles of two words each; its streams are 0 to 2, these are 3 and 4, so
+that no number is drawn twice from one seed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+STEP_STREAM = 3
+INITIAL_STREAM = 4
+LARGEST_SAMPLE = 2**34  # elements of a sample that the counter can tell apart
+BLOCK = 2**15  # counters at a time on a CPU: their words stay in its cache
+
+TO_UNIT = 2.0**-32
+HALF_UNIT = 2.0**-33
+TO_ANGLE = math.pi * 2.0**-31  # a signed word in units of 2^-32 turns, to radians
+HALF_ROOT = 0x3F3504F3  # bits of sqrt(1/2) in float32
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # their product with an exponent is exact
+
+# ------------------------------------------------ written once, for torch and for Triton
+
+
+def philox_round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    """One round on 32-bit words held in 64-bit integers."""
+    low = 0xFFFFFFFF
+    p0 = c0 * 0xD2511F53
+    p1 = c2 * 0xCD9E8D57
+    return ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+
+
+def log_tail(f):  # type: ignore[no-untyped-def]
+    """log(1 + f) - f for 1 + f in [sqrt(1/2), sqrt(2)] (Cephes logf, error 2^-24 relative)."""
+    p = 7.0376836292e-2 * f - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    return f * f * (p * f - 0.5)
+
+
+def sine(a):  # type: ignore[no-untyped-def]
+    """sin a for |a| <= pi/4 (Cephes sinf)."""
+    z = a * a
+    return a + a * z * ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1)
+
+
+def cosine(a):  # type: ignore[no-untyped-def]
+    """cos a for |a| <= pi/4 (Cephes cosf)."""
+    z = a * a
+    p = (2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2
+    return 1.0 - 0.5 * z + z * z * p
+
+
+# ------------------------------------------------ in torch
+
+
+def philox(
+    seed: Tensor, sample: Tensor, group: Tensor, step_and_stream: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random words of each counter, int64 in [0, 2^32); the arguments broadcast."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = sample & low, (sample >> 32) & low, group, step_and_stream
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
+
+
+def normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals, float32 (Box and Muller 1958)."""
+    u = radius_word.to(torch.float32) * TO_UNIT + HALF_UNIT
+    bits = u.view(torch.int32) + (0x3F800000 - HALF_ROOT)
+    exponent = ((bits >> 23) - 127).to(torch.float32)
+    f = ((bits & 0x7FFFFF) + HALF_ROOT).view(torch.float32) - 1.0
+    log_u = (exponent * LN2_LOW + log_tail(f)) + f + exponent * LN2_HIGH
+    radius = torch.sqrt(-2.0 * log_u)
+    # The nearest quarter turn, and what is left of the angle.
+    quarter = (angle_word + 0x20000000) >> 30
+    rest = (angle_word - (quarter << 30)).to(torch.float32) * TO_ANGLE
+    quarter = quarter & 3
+    s, c = sine(rest), cosine(rest)
+    odd = (quarter & 1) == 1
+    sin, cos = torch.where(odd, c, s), torch.where(odd, s, c)
+    sin = torch.where(quarter >= 2, -sin, sin)
+    cos = torch.where((quarter == 1) | (quarter == 2), -cos, cos)
+    return radius * cos, radius * sin
+
+
+def normals(keys: Tensor, elements: int, step: Tensor | int, stream: int = STEP_STREAM) -> Tensor:
+    """Standard normals of whole samples.
+
+    Parameters
+    ----------
+    keys : Tensor, shape (B, 2), int64
+        Seed and sample index of every row.
+    elements : int
+        Length of a row.
+    step : int or 0-dim int64 Tensor
+        Below 2^16.
+    stream : int
+        3 for the noise of the steps, 4 for x_T.
+
+    Returns
+    -------
+    Tensor, shape (B, elements), float32
+    """
+    batch, groups = len(keys), -(-elements // 4)
+    out = torch.empty(batch, groups, 4, device=keys.device)
+    tag = torch.as_tensor(step, device=keys.device) | (stream << 16)
+    group = torch.arange(groups, device=keys.device)
+    rows = max(1, BLOCK // max(1, groups))
+    for i in range(0, batch, rows):
+        seed, sample = keys[i : i + rows, :1], keys[i : i + rows, 1:]
+        for j in range(0, groups, BLOCK):
+            words = philox(seed, sample, group[j : j + BLOCK], tag)
+            block = out[i : i + rows, j : j + BLOCK]
+            for lane in (0, 2):
+                pair = normal_pair(words[lane], words[lane + 1])
+                block[..., lane], block[..., lane + 1] = pair
+    return out.view(batch, 4 * groups)[:, :elements]
