@@ -1,9 +1,39 @@
-"""Hypothesis: no deadline (the first example compiles), and the same examples on every run."""
+"""What every test runs under.
+
+Hypothesis: no deadline (the first example compiles), and the same examples on every run.  Triton:
+its interpreter where there is no GPU, chosen before the first kernel is defined.
+"""
 
 from __future__ import annotations
 
+import os
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("suite")
+
+try:
+    import torch
+except ImportError:
+    HAS_GPU = False
+else:
+    HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, with the reason, where there is none."""
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+@pytest.fixture
+def kernel_device() -> str:
+    """Where Triton kernels run: compiled on a GPU, else interpreted on the CPU."""
+    return "cuda" if HAS_GPU else "cpu"
