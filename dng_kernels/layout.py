@@ -12,6 +12,8 @@ def batch_stride(tensor: Tensor, channels_last: bool) -> int | None:
     The batch itself may have gaps or repeat, as half of a doubled batch or some channels of a
     network's output do.
     """
+    if tensor.is_contiguous() and not channels_last:
+        return tensor.numel() // max(1, tensor.shape[0])
     shape, strides = tensor.shape[1:], tensor.stride()[1:]
     axes = list(range(len(shape)))[::-1]
     if channels_last:
@@ -28,7 +30,8 @@ def batch_stride(tensor: Tensor, channels_last: bool) -> int | None:
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether channels vary fastest in every sample, and C order does not say the same."""
     return (
-        tensor.ndim > 2
+        not tensor.is_contiguous()
+        and tensor.ndim > 2
         and batch_stride(tensor, False) is None
         and batch_stride(tensor, True) is not None
     )
@@ -36,6 +39,8 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """An output in the order of the input: channels last if it is, else C order."""
+    if tensor.is_contiguous():
+        return torch.empty_like(tensor, dtype=dtype)
     if is_channels_last(tensor):
         shape = tensor.movedim(1, -1).shape
         return torch.empty(shape, dtype=dtype, device=tensor.device).movedim(-1, 1)

@@ -101,8 +101,10 @@ def normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     return radius * cos, radius * sin
 
 
-def normals(keys: Tensor, elements: int, step: Tensor | int, stream: int = STEP_STREAM) -> Tensor:
-    """Standard normals of whole samples.
+def normals(
+    keys: Tensor, elements: int, step: Tensor | int, stream: int = STEP_STREAM, first: int = 0
+) -> Tensor:
+    """Standard normals of the elements first ... first + elements - 1 of samples.
 
     Parameters
     ----------
@@ -114,6 +116,8 @@ def normals(keys: Tensor, elements: int, step: Tensor | int, stream: int = STEP_
         Below 2^16.
     stream : int
         3 for the noise of the steps, 4 for x_T.
+    first : int
+        A multiple of 4.
 
     Returns
     -------
@@ -122,7 +126,7 @@ def normals(keys: Tensor, elements: int, step: Tensor | int, stream: int = STEP_
     batch, groups = len(keys), -(-elements // 4)
     out = torch.empty(batch, groups, 4, device=keys.device)
     tag = torch.as_tensor(step, device=keys.device) | (stream << 16)
-    group = torch.arange(groups, device=keys.device)
+    group = torch.arange(first // 4, first // 4 + groups, device=keys.device)
     rows = max(1, BLOCK // max(1, groups))
     for i in range(0, batch, rows):
         seed, sample = keys[i : i + rows, :1], keys[i : i + rows, 1:]

@@ -218,6 +218,7 @@ class StepPlan:
             raise TypeError(f"rule must be one of dng_math.guidance, got {rule!r}")
         _checks.choice("prediction", prediction, PREDICTION_TYPES)
         self.coefficients = coefficients
+        self._steps = len(coefficients)
         self.rule = rule
         self.prediction = prediction
         self.clip = None if clip is None else _checks.positive("clip", clip)
@@ -342,7 +343,7 @@ class StepPlan:
 
     def __len__(self) -> int:
         """Number of steps."""
-        return len(self.coefficients)
+        return self._steps
 
     def __repr__(self) -> str:
         """The rule and where it runs."""

@@ -1,16 +1,23 @@
 """The step in plain torch: the specification in code, and the path of CPUs and of float64.
 
+Whatever a rule computes is linear in a few tensors: x, eps, delta = eps_neg - eps, the noise, and
+what the rule adds to these.  So the equations run on linear forms (:class:`Form`), which costs
+nothing, and memory is touched once a term.  ``(x_next - mu_base) . delta`` is the same form with
+dot products in place of the tensors: neither the residual nor a large norm is ever formed.
+
 Tensors are taken a block at a time, so that what is between input and output stays in the cache.
-``(x_next - mu_base) . delta`` is linear in what the step is made of, so it needs the dot products
-of those with ``delta`` and never the residual itself.
+What there is one of a sample is computed by NumPy on a CPU, where a call of torch costs more than
+the numbers do, and by torch on a GPU, where nothing may wait for the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +28,6 @@ from dng_kernels.plan import (
     FEEDBACK,
     LARGEST,
     LOG_ODDS,
-    NO_TRACKER,
     PAPER,
     PERPENDICULAR,
     SAFE,
@@ -75,7 +81,40 @@ class Outputs(NamedTuple):
     scale: Tensor | None
 
 
+Block = dict[str, Tensor]  # of the same rows and columns of several tensors
 EVENTS_IN, EVENTS_OUT = Inputs._fields[:7], Outputs._fields[:3]
+
+
+class Form(dict[str, Any]):
+    """A linear form: names of tensors and their factors, numbers or one number a sample."""
+
+    __array_ufunc__ = None  # an array times a form is a form, not an array of forms
+
+    def __add__(self, other: Form) -> Form:
+        return Form(self | {name: self.get(name, 0.0) + c for name, c in other.items()})
+
+    def __sub__(self, other: Form) -> Form:
+        return Form(self | {name: self.get(name, 0.0) - c for name, c in other.items()})
+
+    def __mul__(self, factor: Any) -> Form:
+        return Form({name: factor * c for name, c in self.items()})
+
+    __rmul__ = __mul__
+
+    def dot(self, dots: dict[str, Any]) -> Any:
+        """The form of the dot products of its tensors with something."""
+        return sum((c * dots[name] for name, c in self.items() if name in dots), 0.0)
+
+
+class _Job(NamedTuple):
+    """What every block of a call shares."""
+
+    variant: Variant
+    at: SimpleNamespace  # the row of the table: floats on the host, 0-dim tensors on a GPU
+    guided: Form
+    x_next: Form
+    residual: Form
+    tracked: bool  # whether the sums are wanted
 
 
 def run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index: Tensor) -> None:
@@ -88,61 +127,202 @@ def run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index
     index : 0-dim int64 Tensor
         Row of the table.
     """
-    at = SimpleNamespace(**dict(zip(COLUMNS, table[index].unbind(), strict=False)))
-    batch = len(inputs.eps)
-    elements = inputs.eps[0].numel() if batch else 0
-    sources = {
-        name: tensor.reshape(batch, elements)
-        for name, tensor in zip(EVENTS_IN, inputs, strict=False)
-        if tensor is not None
-    }
-    if inputs.keys is not None:
-        sources["noise"] = normal.normals(inputs.keys, elements, index)
-    asked = {
-        name: tensor
-        for name, tensor in zip(EVENTS_OUT, outputs, strict=False)
-        if tensor is not None
-    }
-    targets = {name: _flat(tensor, batch, elements) for name, tensor in asked.items()}
+    on_host = table.device.type == "cpu"
+    xp: Any = np if on_host else torch
+    noisy = inputs.noise is not None or inputs.keys is not None
+    if on_host:
+        prepared = _prepared(variant, noisy, tuple(table[int(index)].tolist()))
+        at = prepared.at
+    else:
+        at = _named(table[index].unbind())
 
-    def blocks() -> Iterator[tuple[slice, SimpleNamespace, dict[str, Tensor]]]:
-        rows = max(1, BLOCK // max(1, elements))
-        for i in range(0, batch, rows):
-            for j in range(0, elements, BLOCK):
-                where = slice(i, i + rows), slice(j, j + BLOCK)
-                block = {name: tensor[where].to(table.dtype) for name, tensor in sources.items()}
-                into = {name: tensor[where] for name, tensor in targets.items()}
-                yield where[0], SimpleNamespace(**(dict.fromkeys(EVENTS_IN) | block)), into
+    def numbers(values: Tensor) -> Any:
+        values = _as(values.detach(), table.dtype)
+        return values.numpy() if on_host else values
 
-    state = None if inputs.state is None else inputs.state.to(table.dtype)
-    odds = None if state is None else tracked_odds(variant.tracker, state, at)
-    sums = table.new_zeros(3, batch)
-    if variant.mode != UPDATE and variant.rule in (CONTRASTIVE, PERPENDICULAR):
-        for rows, block, _ in blocks():
-            sums[:, rows] += first_sums(variant.rule, block)
-    scale, projection = scale_of(variant.rule, at, odds, sums)
-    sums = torch.zeros_like(sums)
-    for rows, block, into in blocks():
-        one = (variant, at, block, scale[rows, None], projection[rows, None])
-        sums[:, rows] += update_block(*one) if variant.mode == UPDATE else step_block(*one, into)
-    for name, tensor in asked.items():
-        if not tensor.is_contiguous():
-            tensor.copy_(targets[name].view(tensor.shape))
-
+    blocks = _Blocks(inputs, outputs, table.dtype, index)
+    state = odds = scale = projection = None
+    if inputs.state is not None:
+        state = numbers(inputs.state)
+        odds = tracked_odds(xp, variant.tracker, at, state)
+    if variant.mode == UPDATE:
+        forms = Form(), Form(), update_form(at)
+    else:
+        before: Block = {}
+        if variant.rule in (CONTRASTIVE, PERPENDICULAR):
+            before = blocks.sums(lambda block, into, rows: first_sums(variant.rule, block))
+        known = {name: numbers(values) for name, values in before.items()}
+        scale, projection = scale_of(xp, variant.rule, at, odds, known)
+        if on_host:
+            forms = prepared.forms(scale, projection)
+        else:
+            forms = step_forms(variant, at, scale, projection, noisy)
+    guided, x_next, residual = (_columns(form) for form in forms)
+    job = _Job(variant, at, guided, x_next, residual, outputs.state is not None)
+    sums = {name: numbers(values) for name, values in blocks.sums(partial(block_step, job)).items()}
+    blocks.finish()
     if outputs.scale is not None:
         if variant.rule == SAFE:
-            scale = at.guidance_scale * at.applied * sums[2] / max(1, elements)
-        outputs.scale.copy_(scale)
-    if outputs.state is not None and state is not None and odds is not None:
-        updated = updated_state(variant, at, state, odds, sums, inputs.divergence_gap)
-        outputs.state.copy_(updated)
+            mean = sums.get("scale", 0.0) / max(1, blocks.elements)
+            scale = at.guidance_scale * at.applied * mean
+        _write(outputs.scale, scale)
+    if outputs.state is not None:
+        norm_sq = sums.get("delta", 0.0)
+        residual_dot = sums.get("x_next", 0.0) if variant.mode == UPDATE else forms[2].dot(sums)
+        gap = None if inputs.divergence_gap is None else numbers(inputs.divergence_gap)
+        _write(
+            outputs.state, updated_state(xp, variant, at, state, odds, norm_sq, residual_dot, gap)
+        )
 
 
-def _flat(target: Tensor, batch: int, elements: int) -> Tensor:
-    """Where a block of an output is written: the output itself if it is in C order."""
-    if target.is_contiguous():
-        return target.view(batch, elements)
-    return target.new_empty(batch, elements)
+def _named(row: Sequence[Any]) -> SimpleNamespace:
+    """A row of the table by the names of its columns."""
+    return SimpleNamespace(**dict(zip(COLUMNS, row, strict=False)))
+
+
+class _Prepared(NamedTuple):
+    """A row of the table, and the forms of its step as functions of the scale.
+
+    They are affine in the scale and in the scale times Perp-Neg's projection: of every factor
+    there is the constant and what multiplies the one and the other.
+    """
+
+    at: SimpleNamespace
+    factors: tuple[dict[str, tuple[float, float, float]], ...]
+
+    def forms(self, scale: Any, projection: Any) -> tuple[Form, Form, Form]:
+        """The guided prediction, x_next and the residual."""
+        if isinstance(scale, np.ndarray) and len(scale) == 1:
+            scale = float(scale[0])
+        guided, x_next, residual = (
+            Form(
+                {
+                    name: factor
+                    + (by_scale * scale if by_scale else 0.0)
+                    + (by_both * (scale * projection) if by_both else 0.0)
+                    for name, (factor, by_scale, by_both) in form.items()
+                }
+            )
+            for form in self.factors
+        )
+        return guided, x_next, residual
+
+
+@lru_cache(maxsize=4096)  # a few runs of a thousand steps; an entry takes kilobytes
+def _prepared(variant: Variant, noisy: bool, row: tuple[float, ...]) -> _Prepared:
+    at = _named(row)
+    if variant.mode == UPDATE:
+        return _Prepared(at, ())
+    corners = (
+        step_forms(variant, at, scale, projection, noisy)
+        for scale, projection in ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0))
+    )
+    factors = []
+    for none, scaled, projected in zip(*corners, strict=True):
+        of_form = {}
+        for name, factor in projected.items():
+            constant, once = none.get(name, 0.0), scaled.get(name, 0.0)
+            if (constant, once, factor) != (0.0, 0.0, 0.0):
+                of_form[name] = constant, once - constant, factor - once
+        factors.append(of_form)
+    return _Prepared(at, tuple(factors))
+
+
+class _Blocks:
+    """The tensors of a call, a block at a time."""
+
+    def __init__(self, inputs: Inputs, outputs: Outputs, dtype: torch.dtype, index: Tensor) -> None:
+        self.batch, self.elements = len(inputs.eps), inputs.eps[0].numel()
+        shape = self.batch, self.elements
+        self.dtype, self.index, self.keys = dtype, index, inputs.keys
+        self.sources = {
+            name: tensor.reshape(shape)
+            for name, tensor in zip(EVENTS_IN, inputs, strict=False)
+            if tensor is not None
+        }
+        self.asked = {
+            name: tensor
+            for name, tensor in zip(EVENTS_OUT, outputs, strict=False)
+            if tensor is not None
+        }
+        self.targets = {
+            name: tensor.view(shape) if tensor.is_contiguous() else tensor.new_empty(shape)
+            for name, tensor in self.asked.items()
+        }
+
+    def sums(self, function: Callable[[Block, Block, slice], Block]) -> Block:
+        """Call with every block, where its outputs go, and its rows; add up what is returned.
+
+        That is one number a sample under each name.
+        """
+        totals: Block = {}
+        rows = max(1, BLOCK // max(1, self.elements))
+        whole = self.batch * self.elements <= BLOCK
+        for i in range(0, self.batch, rows):
+            for j in range(0, self.elements, BLOCK):
+                piece = slice(i, i + rows), slice(j, j + BLOCK)
+                block = {
+                    name: _as(t if whole else t[piece], self.dtype)
+                    for name, t in self.sources.items()
+                }
+                if self.keys is not None:
+                    length = min(BLOCK, self.elements - j)
+                    z = normal.normals(self.keys[piece[0]], length, self.index, first=j)
+                    block["noise"] = z.to(self.dtype)
+                into = {name: t if whole else t[piece] for name, t in self.targets.items()}
+                found = function(block, into, piece[0])
+                if whole:
+                    return found
+                for name, values in found.items():
+                    if name not in totals:
+                        totals[name] = values.new_zeros(self.batch)
+                    totals[name][piece[0]] += values
+        return totals
+
+    def finish(self) -> None:
+        """Copy to outputs that are not in C order."""
+        for name, tensor in self.asked.items():
+            if not tensor.is_contiguous():
+                tensor.copy_(self.targets[name].view(tensor.shape))
+
+
+def _columns(form: Form) -> Form:
+    """The terms that are there, with factors that multiply a block."""
+    return Form(
+        {
+            name: _column(factor)
+            for name, factor in form.items()
+            if not (isinstance(factor, float) and factor == 0.0)
+        }
+    )
+
+
+def _column(factor: Any) -> Any:
+    """What multiplies a block: a float, or one number a row."""
+    if isinstance(factor, np.ndarray):
+        return float(factor[0]) if len(factor) == 1 else torch.from_numpy(factor)[:, None]
+    if isinstance(factor, Tensor) and factor.ndim == 1:
+        return factor[:, None]
+    return factor
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """In that precision; asking first is cheaper than a call that finds nothing to do."""
+    return values if values.dtype is dtype else values.to(dtype)
+
+
+def _write(target: Tensor, values: Any) -> None:
+    if isinstance(values, Tensor):
+        target.copy_(values)
+    else:
+        target.numpy()[...] = values
+
+
+def _clamp(values: Any, low: Any, high: Any) -> Any:
+    """Within bounds; NaN stays NaN."""
+    if isinstance(values, Tensor):
+        return values.clamp(low, high)
+    return np.minimum(np.maximum(values, low), high)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -150,182 +330,215 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)
 
 
-def tracked_odds(tracker: int, state: Tensor, at: SimpleNamespace) -> Tensor:
+def combined(form: Form, block: Block, rows: slice) -> Tensor:
+    """The form of the tensors of a block, one pass a term."""
+    result = None
+    for name, factor in form.items():
+        if isinstance(factor, Tensor) and factor.ndim == 2:
+            factor = factor[rows]
+        if result is None:
+            result = block[name] * factor
+        elif isinstance(factor, Tensor):
+            result.addcmul_(block[name], factor)
+        else:
+            result.add_(block[name], alpha=factor)
+    return torch.zeros_like(block["eps"]) if result is None else result
+
+
+# ---------------------------------------------------------------------- what there is one of
+
+
+def tracked_odds(xp: Any, tracker: int, at: SimpleNamespace, state: Any) -> Any:
     """p / (1 - p) of a posterior, e^L of a ratio; (B,) -> (B,)."""
     if tracker == LOG_ODDS:
-        return torch.exp(torch.minimum(state, at.log_odds_cap))
-    state = state.clamp(at.low, at.high)
+        return xp.exp(_clamp(state, -LARGEST, at.log_odds_cap))
+    state = _clamp(state, at.low, at.high)
     if tracker == PAPER:
-        return torch.exp(state) / -torch.expm1(state)
-    return torch.exp(state)
-
-
-def first_sums(rule: int, block: SimpleNamespace) -> Tensor:
-    """What a rule must know of a whole sample before it can guide, (3, B)."""
-    delta = block.eps_neg - block.eps
-    if rule == CONTRASTIVE:
-        gap_sq = _dot(delta, delta)
-        return torch.stack([gap_sq, torch.zeros_like(gap_sq), torch.zeros_like(gap_sq)])
-    direction = block.eps_third - block.eps
-    return torch.stack(
-        [_dot(direction, direction), _dot(delta, direction), _dot(block.eps, block.eps)]
-    )
+        return xp.exp(state) / -xp.expm1(state)
+    return xp.exp(state)
 
 
 def scale_of(
-    rule: int, at: SimpleNamespace, odds: Tensor | None, sums: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The scale of every sample and Perp-Neg's projection, both (B,)."""
-    projection = torch.zeros_like(sums[0])
+    xp: Any, rule: int, at: SimpleNamespace, odds: Any, sums: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The scale of every sample, and Perp-Neg's projection, both (B,)."""
+    projection = None
     if rule == TRACKED:
-        assert odds is not None
         scale = equations.dynamic_scale(at.guidance_scale, odds, 1.0)
     elif rule == FEEDBACK:
         scale = equations.feedback_scale(odds, at.rule_0)
     elif rule == CONTRASTIVE:
-        decay = torch.exp(-at.rule_0 * at.to_noise * at.to_noise * sums[0])
+        norm_sq = sums.get("delta", 0.0)
+        decay = xp.exp(-at.rule_0 * at.to_noise * at.to_noise * norm_sq)
         scale = equations.contrastive_scale(at.guidance_scale, decay)
     else:
-        scale = at.guidance_scale.expand_as(projection)
-    if rule == PERPENDICULAR:
-        norm_sq, dot, base_sq = sums
-        known = norm_sq > at.rule_1 * base_sq
-        projection = torch.where(known, dot / torch.where(known, norm_sq, 1.0), 0.0)
+        scale = at.guidance_scale
+    if rule == PERPENDICULAR and sums:
+        known = sums["direction"] > at.rule_1 * sums["eps"]
+        one = xp.ones_like(sums["direction"])
+        projection = xp.where(known, sums["along"], 0.0 * one)
+        projection = projection / xp.where(known, sums["direction"], one)
     return at.active * scale, projection
 
 
-def step_block(
+def updated_state(
+    xp: Any,
     variant: Variant,
     at: SimpleNamespace,
-    block: SimpleNamespace,
-    scale: Tensor,
-    projection: Tensor,
-    into: dict[str, Tensor],
-) -> Tensor:
-    """Guide a block and take its step; |delta|^2, residual . delta and SLD's scale, (3, B)."""
-    eps, delta = block.eps, block.eps_neg - block.eps
-    base = (
-        equations.toward(block.eps_third, eps - block.eps_third, at.cfg_scale)
-        if variant.cfg
-        else eps
+    state: Any,
+    odds: Any,
+    norm_sq: Any,
+    residual_dot: Any,
+    divergence_gap: Any,
+) -> Any:
+    """State at the cleaner end of the step, (B,); unchanged where the variance is 0.
+
+    From |delta|^2, residual . delta and, where it is tracked, div s_c - div s.
+    """
+    if isinstance(at.variance, float) and at.variance == 0.0:
+        return state
+    gap_sq = at.kernel_factor * at.kernel_factor * norm_sq
+    residual_gap = at.kernel_factor * residual_dot
+    start = state
+    if variant.tracker == LOG_ODDS:
+        log_ratio = equations.log_odds_ratio(odds, gap_sq, residual_gap, at.variance)
+    else:
+        log_ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, at.variance)
+        start = _clamp(state, at.low, at.high)
+    if variant.divergence:
+        if variant.tracker == LOG_ODDS:
+            score_gap_sq = at.score_factor * norm_sq
+            divergence_gap = equations.rest_divergence_gap(odds, divergence_gap, score_gap_sq)
+        log_ratio = log_ratio + equations.divergence_correction(at.eta, at.beta, divergence_gap)
+    updated = equations.tracker_update(
+        start,
+        _clamp(log_ratio, -LARGEST, LARGEST),
+        at.variance,
+        at.temperature,
+        at.offset,
+        at.offset_nats,
     )
-    elementwise = None
+    updated = _clamp(updated, at.low, at.high)
+    # On a GPU the host does not know whether the variance is 0.
+    return xp.where(at.variance > 0, updated, state) if xp is torch else updated
+
+
+# ---------------------------------------------------------------------- the step, as forms
+
+
+def step_forms(
+    variant: Variant, at: SimpleNamespace, scale: Any, projection: Any, noisy: bool
+) -> tuple[Form, Form, Form]:
+    """The guided prediction, x_next and x_next - mu_base.
+
+    In terms of x, eps, delta and noise, and of what :func:`terms_of` adds: uncond_gap = eps -
+    eps_uncond, direction = eps_pos - eps, SLD's correction.  With clipping, eps and delta are
+    those of the clipped x0, and shift is how far guidance moves it.
+    """
+    x, eps, delta = Form(x=1.0), Form(eps=1.0), Form(delta=1.0)
+    noise = Form(noise=1.0) if noisy else Form()
+    base = eps
+    if variant.cfg:
+        gap = Form(uncond_gap=1.0)
+        base = equations.toward(eps - gap, gap, at.cfg_scale)
     if variant.rule == SAFE:
-        guided, elementwise, momentum = safe_block(at, base, delta, block.momentum)
-        if "momentum" in into:
-            into["momentum"].copy_(momentum)
+        correction = Form(correction=at.from_noise)
+        guided = equations.away(base, correction, at.guidance_scale * at.applied)
     elif variant.rule == PERPENDICULAR:
-        direction = block.eps_third - eps
+        direction = Form(direction=1.0)
+        along = 0.0 if projection is None else projection
         guided = equations.away(
             equations.toward(base, direction, at.active * at.rule_0),
-            equations.perpendicular(delta, direction, projection),
+            equations.perpendicular(delta, direction, along),
             scale,
         )
     elif variant.rule in (TOWARD, FEEDBACK):
         guided = equations.toward(base, delta, scale)
     else:
         guided = equations.away(base, delta, scale)
-    if "eps_guided" in into:
-        into["eps_guided"].copy_(guided)
+    shift = Form(shift=1.0) if variant.clip else guided - eps
+    mean = equations.step_mean(x, eps + shift, at.x_factor, at.factor)
+    x_next = equations.step(mean, at.deviation, noise)
+    residual = equations.step_residual(
+        x, eps, shift, noise, at.x_drift, at.drift, at.factor, at.deviation
+    )
+    return guided, x_next, residual
 
-    sums = scale.new_zeros(3, len(eps))
-    if elementwise is not None:
-        sums[2] = elementwise.sum(-1)
-    if variant.mode == GUIDE:
-        return sums
 
-    end = guided
-    if variant.clip:
-        eps, end = clipped(at, block.x, eps), clipped(at, block.x, guided)
-        delta = clipped(at, block.x, block.eps_neg) - eps
-    x_next = equations.step_mean(block.x, end, at.x_factor, at.factor)
-    if block.noise is not None:
-        x_next = equations.step(x_next, at.deviation, block.noise)
-    into["x_next"].copy_(x_next)
-    if variant.tracker != NO_TRACKER:
-        sums[0] = _dot(delta, delta)
-        if variant.cfg or variant.clip:
-            shift_gap = _dot(end - eps, delta)
+def update_form(at: SimpleNamespace) -> Form:
+    """x_next - mu_base of a step that was taken elsewhere."""
+    mean = equations.step_mean(Form(x=1.0), Form(eps=1.0), at.kernel_x_factor, at.kernel_factor)
+    return Form(x_next=1.0) - mean
+
+
+# ---------------------------------------------------------------------- a block
+
+
+def first_sums(rule: int, block: Block) -> Block:
+    """What a rule must know of whole samples before it can guide."""
+    delta = block["eps_neg"] - block["eps"]
+    if rule == CONTRASTIVE:
+        return {"delta": _dot(delta, delta)}
+    direction = block["eps_third"] - block["eps"]
+    return {
+        "direction": _dot(direction, direction),
+        "along": _dot(delta, direction),
+        "eps": _dot(block["eps"], block["eps"]),
+    }
+
+
+def block_step(job: _Job, block: Block, into: Block, rows: slice) -> Block:
+    """Write the outputs of a block; the sums that the state and SLD's scale need."""
+    variant, at, eps = job.variant, job.at, block["eps"]
+    found: Block = {}
+    block["delta"] = block["eps_neg"] - eps
+    if variant.mode != UPDATE:
+        if variant.cfg:
+            block["uncond_gap"] = eps - block["eps_third"]
+        if variant.rule == PERPENDICULAR:
+            block["direction"] = block["eps_third"] - eps
+        if variant.rule == SAFE:
+            found["scale"] = _safe(at, block, into)
+    clips = variant.clip and variant.mode != GUIDE
+    guided = None
+    if "eps_guided" in into or (clips and variant.mode == STEP):
+        guided = combined(job.guided, block, rows)
+    if clips:
+        block["eps"] = clipped(at, block["x"], eps)
+        block["delta"] = clipped(at, block["x"], block["eps_neg"]) - block["eps"]
+        if guided is not None:
+            block["shift"] = clipped(at, block["x"], guided) - block["eps"]
+    if job.tracked:
+        delta = block["delta"]
+        found["delta"] = _dot(delta, delta)
+        if variant.mode == UPDATE:
+            # x and x_next are close: here only the difference is accurate.
+            found["x_next"] = _dot(combined(job.residual, block, rows), delta)
         else:
-            shift_gap = scale[:, 0] * sums[0]
-            shift_gap = shift_gap if variant.rule == FEEDBACK else -shift_gap
-        sums[1] = equations.step_residual(
-            _dot(block.x, delta) if variant.drift else 0.0,
-            _dot(eps, delta) if variant.drift else 0.0,
-            shift_gap,
-            0.0 if block.noise is None else _dot(block.noise, delta),
-            at.x_drift,
-            at.drift,
-            at.factor,
-            at.deviation,
-        )
-    return sums
+            found |= {name: _dot(block[name], delta) for name in job.residual if name != "delta"}
+    # Written last: an output may be an input.
+    x_next = combined(job.x_next, block, rows) if "x_next" in into else None
+    if x_next is not None:
+        into["x_next"].copy_(x_next)
+    if "eps_guided" in into and guided is not None:
+        into["eps_guided"].copy_(guided)
+    return found
 
 
-def update_block(
-    variant: Variant,
-    at: SimpleNamespace,
-    block: SimpleNamespace,
-    scale: Tensor,
-    projection: Tensor,
-) -> Tensor:
-    """|delta|^2 and residual . delta of a step that was taken elsewhere, (3, B)."""
-    eps, eps_neg = block.eps, block.eps_neg
-    if variant.clip:
-        eps, eps_neg = clipped(at, block.x, eps), clipped(at, block.x, eps_neg)
-    delta = eps_neg - eps
-    mean = equations.step_mean(block.x, eps, at.kernel_x_factor, at.kernel_factor)
-    sums = scale.new_zeros(3, len(eps))
-    sums[0] = _dot(delta, delta)
-    sums[1] = _dot(block.x_next - mean, delta)
-    return sums
-
-
-def safe_block(
-    at: SimpleNamespace, base: Tensor, delta: Tensor, momentum: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """SLD: guided prediction, elementwise scale and next momentum."""
-    difference = delta * at.to_noise
+def _safe(at: SimpleNamespace, block: Block, into: Block) -> Tensor:
+    """SLD: its correction into the block, its momentum out; the sum of the elementwise scale."""
+    difference = block["delta"] * at.to_noise
     magnitude = difference.abs()
-    gated = torch.where(at.rule_4 > 0, magnitude, -difference)
+    gated = torch.where(torch.as_tensor(at.rule_4 > 0), magnitude, -difference)
     scale = torch.where(gated < at.rule_0, (at.rule_1 * magnitude).clamp(max=1.0), 0.0)
-    correction = equations.safe_correction(scale, difference, at.rule_2, momentum)
-    following = equations.safe_momentum(momentum, correction, at.rule_3)
-    guided = equations.away(base, correction * at.from_noise, at.guidance_scale * at.applied)
-    return guided, scale, torch.where(at.active > 0, following, momentum)
+    momentum = block["momentum"]
+    block["correction"] = equations.safe_correction(scale, difference, at.rule_2, momentum)
+    following = equations.safe_momentum(momentum, block["correction"], at.rule_3)
+    into["momentum"].copy_(torch.where(torch.as_tensor(at.active > 0), following, momentum))
+    return scale.sum(-1)
 
 
 def clipped(at: SimpleNamespace, x: Tensor, prediction: Tensor) -> Tensor:
     """x0 of a prediction, in [-clip, clip]."""
     x0 = equations.step_mean(x, prediction, at.x0_x_factor, at.x0_factor)
     return x0.clamp(-at.clip, at.clip)
-
-
-def updated_state(
-    variant: Variant,
-    at: SimpleNamespace,
-    state: Tensor,
-    odds: Tensor,
-    sums: Tensor,
-    divergence_gap: Tensor | None,
-) -> Tensor:
-    """State at the cleaner end of the step, (B,); unchanged where the variance is 0."""
-    gap_sq = at.kernel_factor * at.kernel_factor * sums[0]
-    residual_gap = at.kernel_factor * sums[1]
-    moves = at.variance > 0
-    variance = torch.where(moves, at.variance, 1.0)
-    if variant.tracker == LOG_ODDS:
-        log_ratio = equations.log_odds_ratio(odds, gap_sq, residual_gap, variance)
-    else:
-        log_ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, variance)
-    if variant.divergence and divergence_gap is not None:
-        gap = divergence_gap.to(state.dtype)
-        if variant.tracker == LOG_ODDS:
-            gap = equations.rest_divergence_gap(odds, gap, at.score_factor * sums[0])
-        log_ratio = log_ratio + equations.divergence_correction(at.eta, at.beta, gap)
-    log_ratio = log_ratio.clamp(-LARGEST, LARGEST)
-    start = state if variant.tracker == LOG_ODDS else state.clamp(at.low, at.high)
-    updated = equations.tracker_update(
-        start, log_ratio, variance, at.temperature, at.offset, at.offset_nats
-    )
-    return torch.where(moves, updated.clamp(at.low, at.high), state)

@@ -22,7 +22,8 @@ from dng_math import _checks
 
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "reference")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+REDUCED = {torch.float32, torch.float16, torch.bfloat16}
+DTYPES = REDUCED | {torch.float64}
 
 
 HAS_TRITON = find_spec("triton") is not None
@@ -162,27 +163,26 @@ def _mismatch(name: str, tensor: object, like_name: str, like: Tensor) -> Except
     )
 
 
-def _check_events(like_name: str, like: Tensor, **others: Tensor | None) -> None:
+def _check_events(
+    like_name: str, like: Tensor, others: tuple[tuple[str, Tensor | None], ...]
+) -> None:
     """Every tensor has the shape, device and precision of the first."""
     if not isinstance(like, Tensor) or like.ndim < 1 or like.dtype not in DTYPES:
         got = f"{like.dtype} of shape {tuple(like.shape)}" if isinstance(like, Tensor) else like
         raise TypeError(
             f"{like_name} must be a floating-point tensor of shape (batch, ...), got {got!r}"
         )
-    shape, device, double = like.shape, like.device, like.dtype == torch.float64
-    no_grad = not torch.is_grad_enabled()
-    if like.requires_grad and not no_grad:
+    shape, device, dtype = like.shape, like.device, like.dtype
+    with_grad = torch.is_grad_enabled()
+    if with_grad and like.requires_grad:
         raise _mismatch(like_name, like, like_name, like)
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if not (
+    for name, tensor in others:
+        if tensor is not None and not (
             isinstance(tensor, Tensor)
             and tensor.shape == shape
             and tensor.device == device
-            and (no_grad or not tensor.requires_grad)
-            and tensor.dtype in DTYPES
-            and (tensor.dtype == torch.float64) == double
+            and not (with_grad and tensor.requires_grad)
+            and (tensor.dtype is dtype or {dtype, tensor.dtype} <= REDUCED)
         ):
             raise _mismatch(name, tensor, like_name, like)
 
@@ -256,7 +256,8 @@ class _Call:
 
     def per_sample(self, name: str, tensor: Tensor | None, needed: bool, why: str) -> None:
         """Check a state or the like."""
-        _needed(name, tensor, needed, why)
+        if (tensor is not None) != needed:
+            _needed(name, tensor, needed, why)
         if tensor is not None:
             _check_per_sample(name, tensor, self.like)
 
@@ -306,16 +307,19 @@ class _Call:
     ) -> Tensor | None:
         """Where an output of the shape of ``like`` goes."""
         if not asked:
-            _needed(f"out.{name}", given, False, "it is not asked for")
+            if given is not None:
+                raise ValueError(f"out.{name} must be None: it is not asked for")
             return None
         if given is None:
             return empty_like(like, dtype)
-        if given.dtype != dtype or given.shape != like.shape or given.device != like.device:
+        if given.dtype is not dtype or given.shape != like.shape or given.device != like.device:
             raise ValueError(
                 f"out.{name} must be {dtype} of shape {tuple(like.shape)} on {like.device}, "
                 f"got {given.dtype} of shape {tuple(given.shape)} on {given.device}"
             )
-        if batch_stride(given, is_channels_last(self.like)) != given[:1].numel():
+        if not (given.is_contiguous() and self.like.is_contiguous()) and (
+            batch_stride(given, is_channels_last(self.like)) != given[:1].numel()
+        ):
             raise ValueError(
                 f"out.{name} must lie in memory as {self.name} does, without gaps; got strides "
                 f"{given.stride()}"
@@ -327,7 +331,8 @@ class _Call:
     ) -> Tensor | None:
         """Where one number a sample goes."""
         if not asked:
-            _needed(f"out.{name}", given, False, "it is not asked for")
+            if given is not None:
+                raise ValueError(f"out.{name} must be None: it is not asked for")
             return None
         if given is None:
             return torch.empty(len(self.like), dtype=dtype, device=self.like.device)
@@ -441,7 +446,15 @@ def dng_step(
         Naming the argument, its value and what is allowed.
     """
     _check_events(
-        "x", x, eps=eps, eps_neg=eps_neg, eps_uncond=eps_uncond, eps_pos=eps_pos, noise=noise
+        "x",
+        x,
+        (
+            ("eps", eps),
+            ("eps_neg", eps_neg),
+            ("eps_uncond", eps_uncond),
+            ("eps_pos", eps_pos),
+            ("noise", noise),
+        ),
     )
     call = _Call(plan, step, "x", x, backend)
     third = _third(plan, eps_uncond, eps_pos)
@@ -501,7 +514,9 @@ def guide(
     Arguments as for :func:`dng_step`.  The result has ``eps_guided``, on request ``scale``, and
     for SLD ``momentum``; the state changes with :func:`update_posterior`.
     """
-    _check_events("eps", eps, eps_neg=eps_neg, eps_uncond=eps_uncond, eps_pos=eps_pos)
+    _check_events(
+        "eps", eps, (("eps_neg", eps_neg), ("eps_uncond", eps_uncond), ("eps_pos", eps_pos))
+    )
     call = _Call(plan, step, "eps", eps, backend)
     third = _third(plan, eps_uncond, eps_pos)
     call.per_sample(
@@ -552,7 +567,7 @@ def update_posterior(
     -------
     Tensor, shape (B,)
     """
-    _check_events("x", x, x_next=x_next, eps=eps, eps_neg=eps_neg)
+    _check_events("x", x, (("x_next", x_next), ("eps", eps), ("eps_neg", eps_neg)))
     call = _Call(plan, step, "x", x, backend)
     if plan.tracker_code == NO_TRACKER:
         raise ValueError(f"plan must have a rule that tracks a posterior, got {plan.rule!r}")
@@ -582,9 +597,10 @@ def _third(plan: StepPlan, eps_uncond: Tensor | None, eps_pos: Tensor | None) ->
 
 
 def _check_momentum(plan: StepPlan, momentum: Tensor | None, like: Tensor) -> None:
-    _needed("momentum", momentum, plan.needs_momentum, "SLD's, see plan.init_momentum(x)")
+    if (momentum is not None) != plan.needs_momentum:
+        _needed("momentum", momentum, plan.needs_momentum, "SLD's, see plan.init_momentum(x)")
     if momentum is not None:
-        _check_events("x", like, momentum=momentum)
+        _check_events("x", like, (("momentum", momentum),))
         if momentum.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"momentum must be float32, got {momentum.dtype}")
 
