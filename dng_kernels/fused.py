@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -293,7 +294,7 @@ def finish(
     if scale_out is not None:
         if RULE == _SAFE:
             # Never 0 / 0: an empty sample has no mean.
-            mean = a / tl.maximum(D, 1).to(tl.float32)
+            mean = a / tl.maximum(D, 1)
             scale = tl.load(row + _GUIDANCE_SCALE) * tl.load(row + _APPLIED) * mean
         tl.store(scale_out + sample, scale)
 
@@ -476,7 +477,8 @@ def chunk_step(
 # ------------------------------------------------ the kernel
 
 
-@triton.jit
+# Numbers that say nothing of alignment: another value must not compile another kernel.
+@triton.jit(do_not_specialize=["chunks", "batch", "channels", "seed", "first_sample"])
 def fused_step(
     table,
     index,
@@ -512,8 +514,8 @@ def fused_step(
     guided_out_stride,
     momentum_out_stride,
     channels,
-    seed,
-    first_sample,
+    seed: tl.int64,
+    first_sample: tl.int64,
     MODE: tl.constexpr,
     RULE: tl.constexpr,
     TRACKER: tl.constexpr,
@@ -808,4 +810,9 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 def run(*launch: Any) -> None:
     """One launch; arguments as for :func:`arguments`."""
     grid, named = arguments(*launch)
-    fused_step[grid](**named, **OPTIONS)
+    device = named["eps"].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current one
+            fused_step[grid](**named, **OPTIONS)
+    else:
+        fused_step[grid](**named, **OPTIONS)
