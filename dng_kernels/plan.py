@@ -305,8 +305,9 @@ class StepPlan:
             )
         if tracker is not None:
             columns |= _tracker_columns(tracker, c)
-            # |s_c - s|^2 from |delta|^2: a score is -eps / sigma.
-            columns["score_factor"] = (to_noise / c.sigma_t) ** 2
+            # |s_c - s|^2 from |delta|^2, of noise or of x0: s = -eps/sigma = (alpha x0 - x)/sigma^2.
+            of_x0 = c.alpha_t / c.sigma_t**2
+            columns["score_factor"] = (to_noise / c.sigma_t if self.clip is None else of_x0) ** 2
         table = np.zeros((len(c), WIDTH))
         for name, values in columns.items():
             table[:, COLUMNS.index(name)] = values

@@ -59,9 +59,10 @@ _NOTHING = StepResult(None, None, None, None, None)
 # ---------------------------------------------------------------------- the operator
 
 
-# Low-level registration: a call through ``torch.library.custom_op`` costs 40 microseconds.
+# ``task`` is the mode of the variant, a name that torch keeps for itself.  Low-level registration: a
+# call through ``torch.library.custom_op`` costs 40 microseconds.
 _SCHEMA = """(
-    int mode, int rule, int tracker, bool cfg, bool clip, bool drift, bool divergence,
+    int task, int rule, int tracker, bool cfg, bool clip, bool drift, bool divergence,
     Tensor table, Tensor index,
     Tensor? x, Tensor? x_next, Tensor eps, Tensor eps_neg, Tensor? eps_third, Tensor? noise,
     Tensor? momentum, Tensor? keys, Tensor? state, Tensor? divergence_gap,
@@ -75,7 +76,7 @@ torch.library.define("dng_kernels::step", " ".join(_SCHEMA.split()))
 
 @torch.library.impl("dng_kernels::step", ("cpu", "cuda"))
 def _operator(
-    mode: int,
+    task: int,
     rule: int,
     tracker: int,
     cfg: bool,
@@ -105,7 +106,7 @@ def _operator(
     first_sample: int,
 ) -> None:
     """Fused where there are counters, else the reference."""
-    variant = Variant(mode, rule, tracker, cfg, clip, drift, divergence)
+    variant = Variant(task, rule, tracker, cfg, clip, drift, divergence)
     inputs = Inputs(
         x, x_next, eps, eps_neg, eps_third, noise, momentum, keys, state, divergence_gap
     )

@@ -437,6 +437,81 @@ def log_odds_chain(
     return x, log_odds
 
 
+# ---- one step, of any process, sampler and kind of prediction
+
+
+class Interval(NamedTuple):
+    """The two ends of a step t -> s of a process x_t = alpha_t x_0 + sigma_t noise."""
+
+    alpha_t: float
+    sigma_t: float
+    alpha_s: float
+    sigma_s: float
+
+
+def noise_of(at: Interval, x: np.ndarray, prediction: np.ndarray, kind: str) -> np.ndarray:
+    """The noise prediction that says what another kind of prediction says."""
+    if kind == "epsilon":
+        return prediction
+    if kind == "sample":
+        x0 = prediction
+    elif kind == "v_prediction":
+        x0 = (at.alpha_t * x - at.sigma_t * prediction) / (at.alpha_t**2 + at.sigma_t**2)
+    else:
+        assert kind == "flow"
+        x0 = x - at.sigma_t * prediction
+    return (x - at.alpha_t * x0) / at.sigma_t
+
+
+def prediction_of(at: Interval, x: np.ndarray, eps: np.ndarray, kind: str) -> np.ndarray:
+    """eps, v = alpha eps - sigma x_0, x_0 or eps - x_0."""
+    x0 = (x - at.sigma_t * eps) / at.alpha_t
+    return {
+        "epsilon": eps,
+        "v_prediction": at.alpha_t * eps - at.sigma_t * x0,
+        "sample": x0,
+        "flow": eps - x0,
+    }[kind]
+
+
+def predicted_x0(at: Interval, x: np.ndarray, eps: np.ndarray, clip: float | None) -> np.ndarray:
+    """x_0 of a noise prediction (DDPM, Eq. 15), in [-clip, clip] if it is clipped."""
+    x0 = (x - at.sigma_t * eps) / at.alpha_t
+    return x0 if clip is None else np.clip(x0, -clip, clip)
+
+
+def family_mean(at: Interval, x: np.ndarray, x0: np.ndarray, eta: float) -> np.ndarray:
+    """A x + B x_0 with A = sqrt(sigma_s^2 - V)/sigma_t, B = alpha_s - alpha_t A (DDIM, Eq. 12).
+
+    V is eta^2 times the small variance: the DDPM posterior at eta = 1, no noise at eta = 0.
+    """
+    variance = eta**2 * step_variance(*at, "small")
+    a = np.sqrt(at.sigma_s**2 - variance) / at.sigma_t
+    b = at.alpha_s - at.alpha_t * a
+    return a * x + b * x0
+
+
+def euler_maruyama_mean(at: Interval, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
+    """x + f dt + g^2 score dt, with f dt = -log(alpha_t/alpha_s) x and g^2 dt = beta_ts.
+
+    A step to sigma = 0, where the drift has no end, goes to the predicted x_0.
+    """
+    if at.sigma_s == 0.0:
+        return at.alpha_s * x0
+    score = (at.alpha_t * x0 - x) / at.sigma_t**2
+    return x - np.log(at.alpha_t / at.alpha_s) * x + step_variance(*at, "large") * score
+
+
+def rest_divergence(p: Any, gap: np.ndarray, divergence: Any, divergence_neg: Any) -> Any:
+    """div s_r, from gap = s_c - s and the divergences of s and s_c.
+
+    s = p s_c + (1 - p) s_r and grad p = p (s_c - s), so
+    div s = p div s_c + (1 - p) div s_r + p (1 - p) |s_c - s_r|^2, and s_c - s_r = gap / (1 - p).
+    """
+    between = np.sum((gap / per_sample(1.0 - p, gap)) ** 2, axis=1)
+    return (divergence - p * divergence_neg - p * (1.0 - p) * between) / (1.0 - p)
+
+
 # ---- the Gaussian mixture in float64: x (N, D), weights (K,), means (K, D),
 # ---- covariances (K,) times the identity, (K, D) on the diagonal, or (K, D, D)
 

@@ -28,6 +28,27 @@ SCORE = 1e-10
 # by 1/(2v), up to 1e4 in the last steps.
 CHAIN = 1e-9
 
+# One step in float64, or a thousand of them through smooth networks, against the transcription: it
+# subtracts two squared norms of D v, divides by 2 v, and forms A from sigma_s^2 - V, which costs
+# five digits of sixteen at most.
+STEP = 1e-10
+
+# One step in float32 against float64, in units of what a single rounding of its largest terms makes
+# (the function ``rounding`` of tests/test_step.py): the table's entry, the product, the sum and the
+# exponential of a scale round once each; SLD's momentum is five such operations long.
+STEP_UNITS = 8
+
+# Log posteriors in float32 after 50 steps of 16,384 numbers a sample.  The rounding of the products
+# that are added up is random, so that a step costs 6e-8 of its log ratio; ten may err alike.
+LOG_POSTERIOR_FLOAT32 = 1e-6
+
+# A chain of 20 steps of an exact mixture in float64: both sides round differently at every step,
+# and the mixture grows a difference by two digits where a sample has yet to choose its component.
+WHOLE_CHAIN = 1e-11
+
+# The same chain in float32: 6e-8 of rounding a step in place of 1e-16.
+CHAIN_FLOAT32 = 1e-4
+
 # Quadrature against closed forms or against 50 digits.  Gauss-Legendre panels converge to 1e-13;
 # the rest is for functions of the integrals (a logarithm, a quantile) and for SciPy's own.
 QUADRATURE = 1e-9
