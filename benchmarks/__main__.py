@@ -7,16 +7,38 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.harness import Settings, machine, table, write_csv
+from benchmarks.harness import AnyRow, Settings, machine, table, write_csv
 
-# Modules of this package, imported when asked for: each needs what it measures.
+# Modules of this package, imported when asked for: each needs what it measures.  Each has PARTS;
+# it may have devices(), more of the machine to name, and report() and draw() of all its rows.
 COMMANDS = {
     "mixture": "exact mixtures on the CPU, against NumPy, SciPy, scikit-learn, torch and JAX",
+    "step": "one fused step, against the published sequence, torch.compile and a copy",
+    "overhead": "the share of the guidance step in a whole sampling step with a UNet",
 }
 
 
 def first_line(function: object) -> str:
     return (function.__doc__ or "").partition("\n")[0]
+
+
+def subject(row: AnyRow) -> str:
+    """What a row is about, of the columns that its table has for that."""
+    names = ("benchmark", "network", "batch", "case", "dtype", "contender", "mode")
+    return ", ".join(str(getattr(row, name)) for name in names if hasattr(row, name))
+
+
+def say_what_there_is() -> None:
+    """Every command and its parts."""
+    for name, summary in COMMANDS.items():
+        print(f"{name}: {summary}")
+        try:
+            parts = import_module(f"benchmarks.{name}").PARTS
+        except ImportError as error:
+            print(f"    not here: {error}")
+            continue
+        for part, function in parts.items():
+            print(f"    {part}: {first_line(function)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,34 +52,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument(
             "--quick", action="store_true", help="small sizes, to see that everything runs"
         )
+        command.add_argument("--part", help="one part only, with results under its own name")
     options = parser.parse_args(arguments)
     if options.list:
-        for name, summary in COMMANDS.items():
-            print(f"{name}: {summary}")
-            for part, function in import_module(f"benchmarks.{name}").PARTS.items():
-                print(f"    {part}: {first_line(function)}")
+        say_what_there_is()
         return
     if options.command is None:
         parser.error(f"a command is needed, one of: {', '.join(COMMANDS)}")
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    try:
+        module = import_module(f"benchmarks.{options.command}")
+    except ImportError as error:
+        parser.error(f"{options.command} cannot run here: {error}")
+    parts = module.PARTS
+    if options.part is not None:
+        if options.part not in parts:
+            parser.error(f"--part must be one of {', '.join(parts)}, got {options.part}")
+        parts = {options.part: parts[options.part]}
 
-    where = machine()
+    where = machine(**getattr(module, "devices", dict)())
     print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
-    rows = []
-    for part, function in import_module(f"benchmarks.{options.command}").PARTS.items():
+    rows: list[AnyRow] = []
+    for part, function in parts.items():
         print(f"\n{part}: {first_line(function)}", flush=True)
         found = function(Settings(options.repeats, options.quick))
         print(table(found), flush=True)
         rows += found
-    # A trial must not overwrite the results that documents refer to.
-    path = options.out / f"{options.command}{'_quick' if options.quick else ''}.csv"
+    # A trial, or a part, must not overwrite the results that documents refer to.
+    name = "_".join(
+        [options.command, *([options.part] if options.part else []), *["quick"] * options.quick]
+    )
+    path = options.out / f"{name}.csv"
     write_csv(path, rows, where)
+    if hasattr(module, "report"):
+        print("\nreport")
+        print("\n".join(f"  {line}" for line in module.report(rows)))
     print("\ngoals")
     for row in rows:
         if row.goal:
-            print(f"  {row.met}: {row.benchmark}, {row.contender}: {row.goal}; {row.measured}")
+            print(f"  {row.met}: {subject(row)}: {row.goal}; {row.measured}")
     print(f"written to {path}")
+    if hasattr(module, "draw"):
+        print(module.draw(rows, path.with_suffix(".png"), where))
 
 
 if __name__ == "__main__":

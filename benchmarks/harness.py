@@ -13,10 +13,12 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,7 +27,7 @@ import dng_math
 from dng_math._jit import available_threads
 
 BASELINE = "dng_math"
-PACKAGES = ("numpy", "scipy", "numba", "scikit-learn", "torch", "jax")
+PACKAGES = ("numpy", "scipy", "numba", "scikit-learn", "torch", "triton", "jax", "diffusers")
 # Runtimes let their threads spin for a while when the work is done, and would take a core from
 # the next contender.
 PAUSE = 0.05
@@ -61,9 +63,20 @@ def nothing() -> None:
     """The warm-up of what is warm already, or must not be."""
 
 
+def wall(run: Callable[[], object]) -> float:
+    """Seconds that a call takes, by the clock on the wall."""
+    time.sleep(PAUSE)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 @dataclass(frozen=True)
 class Contender:
-    """``run`` is timed in at most ``rounds`` rounds, after one ``warm_up`` (default: ``run``)."""
+    """``run`` is timed in at most ``rounds`` rounds, after one ``warm_up`` (default: ``run``).
+
+    It does its work ``calls`` times over, and is compared with the contender named ``baseline``.
+    """
 
     name: str
     run: Callable[[], object]
@@ -71,6 +84,9 @@ class Contender:
     rounds: int | None = None
     goal: Goal | None = None
     note: str = ""
+    calls: int = 1
+    baseline: str = BASELINE
+    clock: Callable[[Callable[[], object]], float] = wall
 
 
 @dataclass(frozen=True)
@@ -111,18 +127,41 @@ def check_close(what: str, actual: ArrayLike, expected: ArrayLike, tolerance: fl
 
 
 def interleaved(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every round of every contender."""
+    """Seconds a call, of every round of every contender."""
     for contender in contenders:
         (contender.warm_up or contender.run)()
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in range(repeats):
         for contender in contenders:
             if contender.rounds is None or turn < contender.rounds:
-                time.sleep(PAUSE)
-                start = time.perf_counter()
-                contender.run()
-                seconds[contender.name].append(time.perf_counter() - start)
+                elapsed = contender.clock(contender.run)
+                seconds[contender.name].append(elapsed / contender.calls)
     return seconds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quartiles of the seconds of a call, and the median ratio to the baseline's."""
+
+    q25: float
+    median: float
+    q75: float
+    ratio: float
+
+
+def measure(contenders: Sequence[Contender], repeats: int) -> dict[str, Timing]:
+    """Time the contenders in turns; the ratio to a baseline that is not among them is NaN."""
+    seconds = interleaved(contenders, repeats)
+    timings = {}
+    for contender in contenders:
+        own = seconds[contender.name]
+        # A contender with fewer rounds is compared with the baseline of those rounds.
+        pairs = zip(own, seconds.get(contender.baseline, []), strict=False)
+        ratios = [mine / base for mine, base in pairs]
+        ratio = float(np.median(ratios)) if ratios else np.nan
+        q25, median, q75 = (float(q) for q in np.quantile(own, [0.25, 0.5, 0.75]))
+        timings[contender.name] = Timing(q25, median, q75, ratio)
+    return timings
 
 
 def compare(
@@ -135,19 +174,16 @@ def compare(
     per: int = 1,
 ) -> list[Row]:
     """Time the contenders, of which one is the baseline; seconds are divided by ``per``."""
-    seconds = interleaved(contenders, settings.repeats)
+    timings = measure(contenders, settings.repeats)
     rows = []
     for contender in contenders:
-        own = np.array(seconds[contender.name])
-        # A contender with fewer rounds is compared with the baseline of those rounds.
-        pairs = zip(own, seconds[BASELINE], strict=False)
-        ratio = float(np.median([mine / base for mine, base in pairs]))
-        q25, median, q75 = (float(q) / per for q in np.quantile(own, [0.25, 0.5, 0.75]))
+        found = timings[contender.name]
+        q25, median, q75 = found.q25 / per, found.median / per, found.q75 / per
         row = Row(benchmark, contender.name, n, steps, median, q25, q75, note=contender.note)
-        row = replace(row, ratio_to_dng_math=ratio)
+        row = replace(row, ratio_to_dng_math=found.ratio)
         if (goal := contender.goal) is not None:
-            row = replace(row, goal=goal.text, measured=goal.measured(ratio, median))
-            row = replace(row, met=verdict(goal.reached(ratio, median), settings))
+            row = replace(row, goal=goal.text, measured=goal.measured(found.ratio, median))
+            row = replace(row, met=verdict(goal.reached(found.ratio, median), settings))
         rows.append(row)
     return rows
 
@@ -166,7 +202,16 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, str]:
+def gpu() -> str:
+    """Name of the GPU that torch would use; "none" without one or without torch."""
+    try:
+        cuda = import_module("torch").cuda
+    except ImportError:
+        return "none"
+    return str(cuda.get_device_name()) if cuda.is_available() else "none"
+
+
+def machine(**devices: str) -> dict[str, str]:
     """What the numbers were measured on, with what, and when."""
     versions = {}
     for package in PACKAGES:
@@ -176,6 +221,7 @@ def machine() -> dict[str, str]:
             versions[package] = "none"
     return {
         "cpu": _cpu(),
+        **devices,
         "cores": f"{available_threads()} of {os.cpu_count()}",
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -185,10 +231,27 @@ def machine() -> dict[str, str]:
     }
 
 
-def write_csv(path: Path, rows: Sequence[Row], where: dict[str, str]) -> None:
+class AnyRow(Protocol):
+    """A dataclass with a column a field; what a goal is said with is in every table."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def benchmark(self) -> str: ...
+    @property
+    def contender(self) -> str: ...
+    @property
+    def goal(self) -> str: ...
+    @property
+    def measured(self) -> str: ...
+    @property
+    def met(self) -> str: ...
+
+
+def write_csv(path: Path, rows: Sequence[AnyRow], where: dict[str, str]) -> None:
     """One line a contender, with the machine on every line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = [field.name for field in fields(Row)]
+    names = [field.name for field in fields(rows[0])]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*names, *where], lineterminator="\n")
         writer.writeheader()
@@ -203,10 +266,10 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[AnyRow]) -> str:
     """Plain text, one line a contender, without the columns that say nothing."""
     columns = []
-    for field in fields(Row):
+    for field in fields(rows[0]):
         cells = [_cell(getattr(row, field.name)) for row in rows]
         if any(cells):
             width = max(map(len, [field.name, *cells]))

@@ -217,6 +217,12 @@ class StepPlan:
         if not hasattr(rule, "guide"):
             raise TypeError(f"rule must be one of dng_math.guidance, got {rule!r}")
         _checks.choice("prediction", prediction, PREDICTION_TYPES)
+        if not np.all(coefficients.sigma_t > 0):
+            step = int(np.argmin(coefficients.sigma_t > 0))
+            raise ValueError(
+                "coefficients.sigma_t must be > 0 at the noisier end of every step, got "
+                f"{coefficients.sigma_t[step]} at step {step}"
+            )
         self.coefficients = coefficients
         self._steps = len(coefficients)
         self.rule = rule
@@ -305,7 +311,7 @@ class StepPlan:
             )
         if tracker is not None:
             columns |= _tracker_columns(tracker, c)
-            # |s_c - s|^2 from |delta|^2, of noise or of x0: s = -eps/sigma = (alpha x0 - x)/sigma^2.
+            # |s_c - s|^2 from |delta|^2: s is -eps / sigma, and (alpha x0 - x) / sigma^2.
             of_x0 = c.alpha_t / c.sigma_t**2
             columns["score_factor"] = (to_noise / c.sigma_t if self.clip is None else of_x0) ** 2
         table = np.zeros((len(c), WIDTH))
@@ -322,7 +328,8 @@ class StepPlan:
             )
         if np.any(table[:, COLUMNS.index("variance")] < 0):
             raise ValueError("the tracker's variance must be >= 0 at every step")
-        finite = np.isfinite(table.astype(np.float32))
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(table.astype(np.float32))
         if not finite.all():
             step, column = (int(i) for i in np.argwhere(~finite)[0])
             raise ValueError(

@@ -134,14 +134,15 @@ def run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index
         prepared = _prepared(variant, noisy, tuple(table[int(index)].tolist()))
         at = prepared.at
     else:
-        at = _named(table[index].unbind())
+        # Indexing with a tensor of no dimensions would wait for its value.
+        at = _named(table.index_select(0, index.reshape(1))[0].unbind())
 
     def numbers(values: Tensor) -> Any:
         values = _as(values.detach(), table.dtype)
         return values.numpy() if on_host else values
 
     blocks = _Blocks(inputs, outputs, table.dtype, index)
-    state = odds = scale = projection = None
+    state = odds = scale = None
     if inputs.state is not None:
         state = numbers(inputs.state)
         odds = tracked_odds(xp, variant.tracker, at, state)
@@ -362,7 +363,7 @@ def scale_of(
     xp: Any, rule: int, at: SimpleNamespace, odds: Any, sums: dict[str, Any]
 ) -> tuple[Any, Any]:
     """The scale of every sample, and Perp-Neg's projection, both (B,)."""
-    projection = None
+    projection = 0.0
     if rule == TRACKED:
         scale = equations.dynamic_scale(at.guidance_scale, odds, 1.0)
     elif rule == FEEDBACK:
@@ -446,10 +447,9 @@ def step_forms(
         guided = equations.away(base, correction, at.guidance_scale * at.applied)
     elif variant.rule == PERPENDICULAR:
         direction = Form(direction=1.0)
-        along = 0.0 if projection is None else projection
         guided = equations.away(
             equations.toward(base, direction, at.active * at.rule_0),
-            equations.perpendicular(delta, direction, along),
+            equations.perpendicular(delta, direction, projection),
             scale,
         )
     elif variant.rule in (TOWARD, FEEDBACK):

@@ -26,6 +26,7 @@ REDUCED = {torch.float32, torch.float16, torch.bfloat16}
 DTYPES = REDUCED | {torch.float64}
 
 
+NEEDED = ("eps", "eps_neg", "x_next")  # of the tensors like x, those that every call has
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -59,8 +60,8 @@ _NOTHING = StepResult(None, None, None, None, None)
 # ---------------------------------------------------------------------- the operator
 
 
-# ``task`` is the mode of the variant, a name that torch keeps for itself.  Low-level registration: a
-# call through ``torch.library.custom_op`` costs 40 microseconds.
+# ``task`` is the mode of the variant, a name that torch keeps for itself.
+# Low-level registration: a call through ``torch.library.custom_op`` costs 40 microseconds.
 _SCHEMA = """(
     int task, int rule, int tracker, bool cfg, bool clip, bool drift, bool divergence,
     Tensor table, Tensor index,
@@ -165,7 +166,9 @@ def _mismatch(name: str, tensor: object, like_name: str, like: Tensor) -> Except
 
 
 def _check_events(
-    like_name: str, like: Tensor, others: tuple[tuple[str, Tensor | None], ...]
+    like_name: str,
+    like: Tensor,
+    others: tuple[tuple[str, Tensor | None], ...],
 ) -> None:
     """Every tensor has the shape, device and precision of the first."""
     if not isinstance(like, Tensor) or like.ndim < 1 or like.dtype not in DTYPES:
@@ -178,7 +181,9 @@ def _check_events(
     if with_grad and like.requires_grad:
         raise _mismatch(like_name, like, like_name, like)
     for name, tensor in others:
-        if tensor is not None and not (
+        if tensor is None and name not in NEEDED:
+            continue
+        if not (
             isinstance(tensor, Tensor)
             and tensor.shape == shape
             and tensor.device == device
@@ -206,6 +211,14 @@ def _check_per_sample(name: str, tensor: object, like: Tensor) -> None:
         raise _mismatch(name, tensor, name, tensor)
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _check_target(name: str, given: object) -> None:
+    """A tensor, and none that a graph of gradients remembers."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"out.{name} must be a tensor, got {given!r}")
+    if given.requires_grad:
+        raise ValueError(f"out.{name} requires grad, and is written into: give a detached tensor")
 
 
 def _needed(name: str, value: object, needed: bool, why: str) -> None:
@@ -250,6 +263,9 @@ class _Call:
                     f"step must be an int or a 0-dimensional int64 tensor on {self.like.device}, "
                     f"got {step.dtype} of shape {tuple(step.shape)} on {step.device}"
                 )
+            # On a GPU its value is not known here, and in a compiled graph it is not known yet.
+            if step.device.type == "cpu" and not torch.compiler.is_compiling():
+                _checks.integer("step", int(step), 0, len(self.plan) - 1)
             return step
         if type(step) is not int or not 0 <= step < len(self.plan):
             step = _checks.integer("step", step, 0, len(self.plan) - 1)
@@ -313,13 +329,16 @@ class _Call:
             return None
         if given is None:
             return empty_like(like, dtype)
+        _check_target(name, given)
         if given.dtype is not dtype or given.shape != like.shape or given.device != like.device:
             raise ValueError(
                 f"out.{name} must be {dtype} of shape {tuple(like.shape)} on {like.device}, "
                 f"got {given.dtype} of shape {tuple(given.shape)} on {given.device}"
             )
-        if not (given.is_contiguous() and self.like.is_contiguous()) and (
-            batch_stride(given, is_channels_last(self.like)) != given[:1].numel()
+        if (
+            not (given.is_contiguous() and self.like.is_contiguous())
+            and given.numel()
+            and (batch_stride(given, is_channels_last(self.like)) != given[:1].numel())
         ):
             raise ValueError(
                 f"out.{name} must lie in memory as {self.name} does, without gaps; got strides "
@@ -337,6 +356,7 @@ class _Call:
             return None
         if given is None:
             return torch.empty(len(self.like), dtype=dtype, device=self.like.device)
+        _check_target(name, given)
         _check_per_sample(f"out.{name}", given, self.like)
         return given
 
@@ -466,7 +486,7 @@ def dng_step(
     )
     _check_momentum(plan, momentum, x)
     given, keys, seed_bits = call.randomness(step, noise, seed, first_sample)
-    into = _NOTHING if out is None else out
+    into = _given(out)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     result = StepResult(
         call.target("x_next", into.x_next, True, x, x.dtype),
@@ -524,7 +544,7 @@ def guide(
         "state", state, plan.tracker_code != NO_TRACKER, "the state of the rule's tracker"
     )
     _check_momentum(plan, momentum, eps)
-    into = _NOTHING if out is None else out
+    into = _given(out)
     accumulator = torch.float64 if eps.dtype == torch.float64 else torch.float32
     result = StepResult(
         call.target("x_next", into.x_next, False, eps, eps.dtype),
@@ -587,6 +607,14 @@ def update_posterior(
         0,
     )
     return following
+
+
+def _given(out: StepResult | None) -> StepResult:
+    if out is None:
+        return _NOTHING
+    if not isinstance(out, StepResult):
+        raise TypeError(f"out must be a StepResult of tensors and None, got {type(out).__name__}")
+    return out
 
 
 def _third(plan: StepPlan, eps_uncond: Tensor | None, eps_pos: Tensor | None) -> Tensor | None:
