@@ -803,8 +803,17 @@ _INPUT_EVENTS = ("x", "x_next_in", "eps", "eps_neg", "eps_third", "noise", "mome
 _OUTPUT_EVENTS = ("x_next", "guided_out", "momentum_out")
 
 
-# Multiplications and additions are fused where the compiler likes: it says so, not a default.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+def options(named: dict[str, Any]) -> dict[str, Any]:
+    """How a kernel with these arguments is compiled.
+
+    Multiplications and additions are fused where the compiler likes: it says so, not a default.
+    The common kernels take 64 registers at most; where more are needed, the compiler is told that
+    it may have them, or it would spill some to keep more programs at once.
+    """
+    heavy = named["CFG"] or named["CLIP"] or named["DRIFT"] or named["CHANNELS_LAST"]
+    heavy = heavy or named["D"] % 16 != 0
+    common = {"num_warps": 4, "enable_fp_fusion": True}
+    return common | {"maxnreg": 255} if heavy else common
 
 
 def run(*launch: Any) -> None:
@@ -813,6 +822,6 @@ def run(*launch: Any) -> None:
     device = named["eps"].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current one
-            fused_step[grid](**named, **OPTIONS)
+            fused_step[grid](**named, **options(named))
     else:
-        fused_step[grid](**named, **OPTIONS)
+        fused_step[grid](**named, **options(named))

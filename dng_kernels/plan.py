@@ -326,8 +326,12 @@ class StepPlan:
                 "coefficients.step_var must be >= 0, "
                 f"got {self.coefficients.step_var[step]} at step {step}"
             )
-        if np.any(table[:, COLUMNS.index("variance")] < 0):
-            raise ValueError("the tracker's variance must be >= 0 at every step")
+        variance = table[:, COLUMNS.index("variance")]
+        if np.any(variance < 0):
+            step = int(np.argmax(variance < 0))
+            raise ValueError(
+                f"the tracker's variance must be >= 0, got {variance[step]} at step {step}"
+            )
         with np.errstate(over="ignore"):
             finite = np.isfinite(table.astype(np.float32))
         if not finite.all():
@@ -385,6 +389,8 @@ class StepPlan:
         log p for :class:`PaperTracker`, log p/(1-p) for :class:`LogOddsTracker`, L for FBG.
         """
         _checks.integer("batch", batch, 0)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         if self.tracker is None:
             return None
         prior = getattr(self.tracker, "prior", 0.5)

@@ -174,7 +174,7 @@ def _check_events(
     if not isinstance(like, Tensor) or like.ndim < 1 or like.dtype not in DTYPES:
         got = f"{like.dtype} of shape {tuple(like.shape)}" if isinstance(like, Tensor) else like
         raise TypeError(
-            f"{like_name} must be a floating-point tensor of shape (batch, ...), got {got!r}"
+            f"{like_name} must be a floating-point tensor of shape (batch, ...), got {got}"
         )
     shape, device, dtype = like.shape, like.device, like.dtype
     with_grad = torch.is_grad_enabled()
@@ -213,20 +213,35 @@ def _check_per_sample(name: str, tensor: object, like: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
+def _check_keys(keys: Tensor, batch: int, device: torch.device) -> None:
+    """Seed and sample index of every sample."""
+    if (
+        keys.dtype != torch.int64
+        or keys.shape != (batch, 2)
+        or keys.device != device
+        or not keys.is_contiguous()
+    ):
+        raise ValueError(
+            f"seed must be an int or a contiguous int64 tensor of shape ({batch}, 2) on {device} "
+            f"(see noise_keys), got {keys.dtype} of shape {tuple(keys.shape)}, strides "
+            f"{keys.stride()}, on {keys.device}"
+        )
+
+
 def _check_target(name: str, given: object) -> None:
     """A tensor, and none that a graph of gradients remembers."""
     if not isinstance(given, Tensor):
-        raise TypeError(f"out.{name} must be a tensor, got {given!r}")
+        raise TypeError(f"{name} must be a tensor, got {given!r}")
     if given.requires_grad:
-        raise ValueError(f"out.{name} requires grad, and is written into: give a detached tensor")
+        raise ValueError(f"{name} requires grad, and is written into: give a detached tensor")
 
 
 def _needed(name: str, value: object, needed: bool, why: str) -> None:
     """An argument is there if and only if the plan reads it."""
     if (value is not None) != needed:
         if needed:
-            raise ValueError(f"{name} must be given: {why}")
-        raise ValueError(f"{name} must be None: nothing in this plan reads it ({why})")
+            raise ValueError(f"{name} must be given: this plan needs it, as do {why}")
+        raise ValueError(f"{name} must be None: nothing in this plan reads it, only {why} do")
 
 
 class _Call:
@@ -238,7 +253,7 @@ class _Call:
         self, plan: StepPlan, step: int | Tensor, name: str, like: Tensor, backend: Backend
     ) -> None:
         if not isinstance(plan, StepPlan):
-            raise TypeError(f"plan must be a StepPlan, got {plan!r}")
+            raise TypeError(f"plan must be a StepPlan, got a {type(plan).__name__}")
         self.plan, self.name, self.like = plan, name, like
         if like.device != plan.device:
             raise ValueError(
@@ -293,25 +308,14 @@ class _Call:
                 "noise or seed must be given: the step adds noise (its variance is not 0)"
             )
         if isinstance(seed, Tensor):
-            wanted = (len(self.like), 2)
-            if (
-                seed.dtype != torch.int64
-                or seed.shape != wanted
-                or seed.device != self.like.device
-                or not seed.is_contiguous()
-            ):
-                raise ValueError(
-                    f"seed must be an int or a contiguous int64 tensor of shape {wanted} on "
-                    f"{self.like.device} (see noise_keys), got {seed.dtype} of shape "
-                    f"{tuple(seed.shape)} on {seed.device}"
-                )
+            _check_keys(seed, self.like.shape[0], self.like.device)
             return None, seed, None
         if seed is not None:
             if type(seed) is not int or not 0 <= seed < 2**64:
                 seed = _checks.integer("seed", seed, 0, 2**64 - 1)
             if type(first_sample) is not int or not 0 <= first_sample < 2**62:
                 _checks.integer("first_sample", first_sample, 0, 2**62 - 1)
-            if self.like[:1].numel() > normal.LARGEST_SAMPLE:
+            if self.like.numel() > normal.LARGEST_SAMPLE * self.like.shape[0] > 0:
                 raise ValueError(
                     f"{self.name} must have at most 2**34 elements a sample for noise made from a "
                     "seed"
@@ -325,14 +329,14 @@ class _Call:
         """Where an output of the shape of ``like`` goes."""
         if not asked:
             if given is not None:
-                raise ValueError(f"out.{name} must be None: it is not asked for")
+                raise ValueError(f"{name} must be None: this call does not return it")
             return None
         if given is None:
             return empty_like(like, dtype)
         _check_target(name, given)
         if given.dtype is not dtype or given.shape != like.shape or given.device != like.device:
             raise ValueError(
-                f"out.{name} must be {dtype} of shape {tuple(like.shape)} on {like.device}, "
+                f"{name} must be {dtype} of shape {tuple(like.shape)} on {like.device}, "
                 f"got {given.dtype} of shape {tuple(given.shape)} on {given.device}"
             )
         if (
@@ -341,7 +345,7 @@ class _Call:
             and (batch_stride(given, is_channels_last(self.like)) != given[:1].numel())
         ):
             raise ValueError(
-                f"out.{name} must lie in memory as {self.name} does, without gaps; got strides "
+                f"{name} must lie in memory as {self.name} does, without gaps; got strides "
                 f"{given.stride()}"
             )
         return given
@@ -352,12 +356,12 @@ class _Call:
         """Where one number a sample goes."""
         if not asked:
             if given is not None:
-                raise ValueError(f"out.{name} must be None: it is not asked for")
+                raise ValueError(f"{name} must be None: this call does not return it")
             return None
         if given is None:
-            return torch.empty(len(self.like), dtype=dtype, device=self.like.device)
+            return torch.empty(self.like.shape[0], dtype=dtype, device=self.like.device)
         _check_target(name, given)
-        _check_per_sample(f"out.{name}", given, self.like)
+        _check_per_sample(name, given, self.like)
         return given
 
     def launch(
@@ -371,11 +375,13 @@ class _Call:
     ) -> None:
         """Call the operator."""
         plan = self.plan
-        if len(self.like) == 0:
+        if self.like.shape[0] == 0:
             return
         counters = partials = None
         if self.triton:
-            counters, partials = plan.workspace(len(self.like), self.like[0].numel())
+            counters, partials = plan.workspace(
+                self.like.shape[0], self.like.numel() // self.like.shape[0]
+            )
         _launch(
             mode,
             plan.rule_code,
@@ -480,7 +486,7 @@ def dng_step(
     call = _Call(plan, step, "x", x, backend)
     third = _third(plan, eps_uncond, eps_pos)
     tracked = plan.tracker_code != NO_TRACKER
-    call.per_sample("state", state, tracked, "the state of the rule's tracker")
+    call.per_sample("state", state, tracked, "rules that track a posterior")
     call.per_sample(
         "divergence_gap", divergence_gap, plan.needs_divergence, "trackers with divergence=True"
     )
@@ -489,21 +495,21 @@ def dng_step(
     into = _given(out)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     result = StepResult(
-        call.target("x_next", into.x_next, True, x, x.dtype),
+        call.target("out.x_next", into.x_next, True, x, x.dtype),
         call.per_sample_target(
-            "state", into.state, tracked, accumulator if state is None else state.dtype
+            "out.state", into.state, tracked, accumulator if state is None else state.dtype
         ),
         call.target(
-            "eps_guided",
+            "out.eps_guided",
             into.eps_guided,
             return_guided or into.eps_guided is not None,
             x,
             eps.dtype,
         ),
         call.per_sample_target(
-            "scale", into.scale, return_scale or into.scale is not None, accumulator
+            "out.scale", into.scale, return_scale or into.scale is not None, accumulator
         ),
-        call.target("momentum", into.momentum, plan.needs_momentum, x, accumulator),
+        call.target("out.momentum", into.momentum, plan.needs_momentum, x, accumulator),
     )
     call.launch(
         STEP,
@@ -540,20 +546,18 @@ def guide(
     )
     call = _Call(plan, step, "eps", eps, backend)
     third = _third(plan, eps_uncond, eps_pos)
-    call.per_sample(
-        "state", state, plan.tracker_code != NO_TRACKER, "the state of the rule's tracker"
-    )
+    call.per_sample("state", state, plan.tracker_code != NO_TRACKER, "rules that track a posterior")
     _check_momentum(plan, momentum, eps)
     into = _given(out)
     accumulator = torch.float64 if eps.dtype == torch.float64 else torch.float32
     result = StepResult(
-        call.target("x_next", into.x_next, False, eps, eps.dtype),
-        call.per_sample_target("state", into.state, False, accumulator),
-        call.target("eps_guided", into.eps_guided, True, eps, eps.dtype),
+        call.target("out.x_next", into.x_next, False, eps, eps.dtype),
+        call.per_sample_target("out.state", into.state, False, accumulator),
+        call.target("out.eps_guided", into.eps_guided, True, eps, eps.dtype),
         call.per_sample_target(
-            "scale", into.scale, return_scale or into.scale is not None, accumulator
+            "out.scale", into.scale, return_scale or into.scale is not None, accumulator
         ),
-        call.target("momentum", into.momentum, plan.needs_momentum, eps, accumulator),
+        call.target("out.momentum", into.momentum, plan.needs_momentum, eps, accumulator),
     )
     call.launch(
         GUIDE,
@@ -592,11 +596,11 @@ def update_posterior(
     call = _Call(plan, step, "x", x, backend)
     if plan.tracker_code == NO_TRACKER:
         raise ValueError(f"plan must have a rule that tracks a posterior, got {plan.rule!r}")
-    call.per_sample("state", state, True, "the state of the rule's tracker")
+    call.per_sample("state", state, True, "rules that track a posterior")
     call.per_sample(
         "divergence_gap", divergence_gap, plan.needs_divergence, "trackers with divergence=True"
     )
-    following = call.per_sample_target("state", out, True, state.dtype)
+    following = call.per_sample_target("out", out, True, state.dtype)
     assert following is not None
     call.launch(
         UPDATE,
@@ -621,17 +625,19 @@ def _third(plan: StepPlan, eps_uncond: Tensor | None, eps_pos: Tensor | None) ->
     if (eps_uncond is not None) != plan.needs_uncond:
         _needed("eps_uncond", eps_uncond, plan.needs_uncond, "plans with a cfg_scale")
     if (eps_pos is not None) != plan.needs_positive:
-        _needed("eps_pos", eps_pos, plan.needs_positive, "plans with Perp-Neg")
+        _needed("eps_pos", eps_pos, plan.needs_positive, "plans with PerpNeg")
     return eps_uncond if eps_pos is None else eps_pos
 
 
 def _check_momentum(plan: StepPlan, momentum: Tensor | None, like: Tensor) -> None:
     if (momentum is not None) != plan.needs_momentum:
-        _needed("momentum", momentum, plan.needs_momentum, "SLD's, see plan.init_momentum(x)")
+        _needed("momentum", momentum, plan.needs_momentum, "plans with SafeLatentDiffusion")
     if momentum is not None:
+        if isinstance(momentum, Tensor) and momentum.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"momentum must be float32 (float64 in a float64 step), got {momentum.dtype}"
+            )
         _check_events("x", like, (("momentum", momentum),))
-        if momentum.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"momentum must be float32, got {momentum.dtype}")
 
 
 # ---------------------------------------------------------------------- noise
@@ -684,7 +690,8 @@ def standard_normal(
     if not shape:
         raise ValueError("shape must be (batch, ...), got ()")
     if isinstance(seed, Tensor):
-        keys, device = seed, seed.device
+        _check_keys(seed, shape[0], seed.device if device is None else torch.device(device))
+        keys = seed
     else:
         keys = noise_keys(seed, shape[0], first_sample=first_sample, device=device)
     if step is None:
@@ -694,4 +701,4 @@ def standard_normal(
     elements = torch.Size(shape[1:]).numel()
     if elements > normal.LARGEST_SAMPLE:
         raise ValueError(f"shape must have at most 2**34 elements a sample, got {shape}")
-    return normal.normals(keys, elements, step, stream).view(shape).to(dtype)
+    return normal.normals(keys, elements, step, stream).contiguous().view(shape).to(dtype)
