@@ -37,7 +37,7 @@ from dng_kernels.plan import (
 from dng_math import equations
 
 STEP, GUIDE, UPDATE = range(3)
-BLOCK = 2**16  # elements at a time: a handful of float32 blocks fit the second-level cache
+BLOCK = 2**17  # elements at a time: a handful of float32 blocks stay in the cache
 
 
 class Variant(NamedTuple):
@@ -115,6 +115,7 @@ class _Job(NamedTuple):
     x_next: Form
     residual: Form
     tracked: bool  # whether the sums are wanted
+    apart: bool  # whether x_next shares no memory with an input, and is of the table's precision
 
 
 def run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index: Tensor) -> None:
@@ -159,7 +160,7 @@ def run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index
         else:
             forms = step_forms(variant, at, scale, projection, noisy)
     guided, x_next, residual = (_columns(form) for form in forms)
-    job = _Job(variant, at, guided, x_next, residual, outputs.state is not None)
+    job = _Job(variant, at, guided, x_next, residual, outputs.state is not None, blocks.apart)
     sums = {name: numbers(values) for name, values in blocks.sums(partial(block_step, job)).items()}
     blocks.finish()
     if outputs.scale is not None:
@@ -251,6 +252,13 @@ class _Blocks:
             for name, tensor in self.asked.items()
         }
 
+        place = _storage(self.targets.get("x_next"))
+        self.apart = (
+            outputs.x_next is not None
+            and outputs.x_next.dtype is dtype
+            and all(_storage(tensor) != place for tensor in self.sources.values())
+        )
+
     def sums(self, function: Callable[[Block, Block, slice], Block]) -> Block:
         """Call with every block, where its outputs go, and its rows; add up what is returned.
 
@@ -326,19 +334,29 @@ def _clamp(values: Any, low: Any, high: Any) -> Any:
     return np.minimum(np.maximum(values, low), high)
 
 
+def _storage(tensor: Tensor | None) -> int | None:
+    """Which memory a tensor is a view of."""
+    return None if tensor is None else tensor.untyped_storage().data_ptr()
+
+
+def _norm_sq(a: Tensor) -> Tensor:
+    """|a|^2 of each row, (B, D) -> (B,); without the tensor of squares that a sum would make."""
+    return torch.linalg.vector_norm(a, dim=-1).square_()
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Of each row, (B, D), (B, D) -> (B,)."""
     return torch.linalg.vecdot(a, b)
 
 
-def combined(form: Form, block: Block, rows: slice) -> Tensor:
+def combined(form: Form, block: Block, rows: slice, out: Tensor | None = None) -> Tensor:
     """The form of the tensors of a block, one pass a term."""
-    result = None
+    result: Tensor | None = None
     for name, factor in form.items():
         if isinstance(factor, Tensor) and factor.ndim == 2:
             factor = factor[rows]
         if result is None:
-            result = block[name] * factor
+            result = torch.mul(block[name], factor, out=out)
         elif isinstance(factor, Tensor):
             result.addcmul_(block[name], factor)
         else:
@@ -478,12 +496,12 @@ def first_sums(rule: int, block: Block) -> Block:
     """What a rule must know of whole samples before it can guide."""
     delta = block["eps_neg"] - block["eps"]
     if rule == CONTRASTIVE:
-        return {"delta": _dot(delta, delta)}
+        return {"delta": _norm_sq(delta)}
     direction = block["eps_third"] - block["eps"]
     return {
-        "direction": _dot(direction, direction),
+        "direction": _norm_sq(direction),
         "along": _dot(delta, direction),
-        "eps": _dot(block["eps"], block["eps"]),
+        "eps": _norm_sq(block["eps"]),
     }
 
 
@@ -510,16 +528,18 @@ def block_step(job: _Job, block: Block, into: Block, rows: slice) -> Block:
             block["shift"] = clipped(at, block["x"], guided) - block["eps"]
     if job.tracked:
         delta = block["delta"]
-        found["delta"] = _dot(delta, delta)
+        found["delta"] = _norm_sq(delta)
         if variant.mode == UPDATE:
             # x and x_next are close: here only the difference is accurate.
             found["x_next"] = _dot(combined(job.residual, block, rows), delta)
         else:
             found |= {name: _dot(block[name], delta) for name in job.residual if name != "delta"}
-    # Written last: an output may be an input.
-    x_next = combined(job.x_next, block, rows) if "x_next" in into else None
-    if x_next is not None:
-        into["x_next"].copy_(x_next)
+    # Written last: an output may be an input, and is then not the place to add up in.
+    if "x_next" in into:
+        target = into["x_next"]
+        x_next = combined(job.x_next, block, rows, target if job.apart else None)
+        if x_next is not target:
+            target.copy_(x_next)
     if "eps_guided" in into and guided is not None:
         into["eps_guided"].copy_(guided)
     return found
