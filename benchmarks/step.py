@@ -448,6 +448,16 @@ def compiled_entries(plan: StepPlan, device: Device) -> list[Entry]:
                 return step(plan.table, plan.index_of[STEP], t.x, t.eps, t.eps_neg, z, t.state)
 
             entries.append(Entry(name, run, noise, note="compiled before it is timed"))
+    if not device.fused:
+        # On a GPU the operator is the kernel, compiled or not.
+        def ours(step: Tensor, t: Tensors) -> Any:
+            result = dng_step(plan, step, t.x, t.eps, t.eps_neg, t.state, noise=t.noise)
+            return result.x_next, result.state
+
+        compiled = torch.compile(ours, fullgraph=True, dynamic=False)
+        run_ours = partial(compiled, plan.index_of[STEP])
+        note = "ours, compiled before it is timed"
+        entries.append(Entry(f"{COMPILED} of dng_step", run_ours, GIVEN, note=note))
     return entries
 
 
@@ -820,6 +830,7 @@ LOOKS: dict[str, tuple[str, str]] = {
     f"{COMPILED}, {GIVEN}": ("#E69F00", "^"),
     f"{COMPILED} max-autotune, {GIVEN}": ("#CC79A7", "v"),
     f"{REFERENCE}, {GIVEN}": ("#56B4E9", "D"),
+    f"{COMPILED} of dng_step, {GIVEN}": ("#0072B2", "o"),
     f"{FUSED}, {GIVEN}": ("#0072B2", "o"),
     f"{FUSED}, seed, {OWN}": ("#009E73", "P"),
     COPY: ("#000000", "x"),

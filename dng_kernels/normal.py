@@ -123,17 +123,23 @@ def normals(
     -------
     Tensor, shape (B, elements), float32
     """
-    batch, groups = len(keys), -(-elements // 4)
-    out = torch.empty(batch, groups, 4, device=keys.device)
+    batch, groups = keys.shape[0], -(-elements // 4)
     tag = torch.as_tensor(step, device=keys.device) | (stream << 16)
     group = torch.arange(first // 4, first // 4 + groups, device=keys.device)
-    rows = max(1, BLOCK // max(1, groups))
-    for i in range(0, batch, rows):
-        seed, sample = keys[i : i + rows, :1], keys[i : i + rows, 1:]
-        for j in range(0, groups, BLOCK):
-            words = philox(seed, sample, group[j : j + BLOCK], tag)
-            block = out[i : i + rows, j : j + BLOCK]
-            for lane in (0, 2):
-                pair = normal_pair(words[lane], words[lane + 1])
-                block[..., lane], block[..., lane + 1] = pair
+
+    def quadruples(rows: slice, columns: slice) -> list[Tensor]:
+        c0, c1, c2, c3 = philox(keys[rows, :1], keys[rows, 1:], group[columns], tag)
+        return [*normal_pair(c0, c1), *normal_pair(c2, c3)]
+
+    if torch.compiler.is_compiling():
+        # A compiler makes one loop of it all, and has no use for blocks.
+        out = torch.stack(quadruples(slice(None), slice(None)), dim=-1)
+    else:
+        out = torch.empty(batch, groups, 4, device=keys.device)
+        many = max(1, BLOCK // max(1, groups))
+        for i in range(0, batch, many):
+            for j in range(0, groups, BLOCK):
+                rows, columns = slice(i, i + many), slice(j, j + BLOCK)
+                for lane, z in enumerate(quadruples(rows, columns)):
+                    out[rows, columns, lane] = z
     return out.view(batch, 4 * groups)[:, :elements]

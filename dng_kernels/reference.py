@@ -12,10 +12,10 @@ the numbers do, and by torch on a GPU, where nothing may wait for the host.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -85,10 +85,13 @@ Block = dict[str, Tensor]  # of the same rows and columns of several tensors
 EVENTS_IN, EVENTS_OUT = Inputs._fields[:7], Outputs._fields[:3]
 
 
+# Floats on the host, tensors of no dimension on a GPU; a tuple, which a compiler sees through.
+_Row = namedtuple("_Row", COLUMNS)  # type: ignore[misc]
+Row: TypeAlias = Any
+
+
 class Form(dict[str, Any]):
     """A linear form: names of tensors and their factors, numbers or one number a sample."""
-
-    __array_ufunc__ = None  # an array times a form is a form, not an array of forms
 
     def __add__(self, other: Form) -> Form:
         return Form(self | {name: self.get(name, 0.0) + c for name, c in other.items()})
@@ -96,21 +99,26 @@ class Form(dict[str, Any]):
     def __sub__(self, other: Form) -> Form:
         return Form(self | {name: self.get(name, 0.0) - c for name, c in other.items()})
 
-    def __mul__(self, factor: Any) -> Form:
-        return Form({name: factor * c for name, c in self.items()})
-
-    __rmul__ = __mul__
-
     def dot(self, dots: dict[str, Any]) -> Any:
         """The form of the dot products of its tensors with something."""
         return sum((c * dots[name] for name, c in self.items() if name in dots), 0.0)
+
+
+class Factor:
+    """What an equation multiplies a form by: a number, or one number a sample."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __mul__(self, form: Form) -> Form:
+        return Form({name: self.value * c for name, c in form.items()})
 
 
 class _Job(NamedTuple):
     """What every block of a call shares."""
 
     variant: Variant
-    at: SimpleNamespace  # the row of the table: floats on the host, 0-dim tensors on a GPU
+    at: Row
     guided: Form
     x_next: Form
     residual: Form
@@ -128,7 +136,9 @@ def run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index
     index : 0-dim int64 Tensor
         Row of the table.
     """
-    on_host = table.device.type == "cpu"
+    # A compiler sees through the arithmetic of torch, and fuses whole tensors better than blocks.
+    traced = torch.compiler.is_compiling()
+    on_host = table.device.type == "cpu" and not traced
     xp: Any = np if on_host else torch
     noisy = inputs.noise is not None or inputs.keys is not None
     if on_host:
@@ -142,7 +152,7 @@ def run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index
         values = _as(values.detach(), table.dtype)
         return values.numpy() if on_host else values
 
-    blocks = _Blocks(inputs, outputs, table.dtype, index)
+    blocks = _Blocks(inputs, outputs, table.dtype, index, traced)
     state = odds = scale = None
     if inputs.state is not None:
         state = numbers(inputs.state)
@@ -177,9 +187,9 @@ def run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index
         )
 
 
-def _named(row: Sequence[Any]) -> SimpleNamespace:
+def _named(row: Sequence[Any]) -> Row:
     """A row of the table by the names of its columns."""
-    return SimpleNamespace(**dict(zip(COLUMNS, row, strict=False)))
+    return _Row(*row[: len(COLUMNS)])
 
 
 class _Prepared(NamedTuple):
@@ -189,7 +199,7 @@ class _Prepared(NamedTuple):
     there is the constant and what multiplies the one and the other.
     """
 
-    at: SimpleNamespace
+    at: Row
     factors: tuple[dict[str, tuple[float, float, float]], ...]
 
     def forms(self, scale: Any, projection: Any) -> tuple[Form, Form, Form]:
@@ -233,7 +243,14 @@ def _prepared(variant: Variant, noisy: bool, row: tuple[float, ...]) -> _Prepare
 class _Blocks:
     """The tensors of a call, a block at a time."""
 
-    def __init__(self, inputs: Inputs, outputs: Outputs, dtype: torch.dtype, index: Tensor) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        outputs: Outputs,
+        dtype: torch.dtype,
+        index: Tensor,
+        traced: bool,
+    ) -> None:
         self.batch, self.elements = len(inputs.eps), inputs.eps[0].numel()
         shape = self.batch, self.elements
         self.dtype, self.index, self.keys = dtype, index, inputs.keys
@@ -252,9 +269,11 @@ class _Blocks:
             for name, tensor in self.asked.items()
         }
 
-        place = _storage(self.targets.get("x_next"))
+        self.whole = traced or self.batch * self.elements <= BLOCK
+        place = None if traced else _storage(self.targets.get("x_next"))
         self.apart = (
             outputs.x_next is not None
+            and not traced
             and outputs.x_next.dtype is dtype
             and all(_storage(tensor) != place for tensor in self.sources.values())
         )
@@ -264,25 +283,24 @@ class _Blocks:
 
         That is one number a sample under each name.
         """
+        if self.whole:
+            block = {name: _as(tensor, self.dtype) for name, tensor in self.sources.items()}
+            if self.keys is not None:
+                z = normal.normals(self.keys, self.elements, self.index)
+                block["noise"] = _as(z, self.dtype)
+            return function(block, self.targets, slice(None))
         totals: Block = {}
-        rows = max(1, BLOCK // max(1, self.elements))
-        whole = self.batch * self.elements <= BLOCK
+        rows = max(1, BLOCK // self.elements)
         for i in range(0, self.batch, rows):
             for j in range(0, self.elements, BLOCK):
                 piece = slice(i, i + rows), slice(j, j + BLOCK)
-                block = {
-                    name: _as(t if whole else t[piece], self.dtype)
-                    for name, t in self.sources.items()
-                }
+                block = {name: _as(t[piece], self.dtype) for name, t in self.sources.items()}
                 if self.keys is not None:
                     length = min(BLOCK, self.elements - j)
                     z = normal.normals(self.keys[piece[0]], length, self.index, first=j)
-                    block["noise"] = z.to(self.dtype)
-                into = {name: t if whole else t[piece] for name, t in self.targets.items()}
-                found = function(block, into, piece[0])
-                if whole:
-                    return found
-                for name, values in found.items():
+                    block["noise"] = _as(z, self.dtype)
+                into = {name: t[piece] for name, t in self.targets.items()}
+                for name, values in function(block, into, piece[0]).items():
                     if name not in totals:
                         totals[name] = values.new_zeros(self.batch)
                     totals[name][piece[0]] += values
@@ -367,7 +385,7 @@ def combined(form: Form, block: Block, rows: slice, out: Tensor | None = None) -
 # ---------------------------------------------------------------------- what there is one of
 
 
-def tracked_odds(xp: Any, tracker: int, at: SimpleNamespace, state: Any) -> Any:
+def tracked_odds(xp: Any, tracker: int, at: Row, state: Any) -> Any:
     """p / (1 - p) of a posterior, e^L of a ratio; (B,) -> (B,)."""
     if tracker == LOG_ODDS:
         return xp.exp(_clamp(state, -LARGEST, at.log_odds_cap))
@@ -377,9 +395,7 @@ def tracked_odds(xp: Any, tracker: int, at: SimpleNamespace, state: Any) -> Any:
     return xp.exp(state)
 
 
-def scale_of(
-    xp: Any, rule: int, at: SimpleNamespace, odds: Any, sums: dict[str, Any]
-) -> tuple[Any, Any]:
+def scale_of(xp: Any, rule: int, at: Row, odds: Any, sums: dict[str, Any]) -> tuple[Any, Any]:
     """The scale of every sample, and Perp-Neg's projection, both (B,)."""
     projection = 0.0
     if rule == TRACKED:
@@ -403,7 +419,7 @@ def scale_of(
 def updated_state(
     xp: Any,
     variant: Variant,
-    at: SimpleNamespace,
+    at: Row,
     state: Any,
     odds: Any,
     norm_sq: Any,
@@ -446,7 +462,7 @@ def updated_state(
 
 
 def step_forms(
-    variant: Variant, at: SimpleNamespace, scale: Any, projection: Any, noisy: bool
+    variant: Variant, at: Row, scale: Any, projection: Any, noisy: bool
 ) -> tuple[Form, Form, Form]:
     """The guided prediction, x_next and x_next - mu_base.
 
@@ -459,34 +475,35 @@ def step_forms(
     base = eps
     if variant.cfg:
         gap = Form(uncond_gap=1.0)
-        base = equations.toward(eps - gap, gap, at.cfg_scale)
+        base = equations.toward(eps - gap, gap, Factor(at.cfg_scale))
     if variant.rule == SAFE:
         correction = Form(correction=at.from_noise)
-        guided = equations.away(base, correction, at.guidance_scale * at.applied)
+        guided = equations.away(base, correction, Factor(at.guidance_scale * at.applied))
     elif variant.rule == PERPENDICULAR:
         direction = Form(direction=1.0)
         guided = equations.away(
-            equations.toward(base, direction, at.active * at.rule_0),
-            equations.perpendicular(delta, direction, projection),
-            scale,
+            equations.toward(base, direction, Factor(at.active * at.rule_0)),
+            equations.perpendicular(delta, direction, Factor(projection)),
+            Factor(scale),
         )
     elif variant.rule in (TOWARD, FEEDBACK):
-        guided = equations.toward(base, delta, scale)
+        guided = equations.toward(base, delta, Factor(scale))
     else:
-        guided = equations.away(base, delta, scale)
+        guided = equations.away(base, delta, Factor(scale))
     shift = Form(shift=1.0) if variant.clip else guided - eps
-    mean = equations.step_mean(x, eps + shift, at.x_factor, at.factor)
-    x_next = equations.step(mean, at.deviation, noise)
+    factor, deviation = Factor(at.factor), Factor(at.deviation)
+    mean = equations.step_mean(x, eps + shift, Factor(at.x_factor), factor)
+    x_next = equations.step(mean, deviation, noise)
     residual = equations.step_residual(
-        x, eps, shift, noise, at.x_drift, at.drift, at.factor, at.deviation
+        x, eps, shift, noise, Factor(at.x_drift), Factor(at.drift), factor, deviation
     )
     return guided, x_next, residual
 
 
-def update_form(at: SimpleNamespace) -> Form:
+def update_form(at: Row) -> Form:
     """x_next - mu_base of a step that was taken elsewhere."""
-    mean = equations.step_mean(Form(x=1.0), Form(eps=1.0), at.kernel_x_factor, at.kernel_factor)
-    return Form(x_next=1.0) - mean
+    factors = Factor(at.kernel_x_factor), Factor(at.kernel_factor)
+    return Form(x_next=1.0) - equations.step_mean(Form(x=1.0), Form(eps=1.0), *factors)
 
 
 # ---------------------------------------------------------------------- a block
@@ -545,7 +562,7 @@ def block_step(job: _Job, block: Block, into: Block, rows: slice) -> Block:
     return found
 
 
-def _safe(at: SimpleNamespace, block: Block, into: Block) -> Tensor:
+def _safe(at: Row, block: Block, into: Block) -> Tensor:
     """SLD: its correction into the block, its momentum out; the sum of the elementwise scale."""
     difference = block["delta"] * at.to_noise
     magnitude = difference.abs()
@@ -558,7 +575,7 @@ def _safe(at: SimpleNamespace, block: Block, into: Block) -> Tensor:
     return scale.sum(-1)
 
 
-def clipped(at: SimpleNamespace, x: Tensor, prediction: Tensor) -> Tensor:
+def clipped(at: Row, x: Tensor, prediction: Tensor) -> Tensor:
     """x0 of a prediction, in [-clip, clip]."""
     x0 = equations.step_mean(x, prediction, at.x0_x_factor, at.x0_factor)
     return x0.clamp(-at.clip, at.clip)

@@ -382,7 +382,7 @@ class _Call:
             counters, partials = plan.workspace(
                 self.like.shape[0], self.like.numel() // self.like.shape[0]
             )
-        _launch(
+        variant = Variant(
             mode,
             plan.rule_code,
             tracker,
@@ -390,14 +390,16 @@ class _Call:
             plan.clip is not None and mode != GUIDE,
             plan.has_drift and mode == STEP,
             plan.needs_divergence and mode != GUIDE,
-            plan.table64 if self.like.dtype == torch.float64 else plan.table,
-            self.index,
-            *inputs,
-            *outputs,
-            counters,
-            partials,
-            seed,
-            first_sample,
+        )
+        table = plan.table64 if self.like.dtype == torch.float64 else plan.table
+        if counters is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if seed is not None:
+                keys = _keys(seed, self.like.shape[0], first_sample, self.like.device)
+                inputs = inputs._replace(keys=keys)
+            reference.run(inputs, outputs, variant, table, self.index)
+            return
+        _launch(
+            *variant, table, self.index, *inputs, *outputs, counters, partials, seed, first_sample
         )
 
 

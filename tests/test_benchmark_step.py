@@ -303,7 +303,7 @@ def test_without_a_compiler_the_rest_is_timed(monkeypatch):
     monkeypatch.setattr(torch, "compile", refuse)
     rows = step.time_case(TINY, torch.float32, step.cpu_device(), QUICK)
     notes = {row.contender: row.note for row in rows if row.contender.startswith("torch.compile")}
-    assert len(notes) == 2
+    assert len(notes) == 3
     assert all(note.endswith("no C++ compiler is found") for note in notes.values())
     assert any(row.contender == "reference, given noise" and row.median_s for row in rows)
 
