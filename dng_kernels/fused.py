@@ -642,77 +642,23 @@ def fused_step(
             CHANNELS_LAST,
             BLOCK,
         )
-        if SINGLE:
-            finish(
-                row,
-                sample,
-                scale,
-                before,
-                odds,
-                a,
-                b,
-                divergence,
-                state_next,
-                scale_out,
-                D,
-                RULE,
-                TRACKER,
-                DIVERGENCE,
-            )
-        elif TWO_PASSES:
-            # Whoever leaves last clears the counters for the next launch.
+        last = part == 0  # where there is nothing to add up or to clear, any program will do
+        if TWO_PASSES and not SINGLE:
             tl.debug_barrier()
-            if tl.atomic_add(left, 1, sem="acq_rel") == chunks - 1:
-                finish(
-                    row,
-                    sample,
-                    scale,
-                    before,
-                    odds,
-                    a,
-                    b,
-                    divergence,
-                    state_next,
-                    scale_out,
-                    D,
-                    RULE,
-                    TRACKER,
-                    DIVERGENCE,
-                )
-                tl.store(arrived, 0)
-                tl.store(left, 0)
-                if tl.atomic_add(counters + 1, 1, sem="acq_rel") == batch - 1:
-                    tl.store(counters, 0)
-                    tl.store(counters + 1, 0)
-        elif SUMMED:
+            last = tl.atomic_add(left, 1, sem="acq_rel") == chunks - 1
+        elif SUMMED and not SINGLE:
             own = sums + part * _SUMS
             tl.store(own, a)
             tl.store(own + 1, b)
             tl.debug_barrier()
-            if tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1:
+            last = tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1
+        if last:
+            if SUMMED and not SINGLE and not TWO_PASSES:
                 tl.debug_barrier()
                 there = slot < chunks
                 at = sums + slot * _SUMS
                 a = tl.sum(tl.load(at, mask=there, other=0.0, cache_modifier=".cg"))
                 b = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg"))
-                finish(
-                    row,
-                    sample,
-                    scale,
-                    before,
-                    odds,
-                    a,
-                    b,
-                    divergence,
-                    state_next,
-                    scale_out,
-                    D,
-                    RULE,
-                    TRACKER,
-                    DIVERGENCE,
-                )
-                tl.store(arrived, 0)
-        elif part == 0:
             finish(
                 row,
                 sample,
@@ -729,6 +675,14 @@ def fused_step(
                 TRACKER,
                 DIVERGENCE,
             )
+            # The next launch finds the counters at zero.
+            if TWO_PASSES and not SINGLE:
+                tl.store(left, 0)
+                if tl.atomic_add(counters + 1, 1, sem="acq_rel") == batch - 1:
+                    tl.store(counters, 0)
+                    tl.store(counters + 1, 0)
+            if (TWO_PASSES or SUMMED) and not SINGLE:
+                tl.store(arrived, 0)
 
 
 # ------------------------------------------------ the launch

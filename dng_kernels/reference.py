@@ -466,7 +466,7 @@ def step_forms(
 ) -> tuple[Form, Form, Form]:
     """The guided prediction, x_next and x_next - mu_base.
 
-    In terms of x, eps, delta and noise, and of what :func:`terms_of` adds: uncond_gap = eps -
+    In terms of x, eps, delta and noise, and of what :func:`block_step` adds: uncond_gap = eps -
     eps_uncond, direction = eps_pos - eps, SLD's correction.  With clipping, eps and delta are
     those of the clipped x0, and shift is how far guidance moves it.
     """

@@ -2,7 +2,8 @@
 
 All of them are one operator of ``torch.library``, ``dng_kernels::step``, which writes into given
 tensors; so they go through ``torch.compile`` and export, and a captured graph replays them.  On a
-GPU it is the Triton kernel, elsewhere (and in float64) the torch reference.
+GPU it is the Triton kernel, elsewhere (and in float64) the torch reference.  ``torch.compile`` is
+shown the reference itself instead of the operator, and fuses it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "reference")
 REDUCED = {torch.float32, torch.float16, torch.bfloat16}
 DTYPES = REDUCED | {torch.float64}
-
-
 NEEDED = ("eps", "eps_neg", "x_next")  # of the tensors like x, those that every call has
 HAS_TRITON = find_spec("triton") is not None
 
@@ -247,7 +246,7 @@ def _needed(name: str, value: object, needed: bool, why: str) -> None:
 class _Call:
     """The part of a call that its kind does not matter for."""
 
-    __slots__ = ("backend", "index", "like", "name", "plan", "triton")
+    __slots__ = ("index", "like", "name", "plan", "triton")
 
     def __init__(
         self, plan: StepPlan, step: int | Tensor, name: str, like: Tensor, backend: Backend
@@ -373,7 +372,7 @@ class _Call:
         seed: int | None,
         first_sample: int,
     ) -> None:
-        """Call the operator."""
+        """Call the operator, or show a compiler what is in it."""
         plan = self.plan
         if self.like.shape[0] == 0:
             return
