@@ -37,7 +37,7 @@ from dng_math.guidance import (
     innermost,
     tracker_of,
 )
-from dng_math.posterior import LogOddsTracker, PaperTracker
+from dng_math.posterior import LogOddsTracker, PaperTracker, temperatures
 from dng_math.schedules import StepCoefficients
 
 Array = NDArray[np.float64]
@@ -153,7 +153,7 @@ def _x0_factors(prediction: str, c: StepCoefficients) -> tuple[Array, Array]:
 def _tracker_columns(tracker: Tracker, c: StepCoefficients) -> dict[str, Array | float]:
     columns: dict[str, Array | float] = {
         "variance": c.tracker_variance(tracker.variance),
-        "temperature": tracker.temperature,
+        "temperature": temperatures(tracker, c),
         "log_odds_cap": 0.0,
         "eta": c.eta,
         "beta": c.beta_ts,

@@ -31,6 +31,7 @@ __all__ = [
     "ProbabilityFlow",
     "SafeLatentDiffusion",
     "StepCoefficients",
+    "TimeProfile",
     "Unguided",
     "__version__",
     "sample",
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
         Unguided,
     )
     from dng_math.mixture import GaussianMixture
-    from dng_math.posterior import ExactPosterior, LogOddsTracker, PaperTracker
+    from dng_math.posterior import ExactPosterior, LogOddsTracker, PaperTracker, TimeProfile
     from dng_math.sampling import ChainResult, sample
     from dng_math.schedules import (
         DDIM,
@@ -77,6 +78,7 @@ else:
         "ExactPosterior": "posterior",
         "LogOddsTracker": "posterior",
         "PaperTracker": "posterior",
+        "TimeProfile": "posterior",
         "ChainResult": "sampling",
         "sample": "sampling",
         "DDIM": "schedules",

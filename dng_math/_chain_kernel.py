@@ -365,7 +365,7 @@ def advance(  # type: ignore[no-untyped-def]
             elif rule == TOWARD or rule == PERPENDICULAR or rule == FEEDBACK:
                 copy(value[n_groups - 1], positive[0])
             if tracker != NO_TRACKER:
-                tracked_odds(tracker, own_state, tracker_parameters[4], odds)
+                tracked_odds(tracker, own_state, tracker_parameters[n, 4], odds)
             if active[n]:
                 guide(
                     rule, parameters, n, -alpha / sigma, x0, value, share, log_sum, positive[0],
@@ -411,7 +411,7 @@ def advance(  # type: ignore[no-untyped-def]
                 others = positive if tracker == RATIO else value
                 score_factor = alpha / (sigma * sigma) / steps[n, 6]
                 track(
-                    tracker, tracker_parameters, variances[n], steps[n, 5], steps[n, 6],
+                    tracker, tracker_parameters[n], variances[n], steps[n, 5], steps[n, 6],
                     with_divergence, score_factor, steps[n, 7], steps[n, 8], now, x_next, x0,
                     others, odds, divergence, work, own_state,
                 )  # fmt: skip
@@ -457,10 +457,10 @@ def chain(  # type: ignore[no-untyped-def]
     """All steps for blocks x (blocks, D, BLOCK) with states (blocks, M, BLOCK), in place.
 
     steps (N, 9) holds alpha_t, sigma_t, x_factor, x0_factor, sqrt(step_var), the kernel's
-    factors of x and x0, eta and beta_ts; variances (N,) is the tracker's and active (N,) says
-    where the rule acts.  groups bounds the concepts and, last, the rest.  The records of all
-    chunks are (N + 1, lanes, ...), record_scale (N, lanes, ...), or empty; first_lane is the
-    lane of this chunk's first sample.
+    factors of x and x0, eta and beta_ts; variances (N,) is the tracker's, tracker_parameters
+    (N, 5) are as `track` takes them, and active (N,) says where the rule acts.  groups bounds the
+    concepts and, last, the rest.  The records of all chunks are (N + 1, lanes, ...), record_scale
+    (N, lanes, ...), or empty; first_lane is the lane of this chunk's first sample.
     """
     n_blocks, dimensions, _ = x.shape
     concepts = state.shape[1]

@@ -14,14 +14,17 @@ however many steps are taken, unless the divergence of the scores is known
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dng_math import _checks, equations
-from dng_math.schedules import TRACKER_VARIANCES, TrackerVariance
+from dng_math.schedules import TRACKER_VARIANCES, StepCoefficients, TrackerVariance
+
+if TYPE_CHECKING:
+    from dng_math.guidance import RatioTracker
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -40,6 +43,54 @@ def log_odds_from_log_posterior(log_posterior: ArrayLike) -> Array:
 
 
 @dataclass(frozen=True)
+class TimeProfile:
+    """A hyperparameter that depends on diffusion time: linear between knots, constant beyond.
+
+    Networks err differently at different noise levels, so how far their log ratios can be trusted
+    depends on the time.
+
+    Parameters
+    ----------
+    times : sequence of float
+        Knots, increasing, in [0, 1]; 1 is the noisy end (:attr:`StepCoefficients.time`).
+    values : sequence of float
+        Value at each knot, >= 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a knot is out of order or a value out of range.
+    """
+
+    times: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        times = _checks.array("times", self.times, ("knots",))
+        values = _checks.array("values", self.values, ("knots",))
+        if len(times) == 0 or len(times) != len(values):
+            raise ValueError(
+                "times and values must have the same length, at least 1; "
+                f"got {len(times)} and {len(values)}"
+            )
+        if times[0] < 0 or times[-1] > 1 or np.any(np.diff(times) <= 0):
+            raise ValueError(f"times must increase strictly within [0, 1], got {self.times}")
+        if np.any(values < 0):
+            raise ValueError(f"values must be >= 0, got {self.values}")
+        object.__setattr__(self, "times", tuple(times.tolist()))
+        object.__setattr__(self, "values", tuple(values.tolist()))
+
+    def over(self, coefficients: StepCoefficients) -> Array:
+        """Mean over the interval of every step, shape (N,): whatever the number of steps."""
+        edges = np.append(coefficients.time, 0.0)
+        # With every knot among the points the trapezoids are the integral itself.
+        points = np.union1d(edges, self.times)
+        value = np.interp(points, self.times, self.values)
+        area = np.append(0.0, np.cumsum(np.diff(points) * (value[1:] + value[:-1]) / 2.0))
+        return np.diff(np.interp(edges, points, area)) / np.diff(edges)
+
+
+@dataclass(frozen=True)
 class ExactPosterior:
     """p(c | x_t) from the mixture itself."""
 
@@ -52,9 +103,9 @@ class _Tracker:
     ----------
     prior : float, optional
         p(c) at the noisy end, in (0, 1); default: the mixture's own weight of c.
-    temperature : float
-        Factor of the log likelihood ratio; below 1 for networks, whose errors make the ratio
-        overconfident.
+    temperature : float or TimeProfile
+        Factor of the log likelihood ratio, >= 0; below 1 for networks, whose errors make the
+        ratio overconfident.
     offset : float
         The paper's offset, added as offset / (2 v) at each step: its sum depends on the
         schedule and grows with the number of steps.
@@ -76,7 +127,7 @@ class _Tracker:
     """
 
     prior: float | None = None
-    temperature: float = 1.0
+    temperature: float | TimeProfile = 1.0
     offset: float = 0.0
     offset_nats: float = 0.0
     p_min: float = 1e-6
@@ -87,7 +138,8 @@ class _Tracker:
     def __post_init__(self) -> None:
         if self.prior is not None:
             _checks.real("prior", self.prior, "in (0, 1)", 0.0, 1.0, closed="()")
-        _checks.non_negative("temperature", self.temperature)
+        if not isinstance(self.temperature, TimeProfile):
+            _checks.non_negative("temperature", self.temperature)
         _checks.finite("offset", self.offset)
         _checks.finite("offset_nats", self.offset_nats)
         _checks.real("p_max", self.p_max, "in (0, 1)", 0.0, 1.0, closed="()")
@@ -96,6 +148,11 @@ class _Tracker:
         _checks.boolean("divergence", self.divergence)
 
     def _updated(self, state: Array, log_ratio: Array, variance: float, steps: int) -> Array:
+        if isinstance(self.temperature, TimeProfile):
+            raise TypeError(
+                "temperature must be a number in an update: dng_math.posterior.at_steps gives "
+                f"the tracker of each step; got {self.temperature!r}"
+            )
         return equations.tracker_update(
             state,
             log_ratio,
@@ -212,3 +269,21 @@ class LogOddsTracker(_Tracker):
     def odds(self, state: Array) -> Array:
         """p / (1 - p), capped."""
         return np.exp(np.minimum(state, np.log(self.p_max) - np.log1p(-self.p_max)))
+
+
+def temperatures(
+    tracker: PaperTracker | LogOddsTracker | RatioTracker, coefficients: StepCoefficients
+) -> Array:
+    """Temperature of every step, shape (N,): the number, or a profile's mean over the step."""
+    if isinstance(tracker.temperature, TimeProfile):
+        return tracker.temperature.over(coefficients)
+    return np.full(len(coefficients), tracker.temperature)
+
+
+def at_steps(
+    tracker: PaperTracker | LogOddsTracker | RatioTracker, coefficients: StepCoefficients
+) -> list[PaperTracker | LogOddsTracker | RatioTracker]:
+    """The tracker of every step, each with a number for its temperature."""
+    return [
+        replace(tracker, temperature=float(value)) for value in temperatures(tracker, coefficients)
+    ]

@@ -24,7 +24,13 @@ from dng_math._jit import available_threads, run_blocks
 from dng_math._mixture_kernels import BLOCK, DIAGONAL, FULL
 from dng_math.guidance import Predictions, RatioTracker, Rule, innermost, tracker_of
 from dng_math.mixture import GaussianMixture
-from dng_math.posterior import ExactPosterior, LogOddsTracker, PaperTracker
+from dng_math.posterior import (
+    ExactPosterior,
+    LogOddsTracker,
+    PaperTracker,
+    at_steps,
+    temperatures,
+)
 from dng_math.schedules import NoiseSchedule, Sampler, StepCoefficients
 
 Array = NDArray[np.float64]
@@ -278,6 +284,7 @@ def _reference(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, 
     state = None
     if tracker is not None:
         state = tracker.init(np.repeat(chain.prior[:, None], chain.n, axis=1))
+    trackers = None if tracker is None else at_steps(tracker, c)
     rows: dict[str, list[Array]] = {name: [] for name in chain.record}
 
     def keep(name: str, value: Array | None) -> None:
@@ -316,7 +323,7 @@ def _reference(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, 
         keep("scale", scale)
         keep("tracked", state)
         keep("exact", np.array(joint) if joint else None)
-        if tracker is not None and state is not None:
+        if tracker is not None and trackers is not None and state is not None:
             others = toward[None] if isinstance(tracker, RatioTracker) else negative
             gap = c.kernel_x0_factor[i] * (others - base)
             residual = x_next - equations.step_mean(
@@ -325,7 +332,7 @@ def _reference(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, 
             correction: Array | float = 0.0
             if tracker.divergence:
                 correction = _correction(chain, i, x, noisy, tracker.odds(state))
-            state = tracker.update(
+            state = trackers[i].update(
                 state,
                 np.sum(gap * gap, axis=-1),
                 np.sum(residual * gap, axis=-1),
@@ -390,21 +397,23 @@ def _rule_parameters(rule: Rule) -> tuple[int, Array]:
     return code, np.array(values, dtype=np.float64)
 
 
-def _tracker_parameters(tracker: Tracker | None, steps: int) -> tuple[int, Array]:
-    """The kernel's code of a tracker, and (temperature, offset, nats a step, low, high)."""
+def _tracker_parameters(tracker: Tracker | None, c: StepCoefficients) -> tuple[int, Array]:
+    """The kernel's code of a tracker, and a row (temperature, offset, nats, low, high) a step."""
     if tracker is None:
-        return rules.NO_TRACKER, np.zeros(5)
+        return rules.NO_TRACKER, np.zeros((len(c), 5))
+    rows = np.empty((len(c), 5))
+    rows[:, 0] = temperatures(tracker, c)
     if isinstance(tracker, RatioTracker):
-        values = [tracker.temperature, 0.0, tracker.step_offset, tracker.low, tracker.high]
-        return rules.RATIO, np.array(values)
+        rows[:, 1:] = [0.0, tracker.step_offset, tracker.low, tracker.high]
+        return rules.RATIO, rows
     with np.errstate(divide="ignore"):
         bounds = np.log([tracker.p_min, tracker.p_max])
         code = rules.PAPER
         if isinstance(tracker, LogOddsTracker):
             code = rules.LOG_ODDS
             bounds -= np.log1p([-tracker.p_min, -tracker.p_max])
-    nats = tracker.offset_nats / steps
-    return code, np.array([tracker.temperature, tracker.offset, nats, *bounds])
+    rows[:, 1:] = [tracker.offset, tracker.offset_nats / len(c), *bounds]
+    return code, rows
 
 
 def _component_arrays(
@@ -437,7 +446,7 @@ def _fused(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Arra
     log_weight, mean, covariance, norm_sq = _component_arrays(mixture, order, centre)
     p_log_weight, p_mean, p_covariance, p_norm_sq = _component_arrays(mixture, positive, centre)
     rule, parameters = _rule_parameters(chain.rule)
-    tracker, tracker_parameters = _tracker_parameters(chain.tracker, steps)
+    tracker, tracker_parameters = _tracker_parameters(chain.tracker, c)
 
     columns = (
         c.alpha_t,

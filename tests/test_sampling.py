@@ -27,6 +27,7 @@ from dng_math import (
     PerpNeg,
     ProbabilityFlow,
     SafeLatentDiffusion,
+    TimeProfile,
     Unguided,
     noise,
     sample,
@@ -50,6 +51,9 @@ RULES = {
     "interval": LimitedInterval(NegativePrompting(0.4), 0.2, 0.7),
     "exact": DynamicNegativeGuidance(1.5),
     "paper": DynamicNegativeGuidance(1.0, PaperTracker(offset_nats=1.0, temperature=0.7)),
+    "profile": DynamicNegativeGuidance(
+        1.0, PaperTracker(temperature=TimeProfile((0.1, 0.5), (0.2, 1.0)))
+    ),
     "published": DynamicNegativeGuidance(1.0, PaperTracker(offset=1e-4, variance="published")),
     "log-odds": DynamicNegativeGuidance(1.0, LogOddsTracker(prior=0.3)),
     "paper, divergence": DynamicNegativeGuidance(1.0, PaperTracker(divergence=True)),

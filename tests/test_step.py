@@ -32,6 +32,7 @@ from dng_math import (  # noqa: E402
     PaperTracker,
     PerpNeg,
     SafeLatentDiffusion,
+    TimeProfile,
     Unguided,
     noise,
     sample,
@@ -857,11 +858,14 @@ WEIGHT = float(MIXTURE.weights[FORBIDDEN].sum() / MIXTURE.weights.sum())
 LINEAR, FLOW = NoiseSchedule.linear().respace(20), NoiseSchedule.flow(20)
 DNG = DynamicNegativeGuidance
 MILD = {"prior": WEIGHT, "temperature": 0.2, "p_min": 0.0}  # so that states end at no clamp
+VARYING = {"temperature": TimeProfile((0.1, 0.3, 0.8), (0.05, 0.3, 0.1))}
 CHAINS = {
     "paper": (DNG(1.5, PaperTracker(**MILD)), LINEAR, DDPM(), "epsilon"),
     "paper, v": (DNG(1.0, PaperTracker(prior=0.1)), LINEAR, DDPM("large"), "v_prediction"),
     "log-odds": (DNG(1.0, LogOddsTracker(**MILD)), LINEAR, DDPM(), "sample"),
     "log-odds, flow": (DNG(1.0, LogOddsTracker(**MILD)), FLOW, DDPM(), "flow"),
+    "profile": (DNG(1.5, PaperTracker(**MILD | VARYING)), LINEAR, DDPM(), "epsilon"),
+    "log-odds, profile": (DNG(1.0, LogOddsTracker(**MILD | VARYING)), FLOW, DDPM(), "flow"),
     "negative prompting": (NegativePrompting(0.5), LINEAR, EulerMaruyama(), "epsilon"),
     "sld": (SafeLatentDiffusion(0.5, 0.3, scale=2.0, warmup_steps=3), FLOW, DDPM(), "flow"),
     "sld, x0": (SafeLatentDiffusion(0.5, 0.1, "absolute"), LINEAR, DDPM(), "sample"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 
 from dng_math import (
     ClassifierFreeGuidance,
@@ -26,11 +27,17 @@ from dng_math import (
     PaperTracker,
     PerpNeg,
     SafeLatentDiffusion,
+    TimeProfile,
     Unguided,
     equations,
 )
 from dng_math.guidance import Predictions, innermost, tracker_of
-from dng_math.posterior import log_odds_from_log_posterior, log_posterior_from_log_odds
+from dng_math.posterior import (
+    at_steps,
+    log_odds_from_log_posterior,
+    log_posterior_from_log_odds,
+    temperatures,
+)
 from tests import textbook
 from tests.tolerances import error
 
@@ -174,6 +181,38 @@ def test_offset_in_nats_does_not_depend_on_the_number_of_steps(steps, nats):
 
 
 # ---------------------------------------------------------------- rules
+
+
+KNOTS = TimeProfile((0.05, 0.1, 0.4, 0.9), (0.0, 0.7, 0.2, 1.0))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_profile_is_averaged_over_each_step(steps):
+    c = NoiseSchedule.linear(200).respace(steps).coefficients()
+    edges = np.append(c.time, 0.0)
+    expected = [
+        integrate.quad(
+            lambda t: np.interp(t, KNOTS.times, KNOTS.values), low, high, points=KNOTS.times
+        )[0]
+        / (high - low)
+        for high, low in itertools.pairwise(edges)
+    ]
+    assert error(KNOTS.over(c), expected) < 1e-12
+    for kind in (PaperTracker, LogOddsTracker):
+        trackers = at_steps(kind(temperature=KNOTS, offset_nats=2.0), c)
+        assert [t.temperature for t in trackers] == KNOTS.over(c).tolist()
+        assert trackers[0].offset_nats == 2.0
+    assert np.all(temperatures(PaperTracker(temperature=0.3), c) == 0.3)
+
+
+def test_flat_profile_is_the_number():
+    c = NoiseSchedule.linear(7).coefficients()
+    assert error(TimeProfile((0.3,), (0.25,)).over(c), np.full(7, 0.25)) < 1e-15
+
+
+def test_update_needs_a_number():
+    with pytest.raises(TypeError, match="at_steps"):
+        PaperTracker(temperature=KNOTS).update(np.zeros(1), np.ones(1), np.ones(1), 0.1, 10)
 
 
 def predictions(seed: int, concepts: int = 1, **changes) -> Predictions:
@@ -421,6 +460,11 @@ BAD = [
     (lambda: FeedbackGuidance(t0=0.0), "t0"),
     (lambda: FeedbackGuidance(temperature=-1.0), "temperature"),
     (lambda: FeedbackGuidance(log_ratio_max=0.0), "log_ratio_max"),
+    (lambda: TimeProfile((), ()), "at least 1"),
+    (lambda: TimeProfile((0.1, 0.2), (1.0,)), "same length.*2 and 1"),
+    (lambda: TimeProfile((0.2, 0.1), (1.0, 1.0)), "times must increase"),
+    (lambda: TimeProfile((0.2, 1.1), (1.0, 1.0)), r"within \[0, 1\]"),
+    (lambda: TimeProfile((0.2, 0.3), (1.0, -1.0)), "values must be >= 0"),
     (lambda: LimitedInterval(Unguided(), 0.6, 0.4), r"t_lo must be in \[0, t_hi\]"),
     (lambda: LimitedInterval(Unguided(), 0.0, 1.4), "t_hi"),
 ]
