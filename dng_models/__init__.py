@@ -1,0 +1,1 @@
+"""Dynamic Negative Guidance on trained networks: samplers, measurements and experiments."""
