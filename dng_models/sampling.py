@@ -241,6 +241,13 @@ def sample(
         for name in parts[0]
     }
     images = joined.pop("images")
+    broken = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
+    if broken:
+        warnings.warn(
+            f"{broken} of {num_images} images are not finite: the guidance scale is too large for "
+            f"these networks ({guidance!r})",
+            stacklevel=2,
+        )
     log_posterior = joined.pop("final", None)
     time = np.append(coefficients.time, 0.0)
     return Samples(images, log_posterior, time, joined)
@@ -527,11 +534,6 @@ class _Chain:
         keep("x", x)
         final = None if state is None else plan.log_posterior(state)
         keep("log_posterior", final)
-        if not torch.isfinite(x).all():
-            raise FloatingPointError(
-                "images are not finite: the guidance scale is too large for these networks "
-                f"({plan.rule!r})"
-            )
         out = {name: torch.stack(values) for name, values in rows.items() if values}
         out["images"] = x.float().cpu()
         if final is not None:

@@ -1,12 +1,14 @@
 """What every test runs under.
 
 Hypothesis: no deadline (the first example compiles), and the same examples on every run.  Triton:
-its interpreter where there is no GPU, chosen before the first kernel is defined.
+its interpreter where there is no GPU, chosen before the first kernel is defined.  Networks of the
+tests: one thread, for they are so small that several only wait for each other.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -37,3 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def kernel_device() -> str:
     """Where Triton kernels run: compiled on a GPU, else interpreted on the CPU."""
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_for_networks(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.module.__name__.rpartition(".")[2].startswith("test_models_"):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
