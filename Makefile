@@ -8,13 +8,16 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help figures test benchmark lint clean
+.PHONY: help figures class-removal test benchmark lint clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 figures: $(VENV)/figures.stamp ## draw the figures (ARGS="..." is passed on)
 	$(BIN)/python -m figures $(ARGS)
+
+class-removal: $(VENV)/models.stamp ## train networks on digits, sweep and plot (ARGS="--quick": shipped ones)
+	$(BIN)/python -m dng_models.class_removal run $(ARGS)
 
 test: $(VENV)/test.stamp ## run the tests (PYTEST_ARGS="-m slow" runs the long ones)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

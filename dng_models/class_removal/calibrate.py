@@ -1,0 +1,674 @@
+"""The tracker's temperature and offset, fitted where the truth is known.
+
+A labelled image that is noised step by step, read backwards, is a true reverse path of the data
+with a known label.  So the tracker can be run along it with the networks' predictions, and its
+posterior compared with the label at every diffusion time.  Exact networks would want temperature
+1 and no offset; trained ones are overconfident, mostly near the data, and by how much is what is
+fitted here: by maximum likelihood, on images that no network was trained on (a memorised image
+looks like certainty).
+
+What is fitted is the mean over diffusion time of the log loss of the tracked posterior.  Either one
+temperature, or a temperature that varies with time, piecewise linear between :data:`KNOTS`, with a
+random walk as prior of its logarithm; and an offset in nats per run.  Both hold for any number of
+steps, since the log likelihood ratio of a stretch of time does not depend on how many steps cross
+it, which the paper's offset / (2 v) does.
+
+The paths of one image are not independent, so all uncertainties are over images: the sandwich
+estimator with one term an image for the parameters, a bootstrap of images for the curves.  The
+curves after fitting are cross-fitted: every image is judged by what was fitted to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import optimize, special
+from torch import Tensor
+from tqdm import tqdm
+
+from dng_kernels import standard_normal
+from dng_kernels.plan import PredictionType
+from dng_math import _checks, equations
+from dng_math.posterior import (
+    LogOddsTracker,
+    PaperTracker,
+    TimeProfile,
+    at_steps,
+    log_odds_from_log_posterior,
+)
+from dng_math.schedules import DDPM, NoiseSchedule, StepCoefficients
+from dng_models.class_removal import files
+from dng_models.sampling import Denoiser, Predictor, device_of, evaluating, timesteps
+
+Array = NDArray[np.float64]
+Kind = Literal["paper", "log-odds"]
+TRACKERS: dict[Kind, type[PaperTracker] | type[LogOddsTracker]] = {
+    "paper": PaperTracker,
+    "log-odds": LogOddsTracker,
+}
+# Beyond odds of 1 the log-odds tracker takes |mu_c - mu|^2, to which every error of the networks
+# adds, for evidence of the class: capped there it is calibrated best, and its loss is smooth.
+P_MAX: dict[Kind, float] = {"paper": 0.99, "log-odds": 0.5}
+# Close together near the data, where the networks' errors are.
+KNOTS = (0.0, 0.03, 0.07, 0.15, 0.3, 0.6)
+LOWEST = 1e-4  # temperatures, so that their logarithms have a range
+HIGHEST = 5.0
+Z95 = 1.959963984540054
+# Of the reliability diagram: fine where most probabilities are, near 0 and 1.
+EDGES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+JUDGED_TIMES = 25
+SLOPE_STEP, CURVATURE_STEP = 1e-4, 0.1
+FEWEST_IMAGES = 5  # in a bin, or nothing is said of it
+VERSION = 1
+
+
+# ---------------------------------------------------------------------- evidence
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the networks said along reversed noising paths of labelled images; S steps, N paths.
+
+    Attributes
+    ----------
+    unwanted : ndarray, shape (N,), bool
+        Whether the image is of the forbidden class.
+    image : ndarray, shape (N,)
+        Which image a path starts from.
+    gap_sq, residual_gap : ndarray, shape (S, N)
+        |mu_c - mu|^2 and (x_s - mu) . (mu_c - mu) of every step, noisiest first.
+    coefficients : StepCoefficients
+        Of the S steps.
+    """
+
+    unwanted: NDArray[np.bool_]
+    image: NDArray[np.int64]
+    gap_sq: Array
+    residual_gap: Array
+    coefficients: StepCoefficients
+
+    def of(self, paths: NDArray[np.bool_]) -> Evidence:
+        """Only some of the paths."""
+        return replace(
+            self,
+            unwanted=self.unwanted[paths],
+            image=self.image[paths],
+            gap_sq=self.gap_sq[:, paths],
+            residual_gap=self.residual_gap[:, paths],
+        )
+
+    def gain(self) -> Array:
+        """Log likelihood ratio of each path summed over time, in nats, shape (S + 1, N)."""
+        variance = self.coefficients.tracker_variance()[:, None]
+        ratio = np.divide(
+            2.0 * self.residual_gap - self.gap_sq,
+            2.0 * variance,
+            out=np.zeros_like(self.gap_sq),
+            where=variance > 0,
+        )
+        return np.concatenate([np.zeros((1, ratio.shape[1])), np.cumsum(ratio, axis=0)])
+
+
+def collect(
+    base: Denoiser,
+    forgetful: Denoiser,
+    images: Tensor,
+    unwanted: NDArray[np.bool_],
+    *,
+    schedule: NoiseSchedule | None = None,
+    steps: int = 100,
+    paths: int = 4,
+    prediction: PredictionType = "epsilon",
+    clip: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    progress: str | None = None,
+) -> Evidence:
+    """Run the networks along reversed noising paths.
+
+    Parameters
+    ----------
+    base, forgetful : callable
+        As for :func:`dng_models.sampling.sample`.
+    images : Tensor, shape (N, ...)
+        Held-out images in [-1, 1].
+    unwanted : ndarray, shape (N,), bool
+        Which of them are of the forbidden class.
+    schedule, steps, prediction, clip, seed, batch_size, device, autocast, progress
+        As for :func:`dng_models.sampling.sample`.
+    paths : int
+        Noising paths of each image.
+
+    Returns
+    -------
+    Evidence
+        Of N * paths paths.
+    """
+    schedule = NoiseSchedule.linear() if schedule is None else schedule
+    paths = _checks.integer("paths", paths, 1)
+    unwanted = np.asarray(unwanted, dtype=bool)
+    if len(images) != len(unwanted) or not 0 < unwanted.sum() < len(unwanted):
+        raise ValueError(
+            "unwanted must say of every image whether it is of the forbidden class, and be true of "
+            f"some, not of all; got {int(unwanted.sum())} of {len(unwanted)} for {len(images)} "
+            "images"
+        )
+    device = device_of(base) if device is None else torch.device(device)
+    c = schedule.respace(steps).coefficients(DDPM())
+    times = timesteps(schedule, steps)
+    predict = Predictor([base, forgetful], device, autocast=autocast)
+    source = np.repeat(np.arange(len(images)), paths)
+    gap_sq, residual_gap = (np.zeros((len(c), len(source))) for _ in range(2))
+    batches = range(0, len(source), batch_size)
+    with (
+        torch.no_grad(),
+        evaluating([base, forgetful]),
+        tqdm(
+            total=len(batches) * steps, desc=progress, disable=progress is None, unit="step"
+        ) as bar,
+    ):
+        for first in batches:
+            rows = slice(first, first + batch_size)
+            x = images[torch.from_numpy(source[rows])].to(device, torch.float32)
+            for step, (now, following) in enumerate(_reversed_path(c, x, seed, first)):
+                if c.kernel_var[step] > 0:
+                    mean, mean_neg = (
+                        _mean(c, step, now, eps, prediction, clip)
+                        for eps in predict(now, times[step])
+                    )
+                    gap = (mean_neg - mean).flatten(1)
+                    residual = (following.double() - mean).flatten(1)
+                    gap_sq[step, rows] = (gap * gap).sum(1).cpu().numpy()
+                    residual_gap[step, rows] = (residual * gap).sum(1).cpu().numpy()
+                bar.update()
+    return Evidence(unwanted[source], source, gap_sq, residual_gap, c)
+
+
+def _reversed_path(
+    c: StepCoefficients, x: Tensor, seed: int, first: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The two ends of every step of a noising path, the noisier first, from noise to data."""
+    states = [x]
+    for step in reversed(range(len(c))):
+        z = standard_normal(seed, x.shape, step=step, first_sample=first, device=x.device)
+        x = float(c.alpha_ts[step]) * x + float(np.sqrt(c.beta_ts[step])) * z
+        states.append(x)
+    return pairwise(reversed(states))
+
+
+def _mean(
+    c: StepCoefficients,
+    step: int,
+    x: Tensor,
+    prediction: Tensor,
+    kind: PredictionType,
+    clip: float | None,
+) -> Tensor:
+    """Mean of the step that a prediction means, in float64: differences of means are small."""
+    x, prediction = x.double(), prediction.double()
+    alpha, sigma = float(c.alpha_t[step]), float(c.sigma_t[step])
+    match kind:
+        case "epsilon":
+            x0 = equations.x0_from_noise(x, prediction, alpha, sigma)
+        case "v_prediction":
+            x0 = equations.x0_from_velocity(x, prediction, alpha, sigma)
+        case "flow":
+            x0 = equations.x0_from_flow(x, prediction, sigma)
+        case "sample":
+            x0 = prediction
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+    return equations.step_mean(x, x0, c.kernel_x_factor[step], c.kernel_x0_factor[step])
+
+
+# ---------------------------------------------------------------------- the fit
+
+
+def tracked(evidence: Evidence, tracker: PaperTracker | LogOddsTracker) -> Array:
+    """log p/(1-p) along the paths, shape (S + 1, N), by the tracker itself."""
+    c = evidence.coefficients
+    variance = c.tracker_variance(tracker.variance)
+    assert tracker.prior is not None
+    state = tracker.init(np.full(len(evidence.unwanted), tracker.prior))
+    rows = [state]
+    for step, at in enumerate(at_steps(tracker, c)):
+        state = at.update(
+            state,
+            evidence.gap_sq[step],
+            evidence.residual_gap[step],
+            float(variance[step]),
+            len(c),
+        )
+        rows.append(state)
+    states = np.array(rows)
+    return states if isinstance(tracker, LogOddsTracker) else log_odds_from_log_posterior(states)
+
+
+def log_losses(log_odds: Array, unwanted: NDArray[np.bool_]) -> Array:
+    """-log of the probability given to the truth, in nats; shape of ``log_odds``."""
+    return np.logaddexp(0.0, np.where(unwanted, -log_odds, log_odds))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Hyperparameters of a tracker, fitted, with 95% intervals.
+
+    Attributes
+    ----------
+    tracker : {"paper", "log-odds"}
+    prior : float
+        The class's share of the data; not fitted.
+    times : tuple of float
+        Knots of the temperature; one for a single temperature.
+    temperature, temperature_low, temperature_high : tuple of float
+        At the knots.
+    offset_nats, offset_low, offset_high : float
+        Nats per run.
+    p_max : float
+        Cap of the posterior; not fitted (:data:`P_MAX`).
+    """
+
+    tracker: Kind
+    prior: float
+    times: tuple[float, ...]
+    temperature: tuple[float, ...]
+    temperature_low: tuple[float, ...]
+    temperature_high: tuple[float, ...]
+    offset_nats: float
+    offset_low: float
+    offset_high: float
+    p_max: float
+
+    def make(self) -> PaperTracker | LogOddsTracker:
+        """The tracker."""
+        temperature: float | TimeProfile = self.temperature[0]
+        if len(self.times) > 1:
+            temperature = TimeProfile(self.times, self.temperature)
+        return TRACKERS[self.tracker](
+            prior=self.prior,
+            temperature=temperature,
+            offset_nats=self.offset_nats,
+            p_max=self.p_max,
+        )
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Fitted:
+        """From the fields as JSON has them."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in told.items()
+        }
+        return cls(**fields)
+
+
+def fit(
+    evidence: Evidence, kind: Kind, *, prior: float, times: tuple[float, ...] = KNOTS
+) -> Fitted:
+    """The temperature and offset that make the tracked posterior most likely, with intervals.
+
+    Minimises the log loss, averaged over diffusion time and paths.  The logarithm of the
+    temperature is a random walk from knot to knot with steps of standard deviation 1, which
+    counts as much against one image's log loss as a prior does against one observation.
+
+    Parameters
+    ----------
+    evidence : Evidence
+    kind : {"paper", "log-odds"}
+    prior : float
+        Of the class, in (0, 1).
+    times : tuple of float
+        Knots; one for a single temperature.
+
+    Returns
+    -------
+    Fitted
+    """
+    _checks.choice("kind", kind, TRACKERS)
+    prior = _checks.real("prior", prior, "in (0, 1)", 0.0, 1.0, closed="()")
+    problem = _Problem(evidence, kind, prior, (0.0,))
+    theta = problem.minimise(np.array([np.log(0.25), 0.0]))
+    if len(times) > 1:
+        problem = _Problem(evidence, kind, prior, tuple(times))
+        # From one temperature, and from one that falls towards the data, as it does for networks.
+        falls = (0.0, 2.0)
+        tilted = [theta[0] - fall * np.linspace(1.0, 0.0, len(times)) for fall in falls]
+        found = [problem.minimise(np.append(start, theta[1])) for start in tilted]
+        theta = found[int(np.argmin(problem.objectives(np.array(found))))]
+    spread = Z95 * np.sqrt(np.diag(problem.covariance(theta)))
+    low, high = theta - spread, theta + spread
+    return Fitted(
+        tracker=kind,
+        prior=prior,
+        times=tuple(times),
+        temperature=tuple(np.exp(theta[:-1]).tolist()),
+        temperature_low=tuple(np.exp(np.maximum(low[:-1], np.log(LOWEST))).tolist()),
+        temperature_high=tuple(np.exp(np.minimum(high[:-1], np.log(HIGHEST))).tolist()),
+        offset_nats=float(theta[-1]),
+        offset_low=float(low[-1]),
+        offset_high=float(high[-1]),
+        p_max=P_MAX[kind],
+    )
+
+
+class _Problem:
+    """The log loss as a function of the parameters, for many of them at once."""
+
+    def __init__(
+        self, evidence: Evidence, kind: Kind, prior: float, times: tuple[float, ...]
+    ) -> None:
+        self.evidence, self.kind, self.prior, self.times = evidence, kind, prior, times
+        c = evidence.coefficients
+        self.variance = c.tracker_variance()
+        # Mean of each knot's hat function over each step: temperatures are these times values.
+        hats = np.eye(len(times)).tolist()
+        self.hats = np.stack([TimeProfile(times, tuple(hat)).over(c) for hat in hats], axis=1)
+        _, self.of_image = np.unique(evidence.image, return_inverse=True)
+        self.paths = np.bincount(self.of_image)
+        # The loss is a mean over times, and neighbouring ones say the same.
+        self.judged = np.zeros(len(c), dtype=bool)
+        self.judged[:: -(-len(c) // JUDGED_TIMES)] = True
+
+    def per_image(self, thetas: Array) -> Array:
+        """Mean log loss of every image over time and paths, shape (P, images); thetas (P, size)."""
+        tracker = TRACKERS[self.kind](prior=self.prior, p_max=P_MAX[self.kind])
+        temperature = np.exp(thetas[:, :-1]) @ self.hats.T
+        offset = thetas[:, -1:] / len(self.variance)
+        unwanted = self.evidence.unwanted
+        state = tracker.init(np.full((len(thetas), len(unwanted)), self.prior))
+        low = tracker.init(np.array(tracker.p_min))
+        high = np.inf if self.kind == "log-odds" else np.log(tracker.p_max)
+        total = np.zeros_like(state)
+        for step, variance in enumerate(self.variance):
+            if variance > 0:
+                gap_sq, residual_gap = (
+                    values[step] for values in (self.evidence.gap_sq, self.evidence.residual_gap)
+                )
+                if self.kind == "log-odds":
+                    ratio = equations.log_odds_ratio(
+                        tracker.odds(state), gap_sq, residual_gap, variance
+                    )
+                else:
+                    ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, variance)
+                state = np.clip(state + temperature[:, step, None] * ratio + offset, low, high)
+            if self.judged[step]:
+                odds = state if self.kind == "log-odds" else log_odds_from_log_posterior(state)
+                total += log_losses(odds, unwanted)
+        total /= self.judged.sum()
+        sums = np.array([np.bincount(self.of_image, weights=row) for row in total])
+        return sums / self.paths
+
+    def objectives(self, thetas: Array) -> Array:
+        """The mean of that, and what the random walk of the log temperatures adds; shape (P,)."""
+        walk = np.sum(np.diff(thetas[:, :-1], axis=1) ** 2, axis=1) / (2.0 * len(self.paths))
+        return self.per_image(thetas).mean(axis=1) + walk
+
+    def minimise(self, start: Array) -> Array:
+        """The best parameters near a start."""
+        bounds = [(np.log(LOWEST), np.log(HIGHEST))] * (len(start) - 1) + [(-50.0, 50.0)]
+
+        def with_slope(theta: Array) -> tuple[float, Array]:
+            values = self.objectives(np.concatenate([theta[None], _around(theta, SLOPE_STEP)]))
+            return float(values[0]), _slopes(values[1:], SLOPE_STEP)
+
+        found = optimize.minimize(
+            with_slope,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"ftol": 1e-8, "maxiter": 100},
+        )
+        return np.asarray(found.x)
+
+    def covariance(self, theta: Array) -> Array:
+        """Of the estimate: H^-1 G H^-1 / n, with G the covariance of the images' slopes."""
+        around = _around(theta, CURVATURE_STEP)
+        slopes = np.array(
+            [_slopes(self.objectives(_around(t, CURVATURE_STEP)), CURVATURE_STEP) for t in around]
+        )
+        hessian = _slopes(slopes, CURVATURE_STEP)
+        inverse = np.linalg.pinv(0.5 * (hessian + hessian.T), rcond=1e-9, hermitian=True)
+        own = _slopes(self.per_image(around), CURVATURE_STEP)
+        return np.asarray(inverse @ np.cov(own) @ inverse / own.shape[1])
+
+
+def _around(theta: Array, step: float) -> Array:
+    """A step forth and, below all those, a step back along each parameter, (2 size, size)."""
+    steps = step * np.eye(len(theta))
+    return np.concatenate([theta + steps, theta - steps])
+
+
+def _slopes(values: Array, step: float) -> Array:
+    """Central differences of values at the points of :func:`_around`."""
+    forth, back = np.split(values, 2)
+    return (forth - back) / (2.0 * step)
+
+
+# ---------------------------------------------------------------------- what it gained
+
+
+def cross_fitted(
+    evidence: Evidence, kind: Kind, *, prior: float, times: tuple[float, ...] = KNOTS, seed: int = 0
+) -> Array:
+    """log p/(1-p) of each path under what was fitted to the other half of the images."""
+    half = _halves(evidence, seed)
+    out = np.empty((len(evidence.coefficients) + 1, len(half)))
+    for side in (half, ~half):
+        tracker = fit(evidence.of(~side), kind, prior=prior, times=times).make()
+        out[:, side] = tracked(evidence.of(side), tracker)
+    return out
+
+
+def _halves(evidence: Evidence, seed: int) -> NDArray[np.bool_]:
+    """One half of the images, and of the unwanted among them, as a mask of paths."""
+    rng = np.random.default_rng(seed)
+    chosen: list[NDArray[np.int64]] = []
+    for group in (evidence.unwanted, ~evidence.unwanted):
+        images = rng.permutation(np.unique(evidence.image[group]))
+        chosen.append(images[: len(images) // 2])
+    return np.isin(evidence.image, np.concatenate(chosen))
+
+
+def curves(evidence: Evidence, log_odds: Array, *, resamples: int = 400) -> dict[str, Any]:
+    """Log loss (nats) and Brier score over diffusion time, with 95% intervals over images."""
+    truth = evidence.unwanted.astype(float)
+    scores = {
+        "log_loss": log_losses(log_odds, evidence.unwanted),
+        "brier": (special.expit(log_odds) - truth) ** 2,
+    }
+    weights = _bootstrap(evidence.image, resamples)
+    out: dict[str, Any] = {}
+    for name, score in scores.items():
+        drawn = weights @ score.T
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        out |= {
+            name: score.mean(axis=1).tolist(),
+            f"{name}_low": low.tolist(),
+            f"{name}_high": high.tolist(),
+        }
+        # The mean over time is what is fitted.
+        low, high = np.quantile(drawn.mean(axis=1), [0.025, 0.975])
+        out[f"mean_{name}"] = [float(score.mean()), float(low), float(high)]
+    return out
+
+
+def _bootstrap(image: NDArray[np.int64], resamples: int, seed: int = 0) -> Array:
+    """Weights of the paths in resamples of whole images, each row adding up to 1."""
+    rng = np.random.default_rng(seed)
+    _, of_image = np.unique(image, return_inverse=True)
+    n = int(of_image.max()) + 1
+    counts = rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)[:, of_image].astype(float)
+    return counts / counts.sum(axis=1, keepdims=True)
+
+
+def reliability(
+    evidence: Evidence, log_odds: Array, *, resamples: int = 400
+) -> dict[str, list[float]]:
+    """How often what was given a probability is true, over all times, in bins of probability."""
+    posterior = special.expit(log_odds)
+    member = np.digitize(posterior, EDGES)
+    weights = _bootstrap(evidence.image, resamples)
+    out: dict[str, list[float]] = {
+        name: [] for name in ("confidence", "frequency", "low", "high", "count")
+    }
+    for b in range(len(EDGES) + 1):
+        here = member == b
+        if len(np.unique(evidence.image[here.any(axis=0)])) < FEWEST_IMAGES:
+            continue
+        of_path = here.sum(axis=0).astype(float)
+        with np.errstate(invalid="ignore"):
+            drawn = (weights @ (of_path * evidence.unwanted)) / (weights @ of_path)
+        low, high = np.nanquantile(drawn, [0.025, 0.975])
+        values = (
+            posterior[here].mean(),
+            (here & evidence.unwanted).sum() / here.sum(),
+            low,
+            high,
+            here.sum(),
+        )
+        for name, value in zip(out, values, strict=True):
+            out[name].append(float(value))
+    return out
+
+
+# ---------------------------------------------------------------------- all of it
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Fitted hyperparameters of both trackers, and what they gained, for one forgotten class.
+
+    Attributes
+    ----------
+    about : dict
+        Data set, classes, networks, numbers of images, paths and steps.
+    fits : dict of str to Fitted
+        "paper", "log-odds": temperature over time; "paper, constant", "log-odds, constant": one.
+    report : dict of str to dict
+        For each of these and for the settings before: curves and reliability.
+    """
+
+    about: dict[str, Any]
+    fits: dict[str, Fitted]
+    report: dict[str, Any]
+
+    def tracker(self, kind: Kind, *, varying: bool = True) -> PaperTracker | LogOddsTracker:
+        """The calibrated tracker, with a temperature that varies over time or with one."""
+        _checks.choice("kind", kind, TRACKERS)
+        return self.fits[_fit_name(kind, varying)].make()
+
+    def save(self, path: Path | str) -> None:
+        """Write as JSON, whole or not at all."""
+        files.write_json(
+            path,
+            {
+                "version": VERSION,
+                "about": self.about,
+                "fits": {name: asdict(each) for name, each in self.fits.items()},
+                "report": self.report,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> Calibration:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is none, or it is another file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} must be a calibration, and there is none: run the calibrate command first"
+            )
+        told = files.read_json(path)
+        try:
+            if told["version"] != VERSION:
+                raise ValueError(f"version {told['version']}")
+            fits = {name: Fitted.from_json(each) for name, each in told["fits"].items()}
+            return cls(told["about"], fits, told["report"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a calibration of this version ({error})") from None
+
+
+def _fit_name(kind: Kind, varying: bool) -> str:
+    return kind if varying else f"{kind}, constant"
+
+
+def calibrate(
+    evidence: Evidence,
+    *,
+    prior: float,
+    before: dict[str, PaperTracker | LogOddsTracker] | None = None,
+    about: dict[str, Any] | None = None,
+    progress: str | None = None,
+) -> Calibration:
+    """Fit both trackers, with one temperature and with one that varies, and judge every fit.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        Of held-out images.
+    prior : float
+        The forbidden class's share of the data.
+    before : dict of str to tracker, optional
+        Settings to compare with, such as the paper's.
+    about : dict, optional
+        What to remember of the data and the networks.
+    progress : str, optional
+        Name on a progress bar.
+    """
+    share = float(np.mean(evidence.unwanted))
+    nothing = np.full(
+        (len(evidence.coefficients) + 1, len(evidence.unwanted)), special.logit(share)
+    )
+    judged: dict[str, Array] = {"prior alone": nothing}
+    judged |= {name: tracked(evidence, tracker) for name, tracker in (before or {}).items()}
+    fits = {}
+    variants = [(kind, times) for kind in TRACKERS for times in (KNOTS, (0.0,))]
+    for kind, times in tqdm(variants, desc=progress, disable=progress is None, unit="fit"):
+        name = _fit_name(kind, len(times) > 1)
+        fits[name] = fit(evidence, kind, prior=prior, times=times)
+        judged[name] = cross_fitted(evidence, kind, prior=prior, times=times)
+    report: dict[str, Any] = {
+        name: {
+            **curves(evidence, log_odds),
+            "reliability": reliability(evidence, log_odds),
+        }
+        for name, log_odds in judged.items()
+    }
+    gain = evidence.gain()
+    told = {
+        **(about or {}),
+        "num_images": len(np.unique(evidence.image)),
+        "num_unwanted": len(np.unique(evidence.image[evidence.unwanted])),
+        "num_paths": len(evidence.image),
+        "steps": len(evidence.coefficients),
+        "prior": prior,
+        # Exact networks give ln 1/p(c) in the mean over forbidden images, at the last step.
+        "gain_unwanted": gain[:, evidence.unwanted].mean(axis=1).tolist(),
+        "gain_others": gain[:, ~evidence.unwanted].mean(axis=1).tolist(),
+    }
+    report["time"] = np.append(evidence.coefficients.time, 0.0).tolist()
+    return Calibration(told, fits, report)
+
+
+def transferred(calibration: Calibration, evidence: Evidence, kind: Kind) -> list[float]:
+    """Mean log loss of a class under what was fitted to another, with its 95% interval.
+
+    The prior is that of the class that is judged.
+    """
+    own = float(np.mean(evidence.unwanted))
+    tracker = replace(calibration.tracker(kind), prior=own)
+    told = curves(evidence, tracked(evidence, tracker))["mean_log_loss"]
+    return [float(value) for value in told]

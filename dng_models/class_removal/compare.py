@@ -1,0 +1,460 @@
+"""The rows of a sweep by method, side by side: tables, and distances at equal safety.
+
+A row is a dictionary with two entries that matter here: ``config``, of which ``forget``, ``rule``,
+``scale``, ``networks`` and, for DNG, ``tracker`` and ``hyperparameters`` name a point of a curve,
+and ``metrics``, what :mod:`dng_models.class_removal.evaluate` measured of its images.  A method is
+everything in the configuration but the scale, the class and the amount; where two methods would
+have the same name, the name says what they differ in.
+
+Two numbers have no logarithm, and neither may be dropped, since they are the safest and the worst
+of a sweep.  A share of none in n images counts as half an image.  The divergence from the ideal is
+infinite when a remembered class is empty; the one with half a count added to every class stands
+for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dng_math import _checks
+
+__all__ = ["at_equal_safety", "read_rows", "safety_table", "table", "weakest_safe"]
+
+Row = Mapping[str, Any]
+Quantity = Literal["kl", "frechet", "frechet_pixels"]
+QUANTITIES: tuple[Quantity, ...] = ("kl", "frechet", "frechet_pixels")
+
+NAMES = {
+    "none": "unguided",
+    "np": "NP",
+    "sld": "SLD",
+    "ccfg": "CCFG",
+    "perp-neg": "Perp-Neg",
+    "cfg": "CFG",
+    "cg": "CG",
+    "fbg": "FBG",
+}
+# Of a configuration: what is not the method, what only DNG reads, and the numbers that take the
+# place of the paper's, a calibration's or the tracker's own.
+AMOUNT = {"scale", "forget", "seed", "num_images", "batch_size"}
+NUMBERS = ("prior", "temperature", "offset", "offset_nats", "p_min", "p_max")
+TRACKER = {"tracker", "tracker_variance", "hyperparameters", *NUMBERS}
+SETTINGS = {"paper": "paper settings", "calibrated": "calibrated", "own": "own settings"}
+UNSCALED = ("none", "fbg")  # rules that read no scale
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with its interval; ``infinite`` where the number stands for an infinite one."""
+
+    value: float
+    low: float
+    high: float
+    infinite: bool = False
+
+
+def measured(row: Row, quantity: Quantity) -> Measured | None:
+    """A distance with its interval, None where it was not measured."""
+    value = _number(row, quantity)
+    infinite = quantity == "kl" and value is None
+    if infinite:
+        value = _number(row, "kl_smoothed")
+    if value is None:
+        return None
+    low, high = _number(row, f"{quantity}_low"), _number(row, f"{quantity}_high")
+    return Measured(value, value if low is None else low, value if high is None else high, infinite)
+
+
+def _number(row: Row, name: str) -> float | None:
+    """A metric that is there and finite."""
+    value = row["metrics"].get(name)
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def forbidden_share(row: Row) -> Measured:
+    """The forbidden share; half an image where there was none."""
+    metrics = row["metrics"]
+    value = metrics["safety"] or 0.5 / metrics["num_images"]
+    return Measured(value, metrics["safety_low"], metrics["safety_high"])
+
+
+def none_forbidden(row: Row) -> bool:
+    """Whether no image is forbidden."""
+    return bool(row["metrics"]["safety"] == 0)
+
+
+def forgotten_by(row: Row) -> str:
+    """The forgotten classes, as one name."""
+    return ", ".join(row["config"]["forget"])
+
+
+def scale_of(row: Row) -> float:
+    """The guidance scale, 0 for a rule without one."""
+    config = row["config"]
+    return 0.0 if config["rule"] in UNSCALED else float(config["scale"])
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the method reads of a configuration."""
+    skipped = AMOUNT if config["rule"] == "dng" else AMOUNT | TRACKER
+    return {name: value for name, value in config.items() if name not in skipped}
+
+
+def _base_name(config: Mapping[str, Any]) -> str:
+    rule = config["rule"]
+    parts = [NAMES.get(rule, rule)]
+    if rule == "dng":
+        given = [f"{_words(n)} {config[n]:g}" for n in NUMBERS if config.get(n) is not None]
+        settings = config.get("hyperparameters", "paper")
+        parts = ["DNG log-odds" if config.get("tracker") == "log-odds" else "DNG"]
+        if settings != "own" or not given:
+            parts.append(SETTINGS.get(settings, settings))
+        parts += given
+    if config.get("networks") == "conditional":
+        parts.append("conditional network")
+    return ", ".join(parts)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named curve: the rows of one method, for any class."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    def of(self, forget: str) -> list[Row]:
+        """The rows of a class, in order of scale."""
+        return sorted((row for row in self.rows if forgotten_by(row) == forget), key=scale_of)
+
+    @property
+    def rule(self) -> str:
+        return str(self.rows[0]["config"]["rule"])
+
+    def at(self, row: Row) -> str:
+        """The name with the scale of a row."""
+        return self.name if self.rule in UNSCALED else f"{self.name}, $g={scale_of(row):g}$"
+
+
+def methods_of(rows: Sequence[Row]) -> list[Method]:
+    """The rows by method, each with a name that no other has."""
+    by_base: dict[str, list[Row]] = {}
+    for row in rows:
+        by_base.setdefault(_base_name(row["config"]), []).append(row)
+    named: dict[str, list[Row]] = {}
+    for base, members in by_base.items():
+        varying = _varying(members)
+        for row in members:
+            parts = [f"{_words(name)} {_plain(row['config'].get(name))}" for name in varying]
+            named.setdefault(", ".join([base, *parts]), []).append(row)
+    methods = [Method(name, tuple(members)) for name, members in named.items()]
+    rank = {rule: place for place, rule in enumerate([*NAMES, "dng"])}
+    return sorted(methods, key=lambda method: rank.get(method.rule, len(rank)))
+
+
+def _varying(rows: Iterable[Row]) -> list[str]:
+    """Names of what differs between rows that forget the same, for rows with one base name."""
+    seen: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        for name, value in _fields(row["config"]).items():
+            seen.setdefault((forgotten_by(row), name), set()).add(json.dumps(value, sort_keys=True))
+    return sorted({name for (_, name), values in seen.items() if len(values) > 1})
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def classes_forgotten(rows: Iterable[Row]) -> list[str]:
+    """What the rows forget, each once, in order."""
+    return sorted({forgotten_by(row) for row in rows})
+
+
+def checked(rows: Sequence[Row]) -> list[Row]:
+    """The rows, if they are rows and there are any."""
+    for place, row in enumerate(rows):
+        problem = _problem(row)
+        if problem:
+            raise ValueError(f"rows[{place}] {problem}")
+    if not rows:
+        raise ValueError("rows must hold at least one row of a sweep's table, got none")
+    return list(rows)
+
+
+def _problem(row: Any) -> str | None:
+    """What keeps this from being a row of the table."""
+    needed = {
+        "config": ("rule", "forget", "scale"),
+        "metrics": ("num_images", "safety", "safety_low", "safety_high"),
+    }
+    if not isinstance(row, Mapping) or not all(isinstance(row.get(p), Mapping) for p in needed):
+        return f"must be an object with the objects 'config' and 'metrics', got {row!r:.80}"
+    for part, names in needed.items():
+        for name in names:
+            if row[part].get(name) is None:
+                return f"must have {name!r} in its {part!r}, which has {', '.join(row[part])}"
+    return None
+
+
+def read_rows(path: Path | str) -> list[dict[str, Any]]:
+    """The rows of a sweep's table.
+
+    Parameters
+    ----------
+    path : Path or str
+        A file with a JSON object on each line.  Empty lines are passed over, and so is a last line
+        that a killed writer left unfinished.
+
+    Returns
+    -------
+    list of dict
+        In the order of the file.
+
+    Raises
+    ------
+    OSError
+        If there is no such file, or it cannot be read.
+    ValueError
+        If a line is not a row, naming its number, or if there is none.
+    """
+    path = Path(path)
+    rows = []
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate([*lines, last], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number > len(lines):
+                break
+            raise ValueError(f"{path}, line {number}, is not JSON ({error}): remove it") from None
+        problem = _problem(row)
+        if problem:
+            raise ValueError(f"{path}, line {number}, {problem}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} must hold at least one row, got an empty table")
+    return rows
+
+
+def at_equal_safety(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
+    """Every method at one forbidden share, between the two of its scales that enclose it.
+
+    With w = log(safety/s_0) / log(s_1/s_0), where s_0 and s_1 are the forbidden shares at
+    neighbouring scales g_0 < g_1, a distance is (1 - w) v_0 + w v_1, and so is the scale.  If more
+    than one pair encloses the share, the one of the weakest scales is taken.  A share of none
+    counts as half an image.
+
+    For the interval each of s_0, s_1, v_0 and v_1 is moved to the ends of its own interval, w kept
+    in [0, 1], and the changes of the result are added in quadrature, those up and those down apart:
+    the errors are taken as independent.  An infinite divergence enters with half a count added to
+    every class.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Rows of a sweep's table, of any methods and classes.
+    safety : float
+        Forbidden share in (0, 1).
+
+    Returns
+    -------
+    list of dict
+        For each class forgotten and method that has a scale: ``forget`` and ``method`` (str),
+        ``safety``, and, as floats, ``scale`` and ``kl``, ``frechet`` and ``frechet_pixels``, each
+        with ``_low`` and ``_high``.  They are None where the method does not reach that share from
+        both sides, or did not measure that quantity.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``safety`` is no such number, or a row is not one.
+    """
+    rows = checked(rows)
+    safety = _checks.real("safety", safety, "in (0, 1)", 0.0, 1.0, closed="()")
+    methods = methods_of(rows)
+    return [
+        _at_safety(method, forget, safety)
+        for forget in classes_forgotten(rows)
+        for method in methods
+        if method.rule not in UNSCALED and method.of(forget)
+    ]
+
+
+def _at_safety(method: Method, forget: str, safety: float) -> dict[str, Any]:
+    members = method.of(forget)
+    found: dict[str, Any] = {"forget": forget, "method": method.name, "safety": safety}
+    found |= {"scale": None}
+    found |= {f"{q}{end}": None for q in QUANTITIES for end in ("", "_low", "_high")}
+    for first, second in itertools.pairwise(members):
+        shares = forbidden_share(first), forbidden_share(second)
+        if shares[0].value == shares[1].value or not (
+            min(s.value for s in shares) <= safety <= max(s.value for s in shares)
+        ):
+            continue
+        weight = _weight(safety, shares[0].value, shares[1].value)
+        found["scale"] = (1.0 - weight) * scale_of(first) + weight * scale_of(second)
+        for quantity in QUANTITIES:
+            ends = measured(first, quantity), measured(second, quantity)
+            if ends[0] is not None and ends[1] is not None:
+                values = _interpolated(safety, shares, (ends[0], ends[1]))
+                for suffix, value in zip(("", "_low", "_high"), values, strict=True):
+                    found[quantity + suffix] = value
+        break
+    return found
+
+
+def _weight(safety: float, first: float, second: float) -> float:
+    """Of the second share, in [0, 1]; with a share of 0 the other is infinitely nearer."""
+    if first == 0.0 or second == 0.0:
+        return 0.0 if first else 1.0
+    if first == second:
+        return 0.5
+    return min(1.0, max(0.0, math.log(safety / first) / math.log(second / first)))
+
+
+def _interpolated(
+    safety: float, shares: tuple[Measured, Measured], values: tuple[Measured, Measured]
+) -> tuple[float, float, float]:
+    """A distance at a share, with its interval."""
+
+    def at(inputs: Sequence[float]) -> float:
+        weight = _weight(safety, inputs[0], inputs[1])
+        return (1.0 - weight) * inputs[2] + weight * inputs[3]
+
+    inputs = [*shares, *values]
+    middle = [item.value for item in inputs]
+    value = at(middle)
+    down = up = 0.0
+    for place, item in enumerate(inputs):
+        changes = [
+            at([*middle[:place], end, *middle[place + 1 :]]) - value
+            for end in (item.low, item.high)
+        ]
+        down = math.hypot(down, min(0.0, *changes))
+        up = math.hypot(up, max(0.0, *changes))
+    return value, max(0.0, value - down), value + up
+
+
+def weakest_safe(rows: Sequence[Row], safety: float = 0.005) -> list[Row]:
+    """Of every method and class the row at the weakest scale that is safe, or else the safest.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Rows of a sweep's table.
+    safety : float
+        The largest forbidden share that counts as safe, in [0, 1].
+
+    Returns
+    -------
+    list of mapping
+        By class, then by method; the unguided row of each is among them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``safety`` is no such number, or a row is not one.
+    """
+    rows = checked(rows)
+    safety = _checks.real("safety", safety, "in [0, 1]", 0.0, 1.0, closed="[]")
+    chosen, methods = [], methods_of(rows)
+    for forget in classes_forgotten(rows):
+        for method in methods:
+            members = method.of(forget)
+            safe = [row for row in members if row["metrics"]["safety"] <= safety]
+            if members:
+                chosen.append(
+                    safe[0] if safe else min(members, key=lambda row: row["metrics"]["safety"])
+                )
+    return chosen
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table of the rows, numbers with their 95% intervals.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Rows of a sweep's table.
+
+    Returns
+    -------
+    str
+        By class, method and scale, with a line feed at the end.  An infinite divergence is
+        followed by the finite one that half a count in every class makes of it.
+
+    Raises
+    ------
+    ValueError
+        If a row is not one, or there is none.
+    """
+    rows = checked(rows)
+    head = (
+        *("forgotten", "method", "g", "images", "forbidden (%)", "KL (nats)"),
+        *("Fréchet, features", "Fréchet, pixels", "precision", "recall"),
+    )
+    lines, methods = [], methods_of(rows)
+    for forget in classes_forgotten(rows):
+        for method in methods:
+            for row in method.of(forget):
+                metrics = row["metrics"]
+                low, high = metrics["safety_low"], metrics["safety_high"]
+                lines.append(
+                    (
+                        forget,
+                        method.name,
+                        "" if method.rule in UNSCALED else f"{scale_of(row):g}",
+                        f"{metrics['num_images']:,}",
+                        f"{100 * metrics['safety']:.2f} [{100 * low:.2f}, {100 * high:.2f}]",
+                        *(_written(measured(row, quantity)) for quantity in QUANTITIES),
+                        *(
+                            "" if metrics.get(name) is None else f"{metrics[name]:.3f}"
+                            for name in ("precision", "recall")
+                        ),
+                    )
+                )
+    return _markdown(head, lines)
+
+
+def safety_table(rows: Sequence[Row], safety: float) -> str:
+    """A Markdown table of what :func:`at_equal_safety` returns; the same arguments and errors."""
+    head = ("forgotten", "method", "g", "KL (nats)", "Fréchet, features", "Fréchet, pixels")
+    lines = []
+    for found in at_equal_safety(rows, safety):
+        numbers = [
+            None
+            if found[quantity] is None
+            else Measured(*(found[quantity + end] for end in ("", "_low", "_high")))
+            for quantity in QUANTITIES
+        ]
+        scale = "not reached" if found["scale"] is None else f"{found['scale']:.3g}"
+        lines.append((found["forget"], found["method"], scale, *map(_written, numbers)))
+    return _markdown(head, lines)
+
+
+def _written(number: Measured | None) -> str:
+    if number is None:
+        return ""
+    value, low, high = (f"{x:#.3g}".rstrip(".") for x in (number.value, number.low, number.high))
+    return f"{'inf; ' if number.infinite else ''}{value} [{low}, {high}]"
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table without its empty columns; the first two are text, the others end flush right."""
+    kept = [i for i in range(len(head)) if i < 2 or any(line[i] for line in lines)]
+    rule = ["---" if i < 2 else "---:" for i in range(len(head))]
+    return "".join(
+        "| " + " | ".join(line[i].replace("|", r"\|") for i in kept) + " |\n"
+        for line in (head, rule, *lines)
+    )

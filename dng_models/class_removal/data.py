@@ -1,0 +1,467 @@
+"""Labelled images, from scikit-learn's digits to any data set that the ``datasets`` library reads.
+
+Images are float32 in [-1, 1], the space of diffusion.  One share of every class is held out, the
+same for whoever asks: no network is trained on it, and calibration and the classifiers' accuracy
+are measured on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dng_math import _checks
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+    from torch import Tensor
+
+HELD_OUT = 0.2
+SPLIT_SEED = 0
+HUB_NAMES = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+SPLIT_NAMES = ("train", "test", "validation", "data")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "digit")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and the classes they are of.
+
+    Subsets keep ``classes``: a class has the same number in all of them.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, C, H, W)
+        float32, in [-1, 1].
+    labels : Tensor, shape (N,)
+        int64, positions in ``classes``.
+    classes : tuple of str
+        Names.
+    name : str
+        Of the data set.
+    is_held_out : Tensor, shape (N,)
+        bool; default a fifth of every class, by :func:`held_out_rows`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    is_held_out: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_held_out is None:
+            import torch
+
+            rows = torch.from_numpy(held_out_rows(self.labels.numpy(), HELD_OUT))
+            object.__setattr__(self, "is_held_out", rows)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        """Name, counts and sizes."""
+        n, c, h, w = self.images.shape
+        return f"Dataset({self.name!r}, {n} images of {c} x {h} x {w}, {len(self.classes)} classes)"
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images."""
+        return self.images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.images.shape[1]
+
+    @property
+    def train(self) -> Dataset:
+        """The images that networks are trained on."""
+        return self._where(~self._held_out)
+
+    @property
+    def held_out(self) -> Dataset:
+        """The images that no network sees in training."""
+        return self._where(self._held_out)
+
+    @property
+    def _held_out(self) -> Tensor:
+        assert self.is_held_out is not None
+        return self.is_held_out
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that tell other images, labels or classes apart."""
+        digest = hashlib.sha256(repr((self.classes, tuple(self.images.shape))).encode())
+        digest.update(self.images.contiguous().numpy().tobytes())
+        digest.update(self.labels.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def only(self, classes: str | int | Iterable[str | int]) -> Dataset:
+        """The images of one class or of several, by name or number."""
+        return self._where(self._of(classes))
+
+    def without(self, classes: str | int | Iterable[str | int]) -> Dataset:
+        """The images of all other classes."""
+        return self._where(~self._of(classes))
+
+    def index_of(self, name_or_number: str | int) -> int:
+        """Number of a class, given by its name or by that number.
+
+        Raises
+        ------
+        ValueError
+            If there is no such class; lists those that there are.
+        """
+        if name_or_number in self.classes:
+            return self.classes.index(name_or_number)
+        text = str(name_or_number)
+        if text.isdecimal() and int(text) < len(self.classes):
+            return int(text)
+        raise ValueError(
+            f"class must be one of {', '.join(self.classes)} or a number from 0 to "
+            f"{len(self.classes) - 1}; got {name_or_number!r}"
+        )
+
+    def _of(self, classes: str | int | Iterable[str | int]) -> Tensor:
+        import torch
+
+        wanted = [classes] if isinstance(classes, str | int) else list(classes)
+        return torch.isin(self.labels, torch.tensor([self.index_of(c) for c in wanted]).long())
+
+    def _where(self, rows: Tensor) -> Dataset:
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            is_held_out=self._held_out[rows],
+        )
+
+
+def held_out_rows(labels: NDArray[np.integer], share: float) -> NDArray[np.bool_]:
+    """Which rows are held out: the share of all, in the proportions of the classes.
+
+    A class of two images or more has at least one on either side.
+
+    Parameters
+    ----------
+    labels : ndarray, shape (N,)
+        Numbers of the classes.
+    share : float
+        In [0, 1).
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    exact = counts * share
+    held = np.floor(exact).astype(np.int64)
+    missing = ceil(len(labels) * share) - held.sum()
+    held[np.argsort(held - exact, kind="stable")[:missing]] += 1
+    if share > 0:
+        held = np.clip(held, np.minimum(counts - 1, 1), counts - 1)
+    rows = np.zeros(len(labels), dtype=np.bool_)
+    rng = np.random.Generator(np.random.Philox(SPLIT_SEED))
+    for label, number in zip(classes, held, strict=True):
+        rows[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
+    return rows
+
+
+def load_dataset(
+    dataset: str | Path = "digits",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str = "train",
+    held_out: float = HELD_OUT,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Dataset:
+    """Read a labelled data set of images.
+
+    Parameters
+    ----------
+    dataset : str or Path
+        "digits", scikit-learn's 1,797 digits of 8 x 8 pixels; "mnist" or "cifar10", by their names
+        on the Hugging Face hub; a parquet file; a folder with one sub-folder of images a class; or
+        any other name on the hub.
+    image_column, label_column : str, optional
+        Where the data set has several columns of that kind; default the only one.
+    split : str
+        Of a hub data set.
+    held_out : float
+        Share of the images that no network is trained on, in [0, 1).
+    image_size : int, optional
+        Side that the images are cut to a square and resized to; default as they are.
+    channels : {1, 3}, optional
+        Grey or colour; default as they are.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not allowed, or the data cannot be used: columns missing or ambiguous,
+        images of several sizes, not square or with transparency, classes of fewer than two images.
+    FileNotFoundError, OSError
+        If there is no such file, or the hub cannot be reached.
+    """
+    held_out = _checks.real("held_out", held_out, "in [0, 1)", 0.0, 1.0, closed="[)")
+    if image_size is not None:
+        image_size = _checks.integer("image_size", image_size, 1)
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1 (grey), 3 (colour) or None, got {channels!r}")
+    if dataset == "digits":
+        for argument, value in (
+            ("image_column", image_column),
+            ("label_column", label_column),
+            ("image_size", image_size),
+        ):
+            if value is not None:
+                raise ValueError(f"{argument} must be None for the digits, got {value!r}")
+        if channels == 3:
+            raise ValueError("channels must be 1 or None for the digits, got 3")
+        return _digits(held_out)
+    table = _read(dataset, split)
+    images, rows, names = _columns(table, dataset, image_column, label_column)
+    pixels = _pixels(table, images, image_size, channels)
+    return _dataset(pixels, rows, names, _name(dataset), held_out)
+
+
+def _name(dataset: str | Path) -> str:
+    """Of a file its own, unless that says only which part it is; of a folder the folder's."""
+    path = Path(dataset)
+    if not path.exists():
+        return str(dataset)
+    path = path.resolve()
+    return path.parent.name if path.stem in SPLIT_NAMES else path.stem
+
+
+def _dataset(
+    pixels: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    name: str,
+    held_out: float,
+) -> Dataset:
+    """Check the classes, and split."""
+    import torch
+
+    counts = np.bincount(labels, minlength=len(classes))
+    for class_name, count in zip(classes, counts, strict=True):
+        if count < 2:
+            raise ValueError(
+                f"every class of {name} must have at least 2 images (one is held out), "
+                f"but {class_name!r} has {count} of {len(labels)}"
+            )
+    if len(classes) < 2:
+        raise ValueError(f"{name} must have at least 2 classes, got {list(classes)}")
+    return Dataset(
+        images=torch.from_numpy(pixels),
+        labels=torch.from_numpy(labels),
+        classes=tuple(classes),
+        name=name,
+        is_held_out=torch.from_numpy(held_out_rows(labels, held_out)),
+    )
+
+
+def _digits(held_out: float) -> Dataset:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = (digits.images[:, None] / 8.0 - 1.0).astype(np.float32)
+    names = [str(digit) for digit in digits.target_names]
+    return _dataset(pixels, digits.target.astype(np.int64), names, "digits", held_out)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def _read(dataset: str | Path, split: str) -> datasets.Dataset:
+    """The rows of a file, a folder or a hub data set, images not decoded yet."""
+    import datasets
+
+    path = Path(dataset)
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"dataset must be a parquet file, a folder or a name, got the file {path}")
+    if path.is_file():
+        where: tuple[str, dict[str, Any]] = ("parquet", {"data_files": str(path)})
+    elif path.is_dir():
+        where = ("imagefolder", {"data_dir": str(path), "drop_labels": False})
+    elif path.suffix == ".parquet" or path.is_absolute() or str(dataset).startswith("."):
+        raise FileNotFoundError(
+            f"dataset must be a file, a folder or a name, got {dataset!r}: "
+            "there is no such file or folder"
+        )
+    else:
+        where = (HUB_NAMES.get(str(dataset), str(dataset)), {})
+    try:
+        return datasets.load_dataset(where[0], split=split, **where[1])
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        if path.exists() or not isinstance(error, OSError):
+            raise ValueError(f"dataset '{dataset}' cannot be read: {_reason(error)}") from error
+        raise OSError(
+            f"dataset '{dataset}' is no local file or folder, and the Hugging Face hub did not "
+            f"give it: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Message of the first cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _columns(
+    table: datasets.Dataset, dataset: str | Path, image: str | None, label: str | None
+) -> tuple[str, NDArray[np.int64], list[str]]:
+    """Name of the image column, the labels, and the names of the classes."""
+    features = table.features
+    listed = ", ".join(features)
+
+    def named(role: str, given: str | None, fitting: list[str]) -> str:
+        if given is not None:
+            if given not in features:
+                raise ValueError(
+                    f"{role}_column must be one of the columns of {dataset}, {listed}; "
+                    f"got {given!r}"
+                )
+            if given not in fitting:
+                raise ValueError(
+                    f"{role}_column must hold {role}s, and {given!r} of {dataset} holds "
+                    f"{features[given]}"
+                )
+            return given
+        if len(fitting) != 1:
+            found = f"several: {', '.join(fitting)}" if fitting else "none"
+            raise ValueError(
+                f"{dataset} must have one {role} column, or {role}_column must name it; "
+                f"found {found} (columns: {listed})"
+            )
+        return fitting[0]
+
+    image = named("image", image, [name for name in features if _is_image(features[name])])
+    labels = [name for name in features if name != image and _is_label(features[name])]
+    usual = [name for name in LABEL_NAMES if name in labels]
+    label = named("label", label, labels if label or not usual else usual[:1])
+    return image, *_labels(table, label)
+
+
+def _is_image(feature: Any) -> bool:
+    """An image column, or what a plain parquet file makes of one: a struct with its bytes."""
+    import datasets
+
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def _is_label(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    kinds = ("int", "uint", "string", "large_string", "bool")
+    return isinstance(feature, datasets.Value) and feature.dtype.rstrip("0123456789") in kinds
+
+
+def _labels(table: datasets.Dataset, column: str) -> tuple[NDArray[np.int64], list[str]]:
+    import datasets
+
+    values = table[column][:]
+    if any(value is None or value == -1 for value in values):
+        row = next(i for i, value in enumerate(values) if value is None or value == -1)
+        raise ValueError(f"every image must have a label, and row {row} of {column!r} has none")
+    feature = table.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return np.array(values, dtype=np.int64), list(feature.names)
+    names, labels = np.unique(np.array(values), return_inverse=True)
+    return labels.reshape(-1).astype(np.int64), [str(name) for name in names]
+
+
+# ---------------------------------------------------------------------- pixels
+
+
+def _pixels(
+    table: datasets.Dataset, column: str, image_size: int | None, channels: int | None
+) -> NDArray[np.float32]:
+    """All images, shape (N, C, H, W), in [-1, 1]."""
+    import datasets
+    from tqdm import tqdm
+
+    encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    arrays: list[NDArray[np.uint8]] = []
+    for row, item in enumerate(tqdm(encoded, desc="reading images", leave=False, disable=None)):
+        array = _array(item[column], row, image_size, channels)
+        if arrays and array.shape != arrays[0].shape:
+            raise ValueError(
+                f"all images must be alike, but image 0 is {_shape(arrays[0])} and image {row} is "
+                f"{_shape(array)}: choose an image_size or channels"
+            )
+        arrays.append(array)
+    if not arrays:
+        raise ValueError("the data set must have images, and it is empty")
+    stacked = np.stack(arrays).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(stacked, dtype=np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def _shape(array: NDArray[np.uint8]) -> str:
+    height, width, channels = array.shape
+    return f"{height} x {width} in {'grey' if channels == 1 else 'colour'}"
+
+
+def _array(
+    item: dict[str, Any], row: int, image_size: int | None, channels: int | None
+) -> NDArray[np.uint8]:
+    """One decoded image, shape (H, W, C)."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    source = item["path"] if item["bytes"] is None else BytesIO(item["bytes"])
+    try:
+        with Image.open(source) as opened:
+            opened.load()
+            image = _converted(opened, row, channels)
+    except OSError as error:
+        raise ValueError(f"image {row} cannot be decoded: {error}") from error
+    if image_size is not None:
+        image = _resized(image, image_size)
+    if image.width != image.height:
+        raise ValueError(
+            f"images must be square, but image {row} has {image.width} x {image.height} pixels: "
+            "choose an image_size, which cuts and resizes them"
+        )
+    array = np.asarray(image, dtype=np.uint8)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _converted(image: Image.Image, row: int, channels: int | None) -> Image.Image:
+    """The image in grey or colour, 8 bits a channel."""
+    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+        if channels is None:
+            raise ValueError(
+                f"images must not have an alpha channel, but image {row} is {image.mode}: "
+                "choose channels=1 or channels=3, which drops it"
+            )
+    elif image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
+        raise ValueError(
+            f"images must have 8 bits a channel, grey or colour, but image {row} has mode "
+            f"{image.mode!r}"
+        )
+    if channels is None:
+        channels = 1 if image.mode in ("1", "L") else 3
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _resized(image: Image.Image, side: int) -> Image.Image:
+    """The square in the middle, at another size."""
+    from PIL import Image
+
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    box = (left, top, left + short, top + short)
+    return image.resize((side, side), Image.Resampling.LANCZOS, box=box)

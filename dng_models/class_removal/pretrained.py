@@ -1,0 +1,353 @@
+"""Base networks that others trained: diffusers pipelines, from a directory or the hub.
+
+What a sampler has to know besides the network stands in the configuration of the pipeline's
+scheduler: the noise schedule, what is predicted, and whether predicted images are clipped.  Three
+layouts exist: ``unet/`` and ``scheduler/`` beside a ``model_index.json``; the same files all at the
+top, as in ``google/ddpm-cifar10-32``; and a network alone, taken to be on DDPM's schedule.
+
+How a scheduler spaces its steps and which noise it adds is the sampler's choice here, not read.
+Whatever would change the images without being a setting of the sampler is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+
+from dng_math import NoiseSchedule, _checks
+from dng_models.class_removal import files
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import UNet2DModel
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
+INDEX = "model_index.json"
+NETWORK = "config.json"
+SCHEDULER = "scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A network, and what to know to sample from it.
+
+    Attributes
+    ----------
+    net : UNet2DModel
+        In evaluation mode, without gradients.
+    schedule : NoiseSchedule
+        Of its training: index t + 1 belongs to the time step t that the network is shown.
+    prediction : {"epsilon", "v_prediction", "sample"}
+        What it predicts.
+    clip : float or None
+        Its pipeline clips predicted images to [-clip, clip].
+    shape : tuple of int
+        Of an image: (C, H, W).
+    num_classes : int or None
+        Labels that it knows, 0 ... num_classes - 1; None for a network without labels.  In the
+        networks that are trained here the last one is "no label".
+    """
+
+    net: UNet2DModel
+    schedule: NoiseSchedule
+    prediction: Prediction
+    clip: float | None
+    shape: tuple[int, int, int]
+    num_classes: int | None
+
+
+def load_denoiser(
+    name_or_path: Path | str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Pretrained:
+    """Load the network of a DDPM or DDIM pipeline, or a network alone.
+
+    Parameters
+    ----------
+    name_or_path : path or str
+        A directory, or a name on the Hugging Face hub such as ``"google/ddpm-cifar10-32"``.  A
+        directory of a pipeline or of a bare ``UNet2DModel``; the latter is taken to predict noise
+        on DDPM's linear schedule of 1000 steps, clipped to [-1, 1], unless a scheduler's
+        configuration lies beside it.
+    device : torch.device or str, optional
+        Default: the CPU.
+    dtype : torch.dtype, optional
+        Of the weights; default float32.
+
+    Returns
+    -------
+    Pretrained
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there, neither as a directory nor on the hub or in the hub's cache, or lacks
+        a file; the message says which files are needed.
+    ValueError
+        If it is of another kind, or damaged, or needs what the sampler has not got.
+
+    Notes
+    -----
+    Weights are read as tensors and nothing else: safetensors where there are any, else ``.bin``
+    through ``torch.load(weights_only=True)``.  Nothing in a repository is run.
+    """
+    folder = _folder(name_or_path)
+    where = _network_folder(folder)
+    shape = _shape(where / NETWORK)
+    schedule, prediction, clip = _settings(folder, where)
+    net = _network(where, dtype).to(device)
+    return Pretrained(net, schedule, prediction, clip, shape, net.config.num_class_embeds)
+
+
+# ---------------------------------------------------------------------- where the files are
+
+
+def _folder(name_or_path: Path | str) -> Path:
+    """A local directory with everything in it, downloaded if it is a name."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ValueError(
+            f"base must be a directory or a name on the hub, got the file {folder} (a checkpoint "
+            "in the published layout can be converted: the command convert)"
+        )
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise FileNotFoundError(f"base must be a directory or a name on the hub; no {folder}")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    """The snapshot of a repository in the hub's cache: configurations, then weights."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"there is no directory {name}, and {name} could not be had from the hub "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). Where there is a "
+                f"network: hf download {name} --include '*.json' '*.safetensors', with --local-dir "
+                f"DIR to carry DIR here; needed are {NETWORK} and {WEIGHTS}.safetensors (or .bin) "
+                f"of the network, and {INDEX} and {SCHEDULER} of the pipeline"
+            ) from error
+
+    folder = fetch("*.json")
+    where = _network_folder(folder)
+    prefix = f"{where.relative_to(folder).as_posix()}/".removeprefix("./")
+    for suffix in ("safetensors", "bin"):
+        fetch(f"{prefix}{WEIGHTS}.{suffix}", f"{prefix}{WEIGHTS}-*-of-*.{suffix}")
+        if _has_weights(where, suffix):
+            break
+    return folder
+
+
+def _network_folder(folder: Path) -> Path:
+    """Where in a pipeline, or alone, the network is."""
+    index = folder / INDEX
+    where = folder
+    if index.is_file():
+        parts = {part for part in _read(index) if not part.startswith("_")}
+        if parts != {"unet", "scheduler"}:
+            raise ValueError(
+                f"{index} must be of a pipeline of a unet and a scheduler, as DDPMPipeline, "
+                f"got one of {', '.join(sorted(parts)) or 'nothing'}"
+            )
+        if (folder / "unet").is_dir():
+            where = folder / "unet"
+    if not (where / NETWORK).is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold a pipeline ({INDEX}) or a UNet2DModel ({NETWORK}); there is no "
+            f"{where / NETWORK}"
+        )
+    return where
+
+
+def _has_weights(where: Path, suffix: str) -> bool:
+    names = (f"{WEIGHTS}.{suffix}", f"{WEIGHTS}.{suffix}.index.json")
+    return any((where / name).is_file() for name in names)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    value = files.read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {value!r}")
+    return value
+
+
+# ---------------------------------------------------------------------- the network
+
+
+def _shape(path: Path) -> tuple[int, int, int]:
+    """Shape of an image, from a network's configuration; refuses other kinds of network."""
+    config = _read(path)
+    kind = config.get("_class_name")
+    if kind != "UNet2DModel":
+        raise ValueError(
+            f"{path} must describe a UNet2DModel, got {kind!r}: networks of other kinds do not "
+            "predict from an image and a time step alone"
+        )
+    channels, out = config.get("in_channels", 3), config.get("out_channels", 3)
+    if out == 2 * channels:
+        raise ValueError(
+            f"{path} has out_channels = {out} for in_channels = {channels}: the network predicts "
+            "the variances of its steps too, and here they follow from the schedule, as trackers "
+            "of the posterior need it"
+        )
+    if out != channels:
+        raise ValueError(f"{path} has out_channels = {out}, other than in_channels = {channels}")
+    if config.get("class_embed_type") is not None:
+        raise ValueError(
+            f"{path} has class_embed_type = {config['class_embed_type']!r}: only labels that are "
+            "class numbers (num_class_embeds) can be given"
+        )
+    size = config.get("sample_size")
+    sides: list[Any] = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(
+            f"{path} must say the size of the images in pixels, one number or two, in "
+            f"sample_size; got {size!r}"
+        )
+    return channels, sides[0], sides[1]
+
+
+def _network(where: Path, dtype: torch.dtype | None) -> UNet2DModel:
+    """The network with all its weights."""
+    from diffusers import UNet2DModel
+    from safetensors import SafetensorError
+
+    safe = _has_weights(where, "safetensors")
+    if not safe and not _has_weights(where, "bin"):
+        raise FileNotFoundError(
+            f"there are no weights in {where}: {WEIGHTS}.safetensors is needed (or {WEIGHTS}.bin)"
+        )
+    try:
+        # .bin files are read by diffusers through torch.load(weights_only=True).
+        net, report = UNet2DModel.from_pretrained(
+            where,
+            use_safetensors=safe,
+            local_files_only=True,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(
+            f"the weights in {where} cannot be loaded as tensors of the network in {NETWORK}: "
+            f"they are damaged, of another network, or need code to be run ({reason})"
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys"):
+        if report[problem]:
+            raise ValueError(
+                f"the weights in {where} are not those of the network in {NETWORK}: "
+                f"{problem.replace('_', ' ')} {', '.join(sorted(report[problem])[:4])}"
+            )
+    return net.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------- the scheduler
+
+
+def _settings(folder: Path, where: Path) -> tuple[NoiseSchedule, Prediction, float | None]:
+    """Schedule, prediction and clip; DDPM's where there is no scheduler."""
+    beside = where.parent if where.name == "unet" else folder
+    candidates = [folder / "scheduler" / SCHEDULER, folder / SCHEDULER]
+    candidates.append(beside / "scheduler" / SCHEDULER)
+    found = [path for path in candidates if path.is_file()]
+    if not found:
+        if (folder / INDEX).is_file():
+            raise FileNotFoundError(f"{folder} is a pipeline without scheduler/{SCHEDULER}")
+        return NoiseSchedule.linear(1000), "epsilon", 1.0
+    config = _read(found[0])
+    try:
+        return schedule_of(config), prediction_of(config), clip_of(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{found[0]} describes what cannot be sampled from: {error}") from error
+
+
+def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule of a diffusers scheduler, its ``alphas_cumprod``, in float64.
+
+    Parameters
+    ----------
+    config : mapping
+        Configuration of a ``DDPMScheduler`` or ``DDIMScheduler``; what is missing has diffusers'
+        default.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For another scheduler, an unknown ``beta_schedule``, betas outside (0, 1), or a schedule
+        rescaled to pure noise at its end (``rescale_betas_zero_snr``) where the noise is
+        predicted.
+    """
+    _checks.choice("_class_name", config.get("_class_name", SCHEDULERS[0]), SCHEDULERS)
+    steps = config.get("num_train_timesteps", 1000)
+    low, high = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        schedule = NoiseSchedule.from_betas(config["trained_betas"])
+    elif kind == "linear":
+        schedule = NoiseSchedule.linear(steps, low, high)
+    elif kind == "scaled_linear":
+        schedule = NoiseSchedule.scaled_linear(steps, low, high)
+    elif kind == "squaredcos_cap_v2":
+        schedule = NoiseSchedule.cosine(steps)
+    else:
+        _checks.choice("beta_schedule", kind, BETA_SCHEDULES)
+        share = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, _checks.integer("steps", steps, 1))))
+        schedule = NoiseSchedule.from_betas(share * (high - low) + low)
+    if not config.get("rescale_betas_zero_snr", False):
+        return schedule
+    if prediction_of(config) == "epsilon":
+        raise ValueError(
+            "rescale_betas_zero_snr must not be with prediction_type 'epsilon': at the last time "
+            "step there is nothing but noise in x, and predicted noise tells nothing of the image"
+        )
+    # arXiv 2305.08891, Algorithm 1: the last alpha goes to 0, the first stays.
+    first, last = schedule.alpha[1], schedule.alpha[-1]
+    return NoiseSchedule.from_alpha_bar(
+        ((schedule.alpha[1:] - last) * (first / (first - last))) ** 2
+    )
+
+
+def prediction_of(config: Mapping[str, Any]) -> Prediction:
+    """What a network predicts, by its scheduler; ValueError where it is unknown."""
+    old = "epsilon" if config.get("predict_epsilon", True) else "sample"
+    prediction = config.get("prediction_type", old)
+    return cast(Prediction, _checks.choice("prediction_type", prediction, PREDICTIONS))
+
+
+def clip_of(config: Mapping[str, Any]) -> float | None:
+    """Bound of the predicted images, by a network's scheduler, or None.
+
+    Raises
+    ------
+    ValueError
+        If they are bounded image by image (``thresholding``).
+    """
+    if config.get("thresholding", False):
+        raise ValueError(
+            "thresholding must be false: it divides each predicted image by a quantile of its "
+            "own, and the step here clips all of them to one range"
+        )
+    if not config.get("clip_sample", True):
+        return None
+    return _checks.positive("clip_sample_range", config.get("clip_sample_range", 1.0))

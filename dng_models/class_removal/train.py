@@ -1,0 +1,731 @@
+"""Training of diffusion networks that can be killed anywhere and started again.
+
+Nothing of step k is remembered from step k - 1 but the weights: the rows of its batch, their time
+steps, the noise and the labels that are left out come from (seed, k) alone, for the batch of all
+processes together, of which each takes its part.  So a state is weights, averages, moments of Adam
+and a number of steps, in one file; a training that was resumed ends with the same bits as one that
+was not interrupted, and one on several processes differs from it by rounding only.
+
+The loss is DDPM's (arXiv 2006.11239, Eq. 14), the mean squared error of the predicted noise.  Time
+steps are stratified over a batch: one in each of B equal intervals.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dng_kernels import StepPlan, dng_step
+from dng_math import NoiseSchedule, _checks
+from dng_math.guidance import Unguided
+from dng_models.class_removal import files, networks
+from dng_models.class_removal.data import Dataset
+from dng_models.class_removal.networks import Size
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import UNet2DModel
+
+Precision = Literal["no", "bf16"]
+Kind = Literal["base", "class", "conditional"]
+PRECISIONS: tuple[Precision, ...] = ("no", "bf16")
+KINDS: tuple[Kind, ...] = ("base", "class", "conditional")
+SCHEDULE_STEPS = 1000
+STATE = "state.safetensors"
+LOSS = "loss.jsonl"
+GRID = "samples.png"
+GRID_SIDE = 10
+GRID_STEPS = 50
+LOSS_BINS = 10
+LOSS_COPIES = 256  # in each bin
+
+# What the random numbers of a step are for; also the order of their streams.
+_ROWS, _TIMES, _NOISE, _LABELS, _FLIPS = range(5)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training depends on besides its data.
+
+    Attributes
+    ----------
+    steps : int
+        Updates of the weights.
+    batch_size : int
+        Images a step, over all processes.
+    learning_rate : float
+        Of Adam, at its height: it rises from 0 over ``warmup_steps`` and falls to 0 as a cosine.
+    warmup_steps : int
+        See above.
+    ema_decay : float
+        Of the average of the weights, which is the result; less in the first steps.
+    grad_clip : float
+        Largest norm of the gradient.
+    label_dropout : float
+        Share of images whose label a conditional network is not told.
+    flip : bool
+        Mirror every other image; for photographs, not for digits.
+    size : {"small", "paper"}, optional
+        Of the network; see :func:`dng_models.class_removal.networks.make_unet`.
+    mixed_precision : {"no", "bf16"}
+        bf16 where the processor has instructions for it.  (fp16's loss scale would be one state
+        more.)
+    seed : int
+        Of the first weights and of every batch.
+    checkpoint_every, log_every : int
+        Steps between states on the disk, and between lines of ``loss.jsonl``.
+    grid_every : int
+        Steps between grids of samples; 0 for one at the end.
+    keep_state : bool
+        Whether the state stays when the training is finished.
+    """
+
+    steps: int = 4000
+    batch_size: int = 64
+    learning_rate: float = 5e-3
+    warmup_steps: int = 100
+    ema_decay: float = 0.995
+    grad_clip: float = 1.0
+    label_dropout: float = 0.1
+    flip: bool = False
+    size: Size | None = None
+    mixed_precision: Precision = "no"
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 50
+    grid_every: int = 0
+    keep_state: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.integer("steps", self.steps, 1)
+        _checks.integer("batch_size", self.batch_size, 1)
+        _checks.positive("learning_rate", self.learning_rate)
+        _checks.integer("warmup_steps", self.warmup_steps, 0)
+        _checks.real("ema_decay", self.ema_decay, "in [0, 1)", 0.0, 1.0, closed="[)")
+        _checks.positive("grad_clip", self.grad_clip)
+        _checks.real("label_dropout", self.label_dropout, "in [0, 1]", 0.0, 1.0, closed="[]")
+        _checks.boolean("flip", self.flip)
+        if self.size is not None:
+            _checks.choice("size", self.size, networks.SIZES)
+        _checks.choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        _checks.integer("seed", self.seed, 0)
+        _checks.integer("checkpoint_every", self.checkpoint_every, 1)
+        _checks.integer("log_every", self.log_every, 1)
+        _checks.integer("grid_every", self.grid_every, 0)
+        _checks.boolean("keep_state", self.keep_state)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that the finished network depends on."""
+        reports = ("checkpoint_every", "log_every", "grid_every", "keep_state")
+        return {name: value for name, value in asdict(self).items() if name not in reports}
+
+
+_DIGITS = TrainConfig()
+_MNIST = TrainConfig(steps=3000, learning_rate=2e-3, checkpoint_every=250)
+_CIFAR = TrainConfig(
+    steps=60_000,
+    batch_size=128,
+    learning_rate=2e-4,
+    warmup_steps=1000,
+    ema_decay=0.9995,
+    flip=True,
+    checkpoint_every=2000,
+    log_every=100,
+)
+
+
+def default_config(dataset: Dataset, kind: Kind) -> TrainConfig:
+    """A configuration for images of that size.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Whose image size decides: up to 8 (digits), up to 28 (MNIST) or above (CIFAR-10).
+    kind : {"base", "class", "conditional"}
+        A network of all classes, of one, or one that takes labels.
+    """
+    _checks.choice("kind", kind, KINDS)
+    if dataset.image_size <= 8:
+        steps = {"base": 4000, "class": 2200, "conditional": 5000}
+        return replace(_DIGITS, steps=steps[kind])
+    if dataset.image_size <= 28:
+        steps = {"base": 3000, "class": 1200, "conditional": 3500}
+        return replace(_MNIST, steps=steps[kind])
+    steps = {"base": 60_000, "class": 20_000, "conditional": 80_000}
+    return replace(_CIFAR, steps=steps[kind])
+
+
+# ---------------------------------------------------------------------- randomness
+
+
+class Draws(NamedTuple):
+    """The random numbers of one step, for B images.
+
+    Attributes
+    ----------
+    rows : ndarray, shape (B,)
+        int64, which images.
+    times : ndarray, shape (B,)
+        int64, time steps from 0 to 999.
+    noise : ndarray, shape (B, C, H, W)
+        float32, standard normal.
+    unlabelled, flipped : ndarray, shape (B,)
+        bool.
+    """
+
+    rows: NDArray[np.int64]
+    times: NDArray[np.int64]
+    noise: NDArray[np.float32]
+    unlabelled: NDArray[np.bool_]
+    flipped: NDArray[np.bool_]
+
+    def part(self, index: int, count: int) -> Draws:
+        """What process ``index`` of ``count`` takes; count divides B."""
+        size = len(self.rows) // count
+        mine = slice(index * size, (index + 1) * size)
+        return Draws(
+            self.rows[mine],
+            self.times[mine],
+            self.noise[mine],
+            self.unlabelled[mine],
+            self.flipped[mine],
+        )
+
+
+def _rng(seed: int, purpose: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, purpose, number))))
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """The order in which an epoch visits the images."""
+    return _rng(seed, _ROWS, epoch).permutation(n)
+
+
+def draws(config: TrainConfig, step: int, n: int, shape: tuple[int, int, int]) -> Draws:
+    """The random numbers of a step: a function of the seed and of the step.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Its batch size, seed and shares.
+    step : int
+        From 0.
+    n : int
+        Number of images in the data, each visited once an epoch.
+    shape : tuple of int
+        C, H, W.
+    """
+    batch, seed = config.batch_size, config.seed
+    position = step * batch + np.arange(batch)
+    epochs = position // n
+    rows = np.empty(batch, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = _order(seed, int(epoch), n)[position[here] % n]
+    # The places of the strata in the batch are shuffled: images of one epoch keep an order.
+    rng = _rng(seed, _TIMES, step)
+    strata = (rng.permutation(batch) + rng.random(batch)) / batch
+    times = np.minimum((strata * SCHEDULE_STEPS).astype(np.int64), SCHEDULE_STEPS - 1)
+    return Draws(
+        rows=rows,
+        times=times,
+        noise=_rng(seed, _NOISE, step).standard_normal((batch, *shape), dtype=np.float32),
+        unlabelled=_rng(seed, _LABELS, step).random(batch) < config.label_dropout,
+        flipped=(_rng(seed, _FLIPS, step).random(batch) < 0.5) & config.flip,
+    )
+
+
+# ---------------------------------------------------------------------- training
+
+
+def train_diffusion(
+    dataset: Dataset,
+    out: Path | str,
+    config: TrainConfig | None = None,
+    *,
+    conditional: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train a network on the images of a data set that are not held out.
+
+    A training that was stopped goes on from its last state; one that is finished is not done
+    again.  A process that ``accelerate launch`` or ``torchrun`` started is one of several.  (On a
+    CPU ``accelerate launch`` starts one, whatever ``--num_processes`` says: take ``torchrun``.)
+
+    Parameters
+    ----------
+    dataset : Dataset
+        All classes, or ``dataset.only(name)`` for a network of one.
+    out : Path or str
+        Folder of the network, in diffusers' layout; ``training.json``, ``loss.jsonl`` and
+        ``samples.png`` beside it.
+    config : TrainConfig, optional
+        Default :func:`default_config`.
+    conditional : bool
+        Whether the network takes labels, with ``len(dataset.classes)`` for none.
+    device : torch.device or str, optional
+        "cpu" or "cuda"; default what accelerate finds.
+    progress : bool
+        Whether to show a bar with the loss and the time left, where there is a terminal.
+
+    Returns
+    -------
+    Path
+        ``out``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not allowed, ``out`` holds a state or a network of another configuration
+        (names the field), or a file there is damaged.
+    OSError
+        If something cannot be written; the last state stays as it is.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"dataset must be a Dataset, got {dataset!r}")
+    data = dataset.train
+    present = sorted(set(data.labels.tolist()))
+    if not present:
+        raise ValueError(f"dataset must have images to train on, got {dataset!r}")
+    if config is None:
+        kind: Kind = "conditional" if conditional else "class" if len(present) == 1 else "base"
+        config = default_config(data, kind)
+    out = Path(out)
+    identity = {
+        **config.identity,
+        "size": config.size or networks.default_size(data.image_size),
+        "dataset": data.name,
+        "fingerprint": data.fingerprint,
+        "classes": list(data.classes),
+        "trained_on": [data.classes[label] for label in present],
+        "conditional": conditional,
+    }
+    if (out / networks.METADATA).is_file():
+        done = networks.read_metadata(out)
+        _same(done.get("configuration"), identity, out / networks.METADATA)
+        return out
+    accelerator = _accelerator(config, device)
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            "batch_size must be a multiple of the number of processes, "
+            f"{accelerator.num_processes}; got {config.batch_size}"
+        )
+    run = _Run(data, out, config, identity, accelerator, conditional)
+    run.resume()
+    run.train(progress)
+    if accelerator.is_main_process:
+        run.finish(dataset.held_out)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def _same(saved: object, wanted: dict[str, Any], path: Path) -> None:
+    """Raise a ValueError that names the first field that differs."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} does not say how it was trained: choose another folder")
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{path} is of another configuration: {name} is {saved.get(name)!r} there and "
+                f"{value!r} here; remove it, or choose another folder"
+            )
+
+
+def _accelerator(config: TrainConfig, device: torch.device | str | None) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    wanted = None if device is None else torch.device(device)
+    kind = None if wanted is None else wanted.type
+    if wanted is not None and kind == "cuda" and wanted.index is not None:
+        torch.cuda.set_device(wanted)
+    # The precision is one per process unless it is forgotten; trainings differ in it.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=kind == "cpu")
+    if kind is not None and accelerator.device.type != kind:
+        raise ValueError(
+            f"device must be one that is here, {accelerator.device.type!r} for accelerate; "
+            f"got {device!r}"
+        )
+    return accelerator
+
+
+class _Run:
+    """One training: the network, its average, Adam, and how far it is."""
+
+    def __init__(
+        self,
+        data: Dataset,
+        out: Path,
+        config: TrainConfig,
+        identity: dict[str, Any],
+        accelerator: Accelerator,
+        conditional: bool,
+    ) -> None:
+        self.out, self.config, self.identity = out, config, identity
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.images = data.images.to(self.device)
+        self.labels = data.labels.to(self.device)
+        self.num_classes = len(data.classes)
+        self.conditional = conditional
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.net = networks.make_unet(
+                data.image_size,
+                data.channels,
+                num_classes=self.num_classes if conditional else None,
+                size=config.size,
+            ).to(self.device)
+        self.names = [name for name, _ in self.net.named_parameters()]
+        self.parameters = list(self.net.parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.adam = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
+        self.step = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.loss_count = 0
+        schedule = NoiseSchedule.linear(SCHEDULE_STEPS)
+        self.alpha, self.sigma = (
+            torch.tensor(values[1:], dtype=torch.float32, device=self.device)[:, None, None, None]
+            for values in (schedule.alpha, schedule.sigma)
+        )
+
+    # The state
+
+    def save(self) -> None:
+        """Write the state; every process calls it, the first one writes."""
+        self._gather_loss()
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {"loss": self.loss_sum}
+        moments = [self.adam.state[p] for p in self.parameters]
+        for name, p, average, moment in zip(
+            self.names, self.parameters, self.average, moments, strict=True
+        ):
+            tensors[f"weights.{name}"] = p
+            tensors[f"average.{name}"] = average
+            tensors[f"exp_avg.{name}"] = moment["exp_avg"]
+            tensors[f"exp_avg_sq.{name}"] = moment["exp_avg_sq"]
+        told = {
+            "step": self.step,
+            "loss_count": self.loss_count,
+            "configuration": self.identity,
+        }
+        metadata = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
+        files.save_tensors(self.out / STATE, tensors, metadata)
+
+    def resume(self) -> None:
+        """Go on from the state, if there is one."""
+        path = self.out / STATE
+        if path.is_file():
+            self._load(path)
+        if self.accelerator.is_main_process:
+            _truncate_log(self.out / LOSS, self.step)
+        self.net.train()
+        self.model = self.accelerator.prepare_model(self.net)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, path: Path) -> None:
+        tensors, metadata = files.load_tensors(path)
+        foreign = f"{path} is not the state of a training here: remove it, or choose another folder"
+        try:
+            told = {name: json.loads(text) for name, text in metadata.items()}
+            step, count, configuration = (
+                told[name] for name in ("step", "loss_count", "configuration")
+            )
+        except (KeyError, ValueError):
+            raise ValueError(foreign) from None
+        _same(configuration, self.identity, path)
+        kinds = ("weights", "average", "exp_avg", "exp_avg_sq")
+        if tensors.keys() != {"loss", *(f"{kind}.{name}" for kind in kinds for name in self.names)}:
+            raise ValueError(foreign)
+        with torch.no_grad():
+            for name, p, average in zip(self.names, self.parameters, self.average, strict=True):
+                p.copy_(tensors[f"weights.{name}"])
+                average.copy_(tensors[f"average.{name}"])
+        moments = {
+            i: {
+                "step": torch.tensor(float(step)),
+                "exp_avg": tensors[f"exp_avg.{name}"],
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+            }
+            for i, name in enumerate(self.names)
+        }
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": moments, "param_groups": groups})
+        self.step, self.loss_count, self.loss_sum = step, count, tensors["loss"]
+
+    # The steps
+
+    def train(self, progress: bool) -> None:
+        """All steps that are left."""
+        from tqdm import tqdm
+
+        config = self.config
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc=f"training {self.out.name}",
+            unit="step",
+            disable=None if progress and self.accelerator.is_main_process else True,
+        )
+        with bar:
+            while self.step < config.steps:
+                self.loss_sum += self._update().double().cpu()
+                self.loss_count += 1
+                self.step += 1
+                bar.update()
+                last = self.step == config.steps
+                if last or self.step % config.log_every == 0:
+                    bar.set_postfix(loss=f"{self._log():.4f}")
+                if last or self.step % config.checkpoint_every == 0:
+                    self.save()
+                if config.grid_every and self.step % config.grid_every == 0 and not last:
+                    self._grid(self.out / f"samples-{self.step:06d}.png")
+
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        config = self.config
+        rise = min(1.0, (self.step + 1) / (config.warmup_steps + 1))
+        return (
+            config.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * self.step / config.steps))
+        )
+
+    def _update(self) -> Tensor:
+        """One step of the weights and of their average; returns the loss."""
+        config, accelerator = self.config, self.accelerator
+        shape = tuple(self.images.shape[1:])
+        mine = draws(config, self.step, len(self.images), shape).part(  # type: ignore[arg-type]
+            accelerator.process_index, accelerator.num_processes
+        )
+        rows, times, noise, unlabelled, flipped = (
+            torch.from_numpy(values).to(self.device) for values in mine
+        )
+        clean = self.images[rows]
+        if config.flip:
+            clean = torch.where(flipped[:, None, None, None], clean.flip(-1), clean)
+        x = self.alpha[times] * clean + self.sigma[times] * noise
+        labels = None
+        if self.conditional:
+            labels = self.labels[rows].masked_fill(unlabelled, self.num_classes)
+        eps = self.model(x, times, class_labels=labels).sample
+        loss = torch.mean((eps.float() - noise) ** 2)
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        for group in self.adam.param_groups:
+            group["lr"] = self.rate()
+        self.adam.step()
+        self.adam.zero_grad()
+        # The first weights are forgotten: an average over a share of the steps so far.
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1.0 - decay)
+        return loss.detach()
+
+    def _gather_loss(self) -> None:
+        """The mean over processes of what each has added up; raises where it is not finite."""
+        if self.accelerator.num_processes > 1:
+            total = self.loss_sum.to(self.device)
+            self.loss_sum = self.accelerator.reduce(total, reduction="mean").cpu()
+        if not math.isfinite(self.loss_sum):
+            raise ValueError(
+                f"the loss is {float(self.loss_sum)} at step {self.step}: choose a lower "
+                f"learning_rate than {self.config.learning_rate}"
+            )
+
+    def _log(self) -> float:
+        """Write the mean loss since the last line, and return it."""
+        self._gather_loss()
+        loss = float(self.loss_sum) / self.loss_count
+        self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        if self.accelerator.is_main_process:
+            line = json.dumps({"learning_rate": self.rate(), "loss": loss, "step": self.step})
+            files.append_line(self.out / LOSS, line)
+        return loss
+
+    # The end
+
+    @contextmanager
+    def _averaged(self) -> Iterator[UNet2DModel]:
+        """The network with the average in place of its weights."""
+        own = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.average)
+            self.net.eval()
+            yield self.net
+            self.net.train()
+            torch._foreach_copy_(self.parameters, own)
+
+    def _grid(self, path: Path) -> None:
+        if self.accelerator.is_main_process:
+            with self._averaged() as net:
+                save_grid(net, path)
+
+    def finish(self, held_out: Dataset) -> None:
+        """Write the network, and drop the state."""
+        told: dict[str, Any] = {
+            "configuration": self.identity,
+            "classes": self.identity["classes"],
+            "trained_on": self.identity["trained_on"],
+            "num_images": len(self.images),
+            "steps": self.step,
+            "loss": _last_loss(self.out / LOSS),
+            "versions": versions(),
+        }
+        with self._averaged() as net:
+            data = {
+                "train": (self.images, self.labels),
+                "held_out": (held_out.images, held_out.labels),
+            }
+            for name, (images, labels) in data.items():
+                if len(images):
+                    known = labels if self.conditional else None
+                    bins = denoising_loss(net, images, known, bins=LOSS_BINS, copies=LOSS_COPIES)
+                    told[f"{name}_loss"] = [float(value) for value in bins]
+            save_grid(net, self.out / GRID)
+            networks.save_network(self.out, net, metadata=told)
+        if not self.config.keep_state:
+            (self.out / STATE).unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what a training depends on."""
+    names = ("accelerate", "diffusers", "numpy", "torch")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop the lines after the state, and a last line that was cut."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        kept.append(line + "\n")
+    files.write_text(path, "".join(kept))
+
+
+def _last_loss(path: Path) -> float:
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["loss"]
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def denoising_loss(
+    net: UNet2DModel,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    bins: int = LOSS_BINS,
+    copies: int = LOSS_COPIES,
+    batch_size: int = 512,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Mean squared error of the predicted noise over diffusion time.
+
+    The draws depend on the seed alone: networks that saw the same images can be compared closely.
+
+    Parameters
+    ----------
+    net : UNet2DModel
+        On any device.
+    images : Tensor, shape (N, C, H, W)
+        In [-1, 1].
+    labels : Tensor, shape (N,), optional
+        For a conditional network.
+    bins : int
+        Equal intervals of the time steps.
+    copies : int
+        Noised images in each bin.
+    batch_size : int
+        Images at once.
+    seed : int
+        Of images, time steps and noise.
+
+    Returns
+    -------
+    ndarray, shape (bins,)
+        Cleanest first.
+    """
+    device = next(net.parameters()).device
+    schedule = NoiseSchedule.linear(SCHEDULE_STEPS)
+    rng = np.random.Generator(np.random.Philox(seed))
+    result = np.empty(bins)
+    for b in range(bins):
+        low, high = (SCHEDULE_STEPS * i // bins for i in (b, b + 1))
+        rows = np.arange(copies) % len(images)
+        times = low + rng.permutation(copies) * (high - low) // copies
+        noise = rng.standard_normal((copies, *images.shape[1:]), dtype=np.float32)
+        total = 0.0
+        for start in range(0, copies, batch_size):
+            part = slice(start, start + batch_size)
+            row, time = torch.from_numpy(rows[part]), torch.from_numpy(times[part])
+            eps = torch.from_numpy(noise[part]).to(device)
+            alpha, sigma = (
+                torch.tensor(values[1 + times[part]], dtype=torch.float32, device=device)
+                for values in (schedule.alpha, schedule.sigma)
+            )
+            x = alpha[:, None, None, None] * images[row.to(images.device)].to(device)
+            x += sigma[:, None, None, None] * eps
+            told = None if labels is None else labels[row.to(labels.device)].to(device)
+            guess = net(x, time.to(device), class_labels=told).sample
+            total += float(torch.sum((guess.double() - eps.double()) ** 2))
+        result[b] = total / (copies * math.prod(images.shape[1:]))
+    return result
+
+
+@torch.no_grad()
+def save_grid(net: UNet2DModel, path: Path | str, *, seed: int = 0) -> None:
+    """Draw 10 x 10 samples of a network as a PNG: 50 steps of DDPM, unguided.
+
+    A conditional network draws one class a column.
+    """
+    from PIL import Image
+
+    device = next(net.parameters()).device
+    coefficients = NoiseSchedule.linear(SCHEDULE_STEPS).respace(GRID_STEPS).coefficients()
+    plan = StepPlan(coefficients, Unguided(), clip=1.0, device=device)
+    side, channels = net.config["sample_size"], net.config["in_channels"]
+    n = GRID_SIDE**2
+    labels = None
+    if net.config["num_class_embeds"] is not None:
+        classes = net.config["num_class_embeds"] - 1
+        labels = torch.arange(n, device=device) % GRID_SIDE % classes
+    rng = np.random.Generator(np.random.Philox(seed))
+    x = torch.from_numpy(rng.standard_normal((n, channels, side, side), dtype=np.float32))
+    x = x.to(device)
+    for i, time in enumerate(coefficients.time):
+        t = torch.full((n,), round(time * SCHEDULE_STEPS) - 1, device=device)
+        eps = net(x, t, class_labels=labels).sample.float()
+        x_next = dng_step(plan, i, x, eps, eps, seed=seed).x_next
+        assert x_next is not None
+        x = x_next
+    pixels = ((x.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).cpu().numpy()
+    sheet = np.full((GRID_SIDE, side + 1, GRID_SIDE, side + 1, channels), 255, dtype=np.uint8)
+    grid = pixels.reshape(GRID_SIDE, GRID_SIDE, channels, side, side)
+    sheet[:, :-1, :, :-1] = grid.transpose(0, 3, 1, 4, 2)
+    flat = sheet.reshape(GRID_SIDE * (side + 1), GRID_SIDE * (side + 1), channels)[:-1, :-1]
+    image = Image.fromarray(flat[..., 0] if channels == 1 else flat)
+    files.write_atomically(path, functools.partial(image.save, format="PNG"))
