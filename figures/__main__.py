@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from figures import (
     class_removal,
+    class_removal_networks,
     guidance_1d,
     posterior_tracking,
     score_fields,
@@ -28,6 +30,7 @@ FIGURES: dict[str, ModuleType] = {
     "score_fields": score_fields,
     "tracker_steps": tracker_steps,
     "class_removal": class_removal,
+    "class_removal_networks": class_removal_networks,
 }
 FORMATS = ("png", "svg")
 OUT = Path("figures", "out")
@@ -42,6 +45,12 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
+def missing(name: str) -> list[str]:
+    """Packages that a figure needs and that are not installed."""
+    needs: Sequence[str] = getattr(FIGURES[name], "NEEDS", ())
+    return [package for package in needs if find_spec(package) is None]
+
+
 def draw_figures(
     names: Sequence[str] = (),
     *,
@@ -50,17 +59,24 @@ def draw_figures(
     quick: bool = False,
     seed: int = 0,
 ) -> list[Path]:
-    """Draw some figures, or all; the files written.
+    """Draw some figures, or all that what is installed can draw; the files written.
 
     Raises
     ------
     ValueError
-        If a name is not in :data:`FIGURES`.
+        If a name is not in :data:`FIGURES`, or needs a package that is not installed.
     """
     check_names(names)
+    for name in names or FIGURES:
+        if missing(name):
+            needed = f"{name} needs {', '.join(missing(name))}: pip install 'dng-toolkit[models]'"
+            if names:
+                raise ValueError(needed)
+            tqdm.write(f"left out: {needed}")
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    with tqdm(names or FIGURES, unit="figure") as progress:
+    drawn = names or [name for name in FIGURES if not missing(name)]
+    with tqdm(drawn, unit="figure") as progress:
         for name in progress:
             progress.set_description(name)
             started = time.perf_counter()
@@ -87,15 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.list:
         for name, module in FIGURES.items():
-            print(f"{name:20}{module.PAPER:20}{module.TITLE}")
+            print(f"{name:24}{module.PAPER:20}{module.TITLE}")
         return 0
     try:
-        check_names(given.names)
+        draw_figures(
+            given.names, out=given.out, formats=given.format, quick=given.quick, seed=given.seed
+        )
     except ValueError as error:
         parser.error(str(error))
-    draw_figures(
-        given.names, out=given.out, formats=given.format, quick=given.quick, seed=given.seed
-    )
     return 0
 
 

@@ -137,6 +137,17 @@ def test_an_unknown_figure_is_refused_before_anything_is_drawn(tmp_path, capsys)
     assert "got 'guidance_3d'" in capsys.readouterr().err
 
 
+def test_a_figure_whose_packages_are_missing_is_left_out(tmp_path, capsys, monkeypatch):
+    cheap = ("update_geometry", "class_removal_networks")
+    monkeypatch.setattr("figures.__main__.FIGURES", {name: FIGURES[name] for name in cheap})
+    monkeypatch.setattr("figures.__main__.find_spec", lambda name: name != "diffusers" or None)
+    written = draw_figures(out=tmp_path, quick=True)
+    assert [path.name for path in written] == ["update_geometry.png"]
+    assert "left out: class_removal_networks needs diffusers" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"needs diffusers: pip install 'dng-toolkit\[models\]'"):
+        draw_figures(["class_removal_networks"], out=tmp_path)
+
+
 def test_an_unknown_format_is_refused(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--format", "gif"])

@@ -44,8 +44,13 @@ NAMES = {
 # place of the paper's, a calibration's or the tracker's own.
 AMOUNT = {"scale", "forget", "seed", "num_images", "batch_size"}
 NUMBERS = ("prior", "temperature", "offset", "offset_nats", "p_min", "p_max")
-TRACKER = {"tracker", "tracker_variance", "hyperparameters", *NUMBERS}
-SETTINGS = {"paper": "paper settings", "calibrated": "calibrated", "own": "own settings"}
+TRACKER = {"tracker", "tracker_variance", "hyperparameters", "calibration", *NUMBERS}
+SETTINGS = {
+    "paper": "paper settings",
+    "calibrated": "calibrated",
+    "calibrated-constant": "one temperature",
+    "own": "own settings",
+}
 UNSCALED = ("none", "fbg")  # rules that read no scale
 
 
@@ -116,6 +121,8 @@ def _base_name(config: Mapping[str, Any]) -> str:
         if settings != "own" or not given:
             parts.append(SETTINGS.get(settings, settings))
         parts += given
+        if config.get("calibration") is not None:
+            parts.append(f"as fitted for {config['calibration']}")
     if config.get("networks") == "conditional":
         parts.append("conditional network")
     return ", ".join(parts)

@@ -1,0 +1,594 @@
+"""Class removal from the command line: ``python -m dng_models.class_removal COMMAND``.
+
+Nothing heavy is imported before the arguments are known to be right, so that ``--help`` answers
+at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dng_math.schedules import TRACKER_VARIANCES
+from dng_models.class_removal.config import (
+    CALIBRATION_PATHS,
+    DEFAULT_METHODS,
+    FEWER_FOR_DIGITS,
+    HYPERPARAMETERS,
+    LADDERS,
+    METHODS,
+    NETWORKS,
+    PAPER,
+    PRECISIONS,
+    RULES,
+    TRACKERS,
+    Config,
+)
+
+PROGRAM = "python -m dng_models.class_removal"
+PARTS = ("base", "class", "conditional", "classifier")
+USER_ERROR, INTERRUPTED = 2, 130
+STEPS = f"{FEWER_FOR_DIGITS['steps']} for digits, else {Config.steps}"
+BATCH_SIZES = f"{FEWER_FOR_DIGITS['batch_size']} for digits, else {Config.batch_size}"
+
+DESCRIPTION = """\
+Teach a diffusion model a data set, teach a second one the class that it must not draw, and guide
+the first away from the second: the class removal of Dynamic Negative Guidance (arXiv 2410.14398,
+Figs. 4, 10, 11, 13-15), with negative prompting and SLD beside it.
+
+  run        all of the following on one data set, with figures and a table at the end
+  train      the networks: base, one for each forgotten class, conditional, classifier
+  calibrate  fit DNG's temperature and offset on held-out labelled images
+  sample     draw images of one setting
+  evaluate   measure images: forbidden share, KL, Frechet distance, precision, recall, FID
+  sweep      draw and measure many settings, into a table of JSON lines
+  plot       draw the curves, histograms and grids of a table
+  convert    turn a published class network into a folder that diffusers reads
+
+Every command says more: %(prog)s COMMAND --help
+"""
+EPILOG = """\
+What a run leaves in its folder (--out, by default runs/NAME of the data set):
+
+  networks/         base, class-NAME, conditional, classifier; diffusers' layout, safetensors
+  calibration/      NAME.json of every calibrated class
+  sweep.jsonl       one setting a line: configuration, metrics with 95%% intervals, versions
+  samples/KEY/      images, configuration and a sheet of every setting
+  figures/          the plots, and table.md beside sweep.jsonl
+  work/             pieces of what is being drawn; emptied as settings are finished
+
+Everything resumes: the same command, started again, goes on where it was stopped, and leaves the
+same files. "accelerate launch -m dng_models.class_removal sweep ..." spreads train, sample and
+sweep over processes, with the same numbers.
+
+examples:
+  %(prog)s run --quick                     shipped digits, 3 minutes on two cores
+  %(prog)s run                             digits, trained here: 15 minutes
+  %(prog)s train --dataset mnist --forget 0
+  %(prog)s sweep --dataset mnist --forget 0 --rules none np dng-paper --scale 0.5 1 2
+"""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=100)
+
+
+# ---------------------------------------------------------------------- options
+
+
+def _default(name: str) -> str:
+    """Of a field of the configuration, in words."""
+    value = {field.name: field.default for field in dataclasses.fields(Config)}[name]
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    return f" (default: {value})" if value not in (None, "") else ""
+
+
+def _field(group: Any, flag: str, text: str, default: str | None = None, **options: Any) -> None:
+    """An option that is a field of the configuration; absent where it is not given."""
+    name = options.pop("dest", flag.removeprefix("--").replace("-", "_"))
+    shown = _default(name) if default is None else f" (default: {default})" if default else ""
+    group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text + shown, **options)
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    _field(
+        group,
+        "--dataset",
+        "digits (8x8, with scikit-learn), mnist, cifar10, a hub name, a parquet file, or a folder "
+        "with a sub-folder of images for each class",
+        metavar="NAME_OR_PATH",
+    )
+    _field(
+        group,
+        "--image-column",
+        "column of the images (default: the only one of that type)",
+        metavar="NAME",
+    )
+    _field(
+        group,
+        "--label-column",
+        "column of the labels (default: the only one, or the one of a usual name)",
+        metavar="NAME",
+    )
+    _field(group, "--split", "of a data set on the hub", metavar="NAME")
+    _field(group, "--held-out", "share that no network is trained on", metavar="SHARE", type=float)
+    _field(
+        group,
+        "--image-size",
+        "cut and resize the images to this side (default: as they are)",
+        metavar="PIXELS",
+        type=int,
+    )
+    _field(
+        group,
+        "--channels",
+        "make the images grey (1) or coloured (3) (default: as they are)",
+        type=int,
+        choices=(1, 3),
+    )
+    _field(
+        group,
+        "--like",
+        "which built-in data set a file or folder holds: the paper's settings for it are used",
+        choices=tuple(PAPER),
+    )
+
+
+def _forget_option(parser: argparse.ArgumentParser) -> Any:
+    group = parser.add_argument_group("what is forgotten, and by which networks")
+    _field(group, "--forget", "names or numbers of classes", metavar="CLASS", nargs="+")
+    return group
+
+
+def _network_options(group: Any) -> None:
+    _field(
+        group,
+        "--networks",
+        "the paper's two networks, or one conditional network with label dropout, which forgets "
+        "any class without another training",
+        choices=NETWORKS,
+    )
+    _field(
+        group,
+        "--base",
+        "base (or conditional) network: a folder, or a DDPM pipeline by its name on the hub, such "
+        "as google/ddpm-cifar10-32 (default: that of the run)",
+        metavar="NAME_OR_DIR",
+    )
+    _field(
+        group,
+        "--forgetful",
+        "network of what is forgotten: one for all, or one for each class (default: the run's)",
+        metavar="NAME_OR_DIR",
+        nargs="+",
+    )
+    _field(group, "--positive", "network to guide towards", metavar="NAME_OR_DIR")
+    _field(
+        group,
+        "--toward",
+        "class to guide towards, for rules cfg, cg, fbg and perp-neg",
+        metavar="CLASS",
+    )
+
+
+def _judge_options(group: Any) -> None:
+    _field(
+        group,
+        "--classifier",
+        "judge of the images: a folder, or any image classifier of the Hugging Face hub with the "
+        "classes of the data (default: that of the run)",
+        metavar="NAME_OR_DIR",
+    )
+    _field(
+        group,
+        "--fid",
+        "measure FID too, with Inception, against the data with and without the class",
+        "",
+        action="store_true",
+    )
+    group.add_argument(
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="torch-fidelity's weights of Inception (default: those that it has or downloads)",
+    )
+
+
+def _rule_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    group = parser.add_argument_group("guidance")
+    if several:
+        ladders = "; ".join(
+            f"{rule}: {' '.join(f'{scale:g}' for scale in ladder)}"
+            for rule, ladder in LADDERS.items()
+        )
+        group.add_argument(
+            "--rule",
+            "--rules",
+            dest="rules",
+            nargs="+",
+            metavar="RULE",
+            default=list(DEFAULT_METHODS),
+            help=f"methods, in the order of the rows: {', '.join(METHODS)}, or a rule of "
+            f"{', '.join(RULES)} with the hyperparameters below (default: "
+            f"{' '.join(DEFAULT_METHODS)})",
+        )
+        group.add_argument(
+            "--scale",
+            dest="scales",
+            nargs="+",
+            type=float,
+            metavar="G",
+            help=f"guidance scales of every method (default: {ladders})",
+        )
+    else:
+        _field(group, "--rule", "how predictions are combined", choices=RULES)
+        _field(group, "--scale", "guidance scale g", metavar="G", type=float)
+    _field(group, "--tracker", "how DNG tracks the posterior", choices=tuple(TRACKERS))
+    _field(
+        group,
+        "--hyperparameters",
+        "of the tracker: the paper's for the data set, those of the calibration (with a "
+        "temperature that varies over time, or with one), or those given here",
+        choices=HYPERPARAMETERS,
+    )
+    _field(
+        group,
+        "--calibration",
+        "use that of another class, or one in a file (default: that of the first forgotten class)",
+        "",
+        metavar="CLASS_OR_FILE",
+    )
+    for flag, text in (
+        ("--prior", "own p(c) at the noisy end (default: share of the class in the data)"),
+        ("--temperature", "own factor of the log likelihood ratio (default: 1)"),
+        ("--offset", "own offset as in the paper, offset/(2 v) a step (default: 0)"),
+        ("--offset-nats", "own offset of the whole run, for any number of steps (default: 0)"),
+        ("--p-min", "least posterior (default: 1e-6)"),
+        ("--p-max", "largest posterior, which caps the scale at g p/(1 - p) (default: 0.99)"),
+    ):
+        _field(group, flag, text, "", type=float, metavar="X")
+    _field(
+        group,
+        "--tracker-variance",
+        "variance that the tracker divides by; 'published' with --variance large is the published "
+        "implementation",
+        choices=TRACKER_VARIANCES,
+    )
+    _field(group, "--threshold", "of SLD's gate", type=float, metavar="X")
+    _field(group, "--gate", "of SLD", choices=("signed", "absolute"))
+    _field(group, "--slope", "SLD's s_s", type=float, metavar="X")
+    _field(group, "--momentum", "SLD's s_m", type=float, metavar="X")
+    _field(group, "--momentum-decay", "SLD's beta_m", type=float, metavar="X")
+    _field(group, "--warmup-steps", "SLD's", type=int, metavar="N")
+    _field(group, "--contrast", "tau of contrastive CFG (ccfg)", type=float, metavar="X")
+    _field(group, "--pi", "of feedback guidance (fbg)", type=float, metavar="X")
+    _field(group, "--lambda-max", "of feedback guidance", type=float, metavar="X")
+    _field(group, "--positive-scale", "of Perp-Neg", type=float, metavar="X")
+    group.add_argument(
+        "--interval",
+        nargs=2,
+        type=float,
+        metavar=("LO", "HI"),
+        help="guide only at these diffusion times; 1 is the noisy end (default: 0 1)",
+    )
+
+
+def _chain_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("images")
+    _field(
+        group,
+        "--steps",
+        "of the chain, respaced from 1000",
+        STEPS,
+        type=int,
+        metavar="N",
+    )
+    _field(group, "--num-images", "to draw; can be raised later", type=int, metavar="N")
+    _field(group, "--seed", "image i is a function of it and of i", type=int, metavar="N")
+    _field(
+        group,
+        "--batch-size",
+        "images that the networks see at once",
+        BATCH_SIZES,
+        type=int,
+        metavar="N",
+    )
+    _field(group, "--variance", "of the noise of a step", choices=("small", "large"))
+    _field(
+        group,
+        "--clip",
+        "bound of the predicted |x0| (default: none, as in the paper)",
+        type=float,
+        metavar="X",
+    )
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME of the data)"
+    )
+    group.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)"
+    )
+    group.add_argument(
+        "--mixed-precision",
+        choices=tuple(PRECISIONS),
+        default=None,
+        help="in which the networks compute (default: no)",
+    )
+    _common_options(group)
+
+
+def _common_options(group: Any) -> None:
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+    group.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "training", "Defaults depend on the size of the images and on the network."
+    )
+    group.add_argument("--train-steps", type=int, metavar="N", help="updates of the weights")
+    group.add_argument("--train-batch-size", type=int, metavar="N", help="images an update")
+    group.add_argument("--learning-rate", type=float, metavar="X", help="at its height")
+    group.add_argument("--train-seed", type=int, metavar="N", help="(default: 0)")
+    group.add_argument(
+        "--size",
+        choices=("small", "paper"),
+        help="of the networks: for a laptop, or for a GPU (default: small up to 28 pixels)",
+    )
+    group.add_argument("--flip", action="store_true", default=None, help="mirror images at random")
+    group.add_argument(
+        "--checkpoint-every", type=int, metavar="N", help="updates between states on the disk"
+    )
+    group.add_argument(
+        "--keep-state", action="store_true", default=None, help="keep the state of a finished one"
+    )
+
+
+# ---------------------------------------------------------------------- the parser
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} COMMAND [option ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=_Formatter,
+    )
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS
+    )
+
+    def command(name: str, text: str, examples: str, needs: str = "") -> argparse.ArgumentParser:
+        shown = "\n".join(f"  {PROGRAM} {name} {line}".rstrip() for line in examples.splitlines())
+        added: argparse.ArgumentParser = commands.add_parser(
+            name,
+            prog=f"{PROGRAM} {name}",
+            usage=f"{PROGRAM} {name} {needs}[option ...]",
+            description=text,
+            epilog=f"examples:\n{shown}",
+            formatter_class=_Formatter,
+        )
+        return added
+
+    run = command(
+        "run",
+        "Train what is missing, calibrate, sweep, plot, and print the table.\n\n"
+        "With --quick the networks that ship with the package (digits) draw fewer images: under 3\n"
+        "minutes on two cores.  In full, digits take at most 15, of which 6 for the training.",
+        "--quick\n\n--dataset cifar10 --base google/ddpm-cifar10-32 --forget airplane",
+    )
+    run.add_argument(
+        "--quick", action="store_true", help="shipped networks of the digits, 256 images a setting"
+    )
+    _data_options(run)
+    group = _forget_option(run)
+    _each_option(group)
+    _field(group, "--base", "base network: a folder or a hub name", metavar="NAME_OR_DIR")
+    _judge_options(group)
+    _chain_options(run)
+    _train_options(run)
+    _run_options(run)
+
+    train = command(
+        "train",
+        "Train networks on the images that are not held out, into DIR/networks.\n\n"
+        "The base network sees all classes, a class network one, a conditional network all with\n"
+        "their labels.  What is finished is not trained again; what was stopped goes on, with the\n"
+        "bits of a training that was not.",
+        "\n--dataset mnist --forget 0 1 2 3\n--dataset digits --only conditional classifier\n"
+        "--dataset photos/ --image-size 32 --forget cat --size small",
+    )
+    _data_options(train)
+    group = _forget_option(train)
+    _field(group, "--networks", "decides what --only is by default", choices=NETWORKS)
+    group.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help=f"what to train, of {', '.join(PARTS)} (default: base class classifier; conditional "
+        "classifier with --networks conditional)",
+    )
+    _train_options(train)
+    _run_options(train)
+
+    calibrate = command(
+        "calibrate",
+        "Fit the temperature and the offset of both trackers to trained networks.\n\n"
+        "The reverse of a forward-noised path of a held-out labelled image is a true reverse\n"
+        "path: the tracker is run along it and compared with the label.  The result holds for any\n"
+        "number of steps, and --hyperparameters calibrated uses it.",
+        "--dataset digits --forget 0\n--dataset mnist --forget 0 1 --networks conditional",
+    )
+    _data_options(calibrate)
+    _network_options(_forget_option(calibrate))
+    group = calibrate.add_argument_group("paths")
+    group.add_argument(
+        "--paths",
+        type=int,
+        default=CALIBRATION_PATHS,
+        metavar="N",
+        help="noisings of every held-out image (default: %(default)s)",
+    )
+    group.add_argument(
+        "--path-steps", type=int, default=100, metavar="N", help="(default: %(default)s)"
+    )
+    _field(group, "--seed", "of the noise", type=int, metavar="N")
+    _field(
+        group,
+        "--batch-size",
+        "paths that the networks see at once",
+        BATCH_SIZES,
+        type=int,
+        metavar="N",
+    )
+    _run_options(calibrate)
+
+    sample = command(
+        "sample",
+        "Draw images of one setting, into DIR/samples/KEY: images.safetensors, config.json and\n"
+        "grid.png.  More images of the same setting continue the ones that are there.",
+        "--forget 0 --rule dng --scale 2 --num-images 64\n--rule np --scale 0.4 --steps 50\n"
+        "--rule dng --hyperparameters calibrated --trajectories 6",
+    )
+    _data_options(sample)
+    _network_options(_forget_option(sample))
+    _rule_options(sample, several=False)
+    _chain_options(sample)
+    sample.add_argument(
+        "--trajectories",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also keep predicted images, scales and posteriors of every step for the first N "
+        "images, in trajectories.safetensors",
+    )
+    _run_options(sample)
+
+    evaluate = command(
+        "evaluate",
+        "Measure images against the data without the forgotten classes, print the metrics and\n"
+        "write them beside the images.",
+        "runs/digits/samples/0123456789ab\nmy_images/ --dataset mnist --forget 0 --fid",
+        needs="IMAGES ",
+    )
+    evaluate.add_argument(
+        "images",
+        type=Path,
+        metavar="IMAGES",
+        help="folder of 'sample' (its configuration holds where no option says otherwise), a "
+        ".safetensors file with a tensor 'images' in [-1, 1], or a folder of PNG or JPEG files",
+    )
+    _data_options(evaluate)
+    _judge_options(_forget_option(evaluate))
+    _run_options(evaluate)
+
+    sweep = command(
+        "sweep",
+        "Draw and measure every method at every guidance scale, a row of DIR/sweep.jsonl each.\n\n"
+        "Rows that are there are not made again.  Killed and started again, the sweep leaves the\n"
+        "table that an undisturbed one leaves, and 'accelerate launch' changes no byte of it.",
+        "\n--dataset mnist --forget 0 1 2 3 --each --num-images 10240 --batch-size 1024\n"
+        "--rules dng --tracker log-odds --hyperparameters own --temperature 0.1 --scale 1 2",
+    )
+    _data_options(sweep)
+    group = _forget_option(sweep)
+    _each_option(group)
+    _network_options(group)
+    _judge_options(group)
+    _rule_options(sweep, several=True)
+    _chain_options(sweep)
+    sweep.add_argument(
+        "--keep-images",
+        action="store_true",
+        help="keep all images, so that --num-images can be raised; else the first 16",
+    )
+    _run_options(sweep)
+
+    plot = command(
+        "plot",
+        "Draw everything that the folder of a run has data for, into DIR/figures: curves of KL\n"
+        "and Frechet distance over the forbidden share, histograms, grids, trajectories,\n"
+        "reliability.",
+        "--out runs/digits",
+    )
+    plot.add_argument(
+        "--safety",
+        type=float,
+        default=0.005,
+        metavar="SHARE",
+        help="forbidden share at which methods are compared (default: %(default)s)",
+    )
+    _field(plot, "--dataset", "names the folder where --out does not", metavar="NAME_OR_PATH")
+    plot.add_argument("--out", type=Path, metavar="DIR", help="folder of the run")
+    _common_options(plot)
+
+    convert = command(
+        "convert",
+        "Turn a published class network, {'net': state_dict} with keys all_modules.N..., into a\n"
+        "folder that UNet2DModel.from_pretrained reads.  Only weights are loaded, no code.",
+        "airplane.pt --out runs/cifar10/networks/class-airplane",
+        needs="CHECKPOINT.pt --out DIR ",
+    )
+    convert.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT.pt", help="the published file"
+    )
+    convert.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the network"
+    )
+    convert.add_argument(
+        "--image-size", type=int, default=32, metavar="PIXELS", help="(default: %(default)s)"
+    )
+    convert.add_argument(
+        "--entry",
+        default="net",
+        metavar="NAME",
+        help="of the checkpoint that holds the weights (default: %(default)s)",
+    )
+    _common_options(convert)
+    return parser
+
+
+def _each_option(group: Any) -> None:
+    group.add_argument(
+        "--each",
+        action="store_true",
+        help="forget each of the classes on its own, one after the other, instead of all at once",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    given = make_parser().parse_args(arguments)
+    try:
+        commands = import_module("dng_models.class_removal.commands")
+        getattr(commands, f"{given.command}_command")(given)
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; nothing is lost, and the same command goes on from here",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if given.debug:
+            raise
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,390 @@
+"""The sweep: whoever is killed, however many draw, the table is the same to the byte.
+
+The networks are tiny and untrained: what is tested is the order of things, not the images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from diffusers import UNet2DModel  # noqa: E402
+
+from dng_models.class_removal import files  # noqa: E402
+from dng_models.class_removal import sweep as sweeping  # noqa: E402
+from dng_models.class_removal.classifier import ClassifierConfig, train_classifier  # noqa: E402
+from dng_models.class_removal.config import Config, RunFolder  # noqa: E402
+from dng_models.class_removal.data import load_dataset  # noqa: E402
+from dng_models.class_removal.generate import Materials, generate, trajectories  # noqa: E402
+from dng_models.class_removal.networks import save_network  # noqa: E402
+from dng_models.class_removal.sweep import append_row, read_table, sweep  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = Config(rule="none", scale=0.0, steps=5, num_images=20, batch_size=8)
+OWN = {"hyperparameters": "own", "temperature": 0.1}
+CONFIGS = [
+    BASE,
+    dataclasses.replace(BASE, rule="np", scale=0.5),
+    dataclasses.replace(BASE, rule="dng", scale=1.0, **OWN),
+]
+
+
+def tiny(seed: int, labels: int | None = None) -> UNet2DModel:
+    """A network for the digits with random weights."""
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        add_attention=False,
+        num_class_embeds=labels,
+    )
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory) -> Path:
+    """The networks of a run, untrained but for the classifier."""
+    folder = tmp_path_factory.mktemp("run") / "networks"
+    for seed, name in enumerate(("base", "class-0", "class-1")):
+        save_network(folder / name, tiny(seed))
+    save_network(folder / "conditional", tiny(3, labels=11))
+    data = load_dataset("digits")
+    train_classifier(data, folder / "classifier", ClassifierConfig(steps=40), progress=False)
+    return folder
+
+
+@pytest.fixture
+def materials(networks, tmp_path) -> Materials:
+    """Of a run in a new folder."""
+    (tmp_path / "networks").symlink_to(networks)
+    return Materials(RunFolder(tmp_path), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(networks, tmp_path_factory) -> bytes:
+    """The table of a sweep that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "networks").symlink_to(networks)
+    sweep(CONFIGS, Materials(RunFolder(folder), device="cpu"), progress=False)
+    return (folder / "sweep.jsonl").read_bytes()
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stopped_at(monkeypatch, target, name: str, call: int, after: bool) -> None:
+    """Make a function end the process at one of its calls, before or after its work."""
+    work, calls = getattr(target, name), []
+
+    def stopping(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call and not after:
+            raise Stopped
+        result = work(*args, **kwargs)
+        if len(calls) == call:
+            raise Stopped
+        return result
+
+    monkeypatch.setattr(target, name, stopping)
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def test_a_row_says_everything(undisturbed):
+    rows = [json.loads(line) for line in undisturbed.splitlines()]
+    assert [Config.from_json(row["config"]) for row in rows] == CONFIGS
+    assert [row["key"] for row in rows] == [config.key for config in CONFIGS]
+    for row in rows:
+        assert set(row) == {"config", "key", "metrics", "sources", "summary", "versions"}
+        assert row["metrics"]["num_images"] == 20
+        assert len(row["metrics"]["histogram"]) == 10
+        assert {"dng", "diffusers", "numpy", "python", "torch", "device"} <= set(row["versions"])
+        assert list(row) == sorted(row)
+    assert rows[0]["summary"]["mean_scale"] == 0.0 and rows[1]["summary"]["mean_scale"] == 0.5
+    assert 0.0 < rows[2]["summary"]["mean_posterior"] < 1.0
+    assert set(rows[2]["sources"]) == {"base", "forgetful-0", "classifier"}
+
+
+def test_nothing_is_drawn_twice(materials, undisturbed, monkeypatch):
+    first = sweep(CONFIGS, materials, progress=False)
+    monkeypatch.setattr(sweeping, "generate", None)
+    assert sweep(CONFIGS, materials, progress=False) == first
+    assert materials.folder.table.read_bytes() == undisturbed
+    assert sweep([CONFIGS[1]], materials, progress=False) == [first[1]]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call", "after"),
+    [
+        # Three pieces a setting, then its samples.
+        ("files", "save_tensors", 1, False),
+        ("files", "save_tensors", 6, True),
+        ("files", "save_tensors", 8, False),
+        ("sweeping", "append_row", 2, False),
+        ("sweeping", "append_row", 2, True),
+    ],
+)
+def test_a_sweep_that_was_stopped_anywhere_ends_with_the_same_table(
+    materials, undisturbed, module, name, call, after
+):
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, {"files": files, "sweeping": sweeping}[module], name, call, after)
+        with pytest.raises(Stopped):
+            sweep(CONFIGS, materials, progress=False)
+    fresh = Materials(materials.folder, device="cpu")
+    sweep(CONFIGS, fresh, progress=False)
+    assert materials.folder.table.read_bytes() == undisturbed
+    work = materials.folder.path / "work"
+    assert list(work.iterdir()) == []
+
+
+def test_a_killed_process_loses_a_batch_and_no_more(materials, undisturbed):
+    """SIGKILL in the middle of the second setting, after its first piece."""
+    arguments = [
+        *("sweep", "--rules", "none", "np", "--scale", "0.5", "--steps", "5", "--quiet"),
+        *("--num-images", "20", "--batch-size", "8", "--device", "cpu"),
+        *("--out", str(materials.folder.path)),
+    ]
+    code = f"""
+import os, signal
+from dng_models.class_removal import files
+from dng_models.class_removal.__main__ import main
+save, calls = files.save_tensors, []
+def killing(path, *rest):
+    save(path, *rest)
+    calls.append(path)
+    if len(calls) == 5:  # three pieces and the samples of the first setting are before it
+        os.kill(os.getpid(), signal.SIGKILL)
+files.save_tensors = killing
+main({arguments!r})
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert materials.folder.table.read_bytes() == undisturbed.splitlines(keepends=True)[0]
+    pieces = list(materials.folder.work(CONFIGS[1]).iterdir())
+    assert [piece.name for piece in pieces] == ["000000.safetensors"]
+    drawn = pieces[0].stat().st_mtime_ns
+    sweep(CONFIGS[:2], materials, keep_images=True, progress=False)
+    assert pieces[0].stat().st_mtime_ns == drawn
+    sweep(CONFIGS, materials, progress=False)
+    assert materials.folder.table.read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("cut", [1, 40, 500])
+def test_a_torn_last_line_is_made_again(materials, undisturbed, cut):
+    materials.folder.table.write_bytes(undisturbed[:-cut])
+    assert len(read_table(materials.folder.table)) == len(CONFIGS) - 1
+    sweep(CONFIGS, materials, progress=False)
+    assert materials.folder.table.read_bytes() == undisturbed
+
+
+def test_a_damaged_line_before_the_last_is_an_error_that_names_it(materials, undisturbed):
+    lines = undisturbed.splitlines(keepends=True)
+    materials.folder.table.write_bytes(b"".join([lines[0], lines[1][:50] + b"\n", lines[2]]))
+    with pytest.raises(ValueError, match=r"sweep.jsonl, line 2 is not a row of a sweep"):
+        sweep(CONFIGS, materials, progress=False)
+
+
+def test_a_full_disk_leaves_the_table_as_it_was(tmp_path, monkeypatch):
+    table = tmp_path / "sweep.jsonl"
+    append_row(table, {"key": "a"})
+    before = table.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no row was added to .*sweep.jsonl: No space left"):
+        append_row(table, {"key": "b"})
+    assert table.read_bytes() == before
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    append_row(tmp_path / "t", {"a": [float("inf"), 1.0], "b": {"c": float("nan")}})
+    assert (tmp_path / "t").read_text() == '{"a": [null, 1.0], "b": {"c": null}}\n'
+
+
+def test_rows_of_other_networks_do_not_join_a_table(materials, networks):
+    sweep(CONFIGS[:2], materials, progress=False)
+    link = materials.folder.networks
+    link.unlink()
+    link.mkdir()
+    for name in ("class-0", "class-1", "classifier"):
+        (link / name).symlink_to(networks / name)
+    save_network(link / "base", tiny(7))
+    with pytest.raises(ValueError, match="rows that were made with another base"):
+        sweep(CONFIGS, Materials(materials.folder, device="cpu"), progress=False)
+
+
+def test_what_is_missing_for_a_later_setting_is_known_before_the_first(materials, monkeypatch):
+    monkeypatch.setattr(sweeping, "generate", None)
+    later = dataclasses.replace(BASE, rule="dng", hyperparameters="calibrated")
+    with pytest.raises(FileNotFoundError, match="there is no calibration"):
+        sweep([BASE, later], materials, progress=False)
+    with pytest.raises(FileNotFoundError, match="there is no network in .*class-5"):
+        sweep([BASE, dataclasses.replace(CONFIGS[1], forget=("5",))], materials, progress=False)
+
+
+def test_settings_with_broken_images_have_a_row_that_says_so(materials):
+    """Of a push that no float32 holds after two steps."""
+    config = dataclasses.replace(BASE, rule="np", scale=1e20)
+    with pytest.warns(UserWarning, match="8 of 8 images are not finite"):
+        (row,) = sweep([config], materials, progress=False)
+    assert row["summary"]["not_finite"] == 20
+    assert row["metrics"]["num_images"] == 20
+
+
+# ---------------------------------------------------------------------- images
+
+
+def test_images_do_not_depend_on_how_many_there_are(materials):
+    config = CONFIGS[2]
+    few = generate(dataclasses.replace(config, num_images=5), materials)
+    many = generate(config, materials)
+    assert few.images.shape == (5, 1, 8, 8) and many.images.shape == (20, 1, 8, 8)
+    assert torch.equal(few.images, many.images[:5])
+    assert torch.equal(few.log_posterior, many.log_posterior[:5])
+    assert torch.equal(few.mean_scale, many.mean_scale[:5])
+
+
+def test_more_images_continue_those_that_are_there(materials):
+    config = CONFIGS[1]
+    generate(dataclasses.replace(config, num_images=8), materials)
+    piece = materials.folder.work(config) / "000000.safetensors"
+    drawn = piece.stat().st_mtime_ns
+    generate(config, materials)
+    assert piece.stat().st_mtime_ns == drawn
+    assert len(list(piece.parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a piece", None])
+def test_a_damaged_piece_is_drawn_again(materials, damage):
+    config = CONFIGS[0]
+    whole = generate(config, materials)
+    piece = materials.folder.work(config) / "000001.safetensors"
+    piece.write_bytes(piece.read_bytes()[:-100] if damage is None else damage)
+    assert torch.equal(generate(config, materials).images, whole.images)
+
+
+def test_pieces_of_another_network_are_drawn_again(materials, networks):
+    config = dataclasses.replace(CONFIGS[0], base=str(materials.folder.path / "own"))
+    save_network(materials.folder.path / "own", tiny(8))
+    first = generate(config, materials)
+    save_network(materials.folder.path / "own", tiny(9))
+    second = generate(config, Materials(materials.folder, device="cpu"))
+    assert not torch.equal(first.images, second.images)
+
+
+def test_another_batch_size_changes_nothing_but_rounding(materials):
+    """Images to 1e-4 of their size, and with them what is measured."""
+    config = CONFIGS[1]
+    rows = sweep([config, dataclasses.replace(config, batch_size=20)], materials, progress=False)
+    one, other = (row["metrics"] for row in rows)
+    assert one["histogram"] == other["histogram"] and one["safety"] == other["safety"]
+    for name in ("frechet", "frechet_pixels"):
+        assert abs(one[name] - other[name]) < 1e-3 * one[name]
+    images = [
+        generate(dataclasses.replace(config, batch_size=size), materials).images for size in (8, 20)
+    ]
+    assert torch.allclose(*images, rtol=1e-4, atol=1e-4 * float(images[0].abs().max()))
+
+
+def test_a_conditional_network_forgets_any_class_or_several(materials):
+    config = dataclasses.replace(CONFIGS[2], networks="conditional", forget=("3",))
+    one = generate(config, materials)
+    both = generate(dataclasses.replace(config, forget=("3", "7")), materials)
+    assert one.log_posterior.shape == (20,) and both.log_posterior.shape == (2, 20)
+    assert not torch.equal(one.images, both.images)
+    unguided = generate(dataclasses.replace(config, rule="none"), materials)
+    assert unguided.log_posterior is None
+
+
+def test_several_classes_have_a_network_each(materials):
+    config = dataclasses.replace(CONFIGS[2], forget=("0", "1"))
+    assert generate(config, materials).log_posterior.shape == (2, 20)
+
+
+def test_trajectories_end_in_the_images(materials):
+    config = CONFIGS[2]
+    kept = trajectories(config, materials, [0, 3, 11])
+    images = generate(config, materials).images[[0, 3, 11]]
+    assert kept["times"].shape == (5,) and kept["scale"].shape == (5, 3)
+    assert kept["log_posterior"].shape == (5, 3)
+    # The last step ends at sigma = 0, in the predicted image itself.
+    scale = float(images.abs().max())
+    np.testing.assert_allclose(kept["x"][-1], images, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_the_first_images_and_their_configuration_stay(materials):
+    sweep(CONFIGS[:1], materials, progress=False)
+    folder = materials.folder.samples(CONFIGS[0])
+    tensors, _ = files.load_tensors(folder / "images.safetensors")
+    assert tensors["images"].shape == (16, 1, 8, 8)
+    assert tensors["labels"].shape == tensors["mean_scale"].shape == (16,)
+    assert Config.from_json(files.read_json(folder / "config.json")) == CONFIGS[0]
+    assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------------- processes
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_table(materials):
+    arguments = [
+        *("sweep", "--rules", "none", "np", "dng", "--scale", "0.5", "--steps", "5", "--quiet"),
+        *("--hyperparameters", "own", "--temperature", "0.1"),
+        *("--num-images", "20", "--batch-size", "8", "--device", "cpu"),
+    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    tables = []
+    for number, command in enumerate(([sys.executable], launch)):
+        out = materials.folder.path / str(number)
+        out.mkdir()
+        (out / "networks").symlink_to(materials.folder.networks)
+        module = ["-m", "dng_models.class_removal", *arguments, "--out", str(out)]
+        run = subprocess.run([*command, *module], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        tables.append((out / "sweep.jsonl").read_bytes())
+    assert tables[0] == tables[1]
+
+
+def test_the_calibration_may_be_that_of_another_class_or_a_file(tmp_path):
+    materials = Materials(RunFolder(tmp_path), device="cpu")
+    own = Config(hyperparameters="calibrated")
+    calibrations = tmp_path / "calibration"
+    assert materials.calibration_file(own) == calibrations / "0.json"
+    other = dataclasses.replace(own, calibration="1", networks="conditional")
+    assert materials.calibration_file(other) == calibrations / "1-conditional.json"
+    with pytest.raises(
+        FileNotFoundError, match=r"calibrate --dataset digits --forget 1 --networks"
+    ):
+        materials.calibration(other)
+    (tmp_path / "mine.json").write_text("{}")
+    named = dataclasses.replace(own, calibration=str(tmp_path / "mine.json"))
+    assert materials.calibration_file(named) == tmp_path / "mine.json"
