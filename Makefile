@@ -1,8 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# No -n by default: two processes that compile different signatures of one cached Numba function at
-# once can leave an index that names the other's machine code.
 PYTEST_ARGS ?=
 ARGS ?=
 
@@ -20,7 +18,7 @@ class-removal: $(VENV)/models.stamp ## train networks on digits, sweep and plot 
 	$(BIN)/python -m dng_models.class_removal run $(ARGS)
 
 test: $(VENV)/test.stamp ## run the tests (PYTEST_ARGS="-m slow" runs the long ones)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 benchmark: $(VENV)/figures.stamp ## time the exact mixtures (ARGS="..." is passed on)
 	$(BIN)/python -m benchmarks mixture $(ARGS)

@@ -2,13 +2,16 @@
 
 Hypothesis: no deadline (the first example compiles), and the same examples on every run.  Triton:
 its interpreter where there is no GPU, chosen before the first kernel is defined.  Networks of the
-tests: one thread, for they are so small that several only wait for each other.
+tests: one thread, for they are so small that several only wait for each other.  Numba: a cache of
+its own for each of pytest-xdist's workers, since two processes that compile different signatures
+of one function at once can leave an index that names the other's machine code.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -16,6 +19,10 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("suite")
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cache = Path(__file__).resolve().parent.parent / ".pytest_cache" / f"numba-{worker}"
+    os.environ["NUMBA_CACHE_DIR"] = str(cache)
 
 try:
     import torch

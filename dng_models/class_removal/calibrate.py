@@ -20,6 +20,7 @@ curves after fitting are cross-fitted: every image is judged by what was fitted 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -567,15 +568,13 @@ class Calibration:
 
     def save(self, path: Path | str) -> None:
         """Write as JSON, whole or not at all."""
-        files.write_json(
-            path,
-            {
-                "version": VERSION,
-                "about": self.about,
-                "fits": {name: asdict(each) for name, each in self.fits.items()},
-                "report": self.report,
-            },
-        )
+        told = {
+            "version": VERSION,
+            "about": self.about,
+            "fits": {name: asdict(each) for name, each in self.fits.items()},
+            "report": _shortened(self.report),
+        }
+        files.write_text(path, json.dumps(told, sort_keys=True, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> Calibration:
@@ -599,6 +598,15 @@ class Calibration:
             return cls(told["about"], fits, told["report"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a calibration of this version ({error})") from None
+
+
+def _shortened(value: Any) -> Any:
+    """The same with five digits of every number: curves are for looking at."""
+    if isinstance(value, dict):
+        return {name: _shortened(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_shortened(each) for each in value]
+    return float(f"{value:.5g}")
 
 
 def _fit_name(kind: Kind, varying: bool) -> str:

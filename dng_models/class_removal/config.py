@@ -542,9 +542,16 @@ class RunFolder:
         return self.networks / f"class-{_file_name(name)}"
 
     def calibration(self, name: str, networks: Networks) -> Path:
-        """What was fitted for a forgotten class and a kind of networks."""
+        """What was fitted for a forgotten class and a kind of networks.
+
+        The folder's own, unless only the shipped networks come with one.
+        """
         suffix = "" if networks == "pair" else f"-{networks}"
-        return self.path / "calibration" / f"{_file_name(name)}{suffix}.json"
+        file = Path("calibration", f"{_file_name(name)}{suffix}.json")
+        own = self.path / file
+        if self.shipped is not None and not own.is_file() and (self.shipped / file).is_file():
+            return self.shipped / file
+        return own
 
     def samples(self, config: Config) -> Path:
         """Images of a setting."""
