@@ -239,6 +239,9 @@ def save_model(folder, labels, kind="vit"):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
+        # No class wins everywhere, whatever the weights came out to be.
+        head = model.classifier if kind == "vit" else model.classifier[-1]
+        head.bias -= model.eval()(4 * torch.rand(64, 3, 12, 12) - 2).logits.mean(dim=0)
     model.save_pretrained(folder)
     size = {"height": 12, "width": 12}
     processor = transformers.ViTImageProcessor(
