@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from diffusers import UNet2DModel
 
 import dng_math
+import dng_models
 from dng_math import (
     DDIM,
     DDPM,
@@ -394,3 +397,12 @@ def test_a_sampler_without_the_trackers_noise_is_warned_of():
     with pytest.warns(UserWarning, match="eta is 0.*will be wrong"):
         sample(NET, denoiser(FORBIDDEN), DNG, sampler=DDIM(0.0), **GOOD)
     sample(NET, denoiser(FORBIDDEN), DNG, sampler=DDIM(1.0), **GOOD)
+
+
+def test_public_names_are_loaded_on_first_use():
+    code = "import sys, dng_models; print('torch' in sys.modules, dng_models.sample.__module__)"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.split() == ["False", "dng_models.sampling"]
+    assert set(dng_models.__all__) <= set(dir(dng_models))
+    with pytest.raises(AttributeError, match="no attribute 'sampel'"):
+        dng_models.sampel  # noqa: B018

@@ -353,23 +353,41 @@ def test_the_first_images_and_their_configuration_stay(materials):
 # ---------------------------------------------------------------------- processes
 
 
+LAUNCHED = """
+import sys
+from accelerate import PartialState
+from dng_models.class_removal.__main__ import main
+status = main(sys.argv[1:])
+print("processes:", PartialState().num_processes)
+sys.exit(status)
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_write_the_same_table(materials):
+def test_two_processes_write_the_same_table(materials, tmp_path):
+    """Through torchrun: on a CPU ``accelerate launch --num_processes 2`` starts only one."""
     arguments = [
         *("sweep", "--rules", "none", "np", "dng", "--scale", "0.5", "--steps", "5", "--quiet"),
         *("--hyperparameters", "own", "--temperature", "0.1"),
         *("--num-images", "20", "--batch-size", "8", "--device", "cpu"),
     ]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     tables = []
-    for number, command in enumerate(([sys.executable], launch)):
-        out = materials.folder.path / str(number)
+    for count, launcher in ((1, []), (2, torchrun)):
+        out = tmp_path / str(count)
         out.mkdir()
         (out / "networks").symlink_to(materials.folder.networks)
-        module = ["-m", "dng_models.class_removal", *arguments, "--out", str(out)]
-        run = subprocess.run([*command, *module], cwd=ROOT, capture_output=True, text=True)
+        script = [str(tmp_path / "launched.py"), *arguments, "--out", str(out)]
+        run = subprocess.run(
+            [sys.executable, *launcher, *script],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0, run.stderr
+        assert run.stdout.count(f"processes: {count}") == count
         tables.append((out / "sweep.jsonl").read_bytes())
     assert tables[0] == tables[1]
 

@@ -63,8 +63,9 @@ What a run leaves in its folder (--out, by default runs/NAME of the data set):
   work/             pieces of what is being drawn; emptied as settings are finished
 
 Everything resumes: the same command, started again, goes on where it was stopped, and leaves the
-same files. "accelerate launch -m dng_models.class_removal sweep ..." spreads train, sample and
-sweep over processes, with the same numbers.
+same files. "accelerate launch -m dng_models.class_removal sweep ..." (on CPUs, where that starts
+one process only, "torchrun --nproc-per-node 2 -m ...") spreads train, sample and sweep over
+processes; sample and sweep give the same numbers, trainings differ by rounding.
 
 examples:
   %(prog)s run --quick                     shipped digits, 3 minutes on two cores
@@ -500,7 +501,7 @@ def make_parser() -> argparse.ArgumentParser:
         "sweep",
         "Draw and measure every method at every guidance scale, a row of DIR/sweep.jsonl each.\n\n"
         "Rows that are there are not made again.  Killed and started again, the sweep leaves the\n"
-        "table that an undisturbed one leaves, and 'accelerate launch' changes no byte of it.",
+        "table that an undisturbed one leaves, and several processes change no byte of it.",
         "\n--dataset mnist --forget 0 1 2 3 --each --num-images 10240 --batch-size 1024\n"
         "--rules dng --tracker log-odds --hyperparameters own --temperature 0.1 --scale 1 2",
     )
