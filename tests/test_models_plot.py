@@ -600,15 +600,15 @@ def saved_calibration():
     }
     report = {
         "prior alone": judged(0.0),
-        "the paper's, paper": judged(1.0),
-        "the paper's, log-odds": judged(2.0),
+        "log-odds, paper's settings": judged(2.0),
+        "paper, paper's settings": judged(1.0),
         "paper": judged(-0.1),
         "paper, constant": judged(-0.05),
         "log-odds": judged(-0.2),
         "log-odds, constant": judged(-0.15),
         "time": data["times"],
     }
-    kinds = [name for name in report if name.split(",")[0] in ("paper", "log-odds")]
+    kinds = [f"{kind}{end}" for kind in ("paper", "log-odds") for end in ("", ", constant")]
     return {"version": 1, "about": {}, "fits": dict.fromkeys(kinds, fit), "report": report}
 
 

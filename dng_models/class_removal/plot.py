@@ -1011,7 +1011,8 @@ def _calibration(
     others = [name for name in report if name not in fits and name not in ("prior alone", "time")]
     names = {"prior": "prior alone", "constant": f"{tracker}, constant", "after": tracker}
     # Of several settings before, those that are the tracker's own.
-    for before in [name for name in others if name.endswith(tracker)][:1] or others[:1]:
+    own = [name for name in others if name.startswith(f"{tracker},")]
+    for before in own[:1] or others[:1]:
         names["before"] = before
     judged = {role: report[name] for role, name in names.items() if name in report}
     # Beyond its last knot a weight stays as it is.
