@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import re
@@ -677,14 +678,33 @@ def test_everything_is_drawn_that_there_is_data_for(run):
         "figures/trajectories_key2.png",
         "figures/reliability_dog_2Fwolf_paper.png",
         "figures/reliability_dog_2Fwolf_log-odds.png",
+        "table.csv",
         "table.md",
     }
-    for path in written[:-1]:
+    for path in written[:-2]:
         pixels = imread(path)[:, :, :3]
         assert pixels.shape[1] <= plot.WIDTH * plot.DPI + 1
         assert 0.005 < (pixels.min(axis=2) < 0.9).mean() < 0.7, path
-    text = written[-1].read_text(encoding="utf-8")
+    text = (out / "table.md").read_text(encoding="utf-8")
     assert text.startswith("At 0.5% forbidden") and compare.table(rows) in text
+
+
+def test_the_csv_has_every_number_of_every_row(run):
+    _, rows = run
+    read = list(csv.DictReader(compare.csv_table(rows).splitlines()))
+    assert len(read) == len(rows)
+    by_scale = {(line["forget"], line["method"], float(line["scale"])): line for line in read}
+    for row in rows:
+        (name,) = {m.name for m in compare.methods_of(rows) if row in m.rows}
+        line = by_scale[compare.forgotten_by(row), name, row["config"]["scale"]]
+        for key, value in row["metrics"].items():
+            if key == "histogram":
+                shares = [float(line[f"share_{i}"]) for i in range(len(value))]
+                np.testing.assert_allclose(shares, value, rtol=1e-5)
+            elif value is None:
+                assert line[key] == ""
+            else:
+                assert float(line[key]) == pytest.approx(value, rel=1e-5)
 
 
 def test_names_of_the_classes_come_from_the_classifier(run):
@@ -707,7 +727,13 @@ def test_with_two_kinds_of_networks_each_has_its_curves_too(tmp_path, coarse):
     ]
     write_rows(tmp_path, rows)
     written = [path.name for path in plot.draw_all(tmp_path)]
-    assert written == ["curves.png", "curves_conditional.png", "curves_pair.png", "table.md"]
+    assert written == [
+        "curves.png",
+        "curves_conditional.png",
+        "curves_pair.png",
+        "table.md",
+        "table.csv",
+    ]
 
 
 def test_a_damaged_file_of_images_is_named(tmp_path, coarse):

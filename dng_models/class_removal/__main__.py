@@ -59,7 +59,7 @@ What a run leaves in its folder (--out, by default runs/NAME of the data set):
   calibration/      NAME.json of every calibrated class
   sweep.jsonl       one setting a line: configuration, metrics with 95%% intervals, versions
   samples/KEY/      images, configuration and a sheet of every setting
-  figures/          the plots, and table.md beside sweep.jsonl
+  figures/          the plots; table.md and table.csv are beside sweep.jsonl
   work/             pieces of what is being drawn; emptied as settings are finished
 
 Everything resumes: the same command, started again, goes on where it was stopped, and leaves the

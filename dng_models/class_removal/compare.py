@@ -14,6 +14,8 @@ for it.
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import math
@@ -24,7 +26,7 @@ from typing import Any, Literal
 
 from dng_math import _checks
 
-__all__ = ["at_equal_safety", "read_rows", "safety_table", "table", "weakest_safe"]
+__all__ = ["at_equal_safety", "csv_table", "read_rows", "safety_table", "table", "weakest_safe"]
 
 Row = Mapping[str, Any]
 Quantity = Literal["kl", "frechet", "frechet_pixels"]
@@ -432,6 +434,32 @@ def table(rows: Sequence[Row]) -> str:
                     )
                 )
     return _markdown(head, lines)
+
+
+def csv_table(rows: Sequence[Row]) -> str:
+    """The rows as CSV: what names them, then every number that was measured, to six digits.
+
+    Same arguments and errors as :func:`table`; an infinite divergence is an empty cell.
+    """
+    rows = checked(rows)
+    numbers = sorted(
+        {name for row in rows for name, value in row["metrics"].items() if name != "histogram"}
+    )
+    counted = max(len(row["metrics"].get("histogram") or ()) for row in rows)
+    names = ("dataset", "forget", "method", "scale", "steps", "seed")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, *numbers, *(f"share_{i}" for i in range(counted))])
+    for forget in classes_forgotten(rows):
+        for method in methods_of(rows):
+            for row in method.of(forget):
+                config, metrics = row["config"], row["metrics"]
+                own = {name: config.get(name) for name in names}
+                own |= {"forget": forget, "method": method.name}
+                shares = metrics.get("histogram") or ()
+                cells = [*own.values(), *(metrics.get(name) for name in numbers), *shares]
+                writer.writerow([f"{c:.6g}" if isinstance(c, float) else c for c in cells])
+    return text.getvalue()
 
 
 def safety_table(rows: Sequence[Row], safety: float) -> str:

@@ -37,6 +37,7 @@ from dng_models.class_removal.compare import (
     at_equal_safety,
     checked,
     classes_forgotten,
+    csv_table,
     forbidden_share,
     forgotten_by,
     measured,
@@ -931,7 +932,7 @@ def draw_all(
     Returns
     -------
     list of Path
-        What was written: ``figures/*.png`` and ``table.md``.
+        What was written: ``figures/*.png``, ``table.md`` and ``table.csv``.
 
     Raises
     ------
@@ -975,8 +976,10 @@ def draw_all(
         f"At {100.0 * safety:g}% forbidden, interpolated between scales:\n\n"
         f"{safety_table(rows, safety)}\nEvery row, with 95% intervals:\n\n{table(rows)}"
     )
-    write_text(out / "table.md", text)
-    return [*written, out / "table.md"]
+    tables = {"table.md": text, "table.csv": csv_table(rows)}
+    for name, content in tables.items():
+        write_text(out / name, content)
+    return [*written, *(out / name for name in tables)]
 
 
 def _trajectories(path: Path) -> Figure:
