@@ -43,7 +43,7 @@ FULL: Plan = (
     ("pair", "none", (0.0,)),
     ("pair", "np", (0.2, 0.4, 0.6)),
     ("pair", "sld", (0.3, 0.75)),
-    ("pair", "dng-paper", (1.0, 3.0)),
+    ("pair", "dng-paper", (1.0, 2.0)),
     ("pair", "dng-calibrated", (2.0, 5.0, 10.0)),
     ("conditional", "dng-calibrated", (2.0, 5.0, 10.0)),
 )

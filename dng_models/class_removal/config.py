@@ -455,18 +455,17 @@ METHODS: dict[str, dict[str, str]] = {
     "dng-log-odds": {"rule": "dng", "tracker": "log-odds", "hyperparameters": "calibrated"},
 }
 DEFAULT_METHODS = ("none", "np", "sld", "dng-paper", "dng-calibrated")
-_STATIC = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
-_DYNAMIC = (0.5, 1.0, 2.0, 3.0, 5.0)
-_CALIBRATED = (1.0, 2.0, 4.0, 8.0, 16.0)  # a smaller prior than the paper's needs more
+# Scales that leave from some percent to a few thousandths of the forbidden class, on digits.
 LADDERS: dict[str, tuple[float, ...]] = {
-    "np": _STATIC,
-    "sld": _STATIC,
-    "ccfg": _STATIC,
-    "dng-paper": _DYNAMIC,
-    "dng-calibrated": _CALIBRATED,
-    "dng-constant": _CALIBRATED,
-    "dng-log-odds": _CALIBRATED,
-    "dng": _DYNAMIC,
+    "np": (0.2, 0.4, 0.6, 0.8),
+    "sld": (0.3, 0.5, 0.75, 1.0),
+    "ccfg": (0.2, 0.5, 1.0, 2.0),
+    "dng-paper": (1.0, 2.0, 4.0),
+    # Calibrated trackers start from the class's own share, which is less than the paper's prior.
+    "dng-calibrated": (2.0, 5.0, 10.0),
+    "dng-constant": (2.0, 4.0, 8.0),
+    "dng-log-odds": (3.0, 6.0, 12.0),
+    "dng": (1.0, 2.0, 4.0),
 }
 
 
@@ -494,7 +493,7 @@ def settings(
         if method not in METHODS and method not in RULES:
             _checks.choice("rules", method, tuple(dict.fromkeys([*METHODS, *RULES])))
         fields: dict[str, Any] = METHODS.get(method, {"rule": method})
-        ladder = LADDERS.get(method, _STATIC) if scales is None else tuple(scales)
+        ladder = LADDERS.get(method, LADDERS["np"]) if scales is None else tuple(scales)
         if method == "none":
             ladder = (0.0,)
         configs += [dataclasses.replace(base, scale=scale, **fields) for scale in ladder]
