@@ -65,7 +65,8 @@ Z95 = 1.959963984540054
 # Of the reliability diagram: fine where most probabilities are, near 0 and 1.
 EDGES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 JUDGED_TIMES = 25
-SLOPE_STEP, CURVATURE_STEP = 1e-4, 0.1
+SLOPE_STEP = 1e-4
+RADIUS = 0.3  # of log temperatures and of nats
 FEWEST_IMAGES = 5  # in a bin, or nothing is said of it
 VERSION = 1
 
@@ -430,15 +431,28 @@ class _Problem:
         return np.asarray(found.x)
 
     def covariance(self, theta: Array) -> Array:
-        """Of the estimate: H^-1 G H^-1 / n, with G the covariance of the images' slopes."""
-        around = _around(theta, CURVATURE_STEP)
-        slopes = np.array(
-            [_slopes(self.objectives(_around(t, CURVATURE_STEP)), CURVATURE_STEP) for t in around]
-        )
-        hessian = _slopes(slopes, CURVATURE_STEP)
-        inverse = np.linalg.pinv(0.5 * (hessian + hessian.T), rcond=1e-9, hermitian=True)
-        own = _slopes(self.per_image(around), CURVATURE_STEP)
-        return np.asarray(inverse @ np.cov(own) @ inverse / own.shape[1])
+        """Of the estimate: H^-1 G H^-1 / n, with G the covariance of the images' slopes.
+
+        Slopes and curvature are those of a quadratic fitted over :data:`RADIUS`, about the size
+        of the uncertainty: where paths reach a clamp the loss has kinks, of which differences over
+        small steps see one or none.
+        """
+        size = len(theta)
+        pairs = [(i, j) for i in range(size) for j in range(i, size)]
+        points = 4 * (1 + size + len(pairs))
+        away = np.random.default_rng(0).uniform(-1.0, 1.0, (points, size))
+        products = np.stack([away[:, i] * away[:, j] for i, j in pairs], axis=1)
+        design = np.concatenate([np.ones((points, 1)), away, products], axis=1)
+        thetas = theta + RADIUS * away
+        of_mean = np.linalg.lstsq(design, self.objectives(thetas), rcond=None)[0]
+        of_images = np.linalg.lstsq(design, self.per_image(thetas), rcond=None)[0]
+        hessian = np.zeros((size, size))
+        for (i, j), value in zip(pairs, of_mean[1 + size :], strict=True):
+            hessian[i, j] += value / RADIUS**2
+            hessian[j, i] += value / RADIUS**2
+        slopes = of_images[1 : 1 + size] / RADIUS
+        inverse = np.linalg.pinv(hessian, rcond=1e-9, hermitian=True)
+        return np.asarray(inverse @ np.cov(slopes) @ inverse / slopes.shape[1])
 
 
 def _around(theta: Array, step: float) -> Array:
