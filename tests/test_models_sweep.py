@@ -241,6 +241,16 @@ def test_rows_of_other_networks_do_not_join_a_table(materials, networks):
         sweep(CONFIGS, Materials(materials.folder, device="cpu"), progress=False)
 
 
+def test_another_class_s_calibration_is_not_a_changed_one():
+    own = Config(hyperparameters="calibrated")
+    row = {"config": own.to_json(), "key": own.key, "sources": {"calibration": "a"}}
+    stronger = dataclasses.replace(own, scale=2.0)
+    with pytest.raises(ValueError, match="made with another calibration"):
+        sweeping._check_sources(stronger, {"calibration": "b"}, [row])
+    borrowed = dataclasses.replace(stronger, calibration="1")
+    sweeping._check_sources(borrowed, {"calibration": "b"}, [row])
+
+
 def test_what_is_missing_for_a_later_setting_is_known_before_the_first(materials, monkeypatch):
     monkeypatch.setattr(sweeping, "generate", None)
     later = dataclasses.replace(BASE, rule="dng", hyperparameters="calibrated")

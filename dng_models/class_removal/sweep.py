@@ -303,4 +303,5 @@ def _names(config: Config) -> tuple[Any, ...]:
     return (
         *(config.dataset, config.networks, config.base, config.forget, config.forgetful),
         *(config.toward, config.positive, config.classifier, config.tracker),
+        config.calibration,
     )
