@@ -284,6 +284,18 @@ def test_the_interval_of_a_share_moves_the_distance_along_the_line():
     assert found["kl_high"] == pytest.approx(0.1 + 0.2 * 2 / 3)
 
 
+def test_no_share_is_left_of_none():
+    """Half of 256 images is 0.195%: a tick at 0.1% would stand left of the 0."""
+    few = {"num_images": 256}
+    rows = [
+        make_row(scale=1.0, safety=0.02, metrics=few),
+        make_row(scale=2.0, safety=0.0, metrics=few),
+    ]
+    axes = plot.curves(rows).axes[0]
+    ticks = sorted(zip(axes.get_xticks(), axes.get_xticklabels(), strict=True))
+    assert ticks[0][1].get_text() == "0" and axes.get_xlim()[0] < 0.1
+
+
 def test_none_forbidden_counts_as_half_an_image():
     """At 0.0005 of 1000; its interval reaches 0, which is infinitely far: the other end counts."""
     rows = [

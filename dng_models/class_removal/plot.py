@@ -277,11 +277,12 @@ def _percent_axis(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlim(low, high)
     apart = 0.1 * math.log10(high / low)  # closer than this labels would touch
     ticks = {100.0 * forbidden_share(row).value: "0" for row in rows if none_forbidden(row)}
+    least = max([low, *ticks])  # nothing is less than 0
     for mantissa in (1, 5, 2):
         for exponent in range(-4, 3):
             tick = float(f"{mantissa}e{exponent}")
             room = all(abs(math.log10(tick / other)) > apart for other in ticks)
-            if low <= tick <= high and room:
+            if least <= tick <= high and room:
                 ticks[tick] = f"{tick:g}"
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xticks([], minor=True)
