@@ -16,7 +16,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from diffusers import UNet2DModel  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dng_models.class_removal import commands, files  # noqa: E402
@@ -25,28 +24,12 @@ from dng_models.class_removal.classifier import ClassifierConfig, train_classifi
 from dng_models.class_removal.config import Config  # noqa: E402
 from dng_models.class_removal.data import load_dataset  # noqa: E402
 from dng_models.class_removal.networks import save_network  # noqa: E402
+from tests.tiny_networks import tiny  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("run", "train", "calibrate", "sample", "evaluate", "sweep", "plot", "convert")
 FEW = ("--device", "cpu", "--quiet")
 SHORT = (*FEW, "--steps", "4", "--num-images", "12", "--batch-size", "12")
-
-
-def tiny(seed: int, *, labels: int | None = None, channels: int = 1, side: int = 8) -> UNet2DModel:
-    """A network with random weights."""
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=side,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        add_attention=False,
-        num_class_embeds=labels,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from diffusers import UNet2DModel  # noqa: E402
 
 from dng_models.class_removal import files  # noqa: E402
 from dng_models.class_removal import sweep as sweeping  # noqa: E402
@@ -30,6 +29,7 @@ from dng_models.class_removal.data import load_dataset  # noqa: E402
 from dng_models.class_removal.generate import Materials, generate, trajectories  # noqa: E402
 from dng_models.class_removal.networks import save_network  # noqa: E402
 from dng_models.class_removal.sweep import append_row, read_table, sweep  # noqa: E402
+from tests.tiny_networks import tiny  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = Config(rule="none", scale=0.0, steps=5, num_images=20, batch_size=8)
@@ -39,23 +39,6 @@ CONFIGS = [
     dataclasses.replace(BASE, rule="np", scale=0.5),
     dataclasses.replace(BASE, rule="dng", scale=1.0, **OWN),
 ]
-
-
-def tiny(seed: int, labels: int | None = None) -> UNet2DModel:
-    """A network for the digits with random weights."""
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        add_attention=False,
-        num_class_embeds=labels,
-    )
 
 
 @pytest.fixture(scope="module")

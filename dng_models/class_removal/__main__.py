@@ -430,8 +430,8 @@ def make_parser() -> argparse.ArgumentParser:
         "calibrate",
         "Fit the temperature and the offset of both trackers to trained networks.\n\n"
         "The reverse of a forward-noised path of a held-out labelled image is a true reverse\n"
-        "path: the tracker is run along it and compared with the label.  The result holds for any\n"
-        "number of steps, and --hyperparameters calibrated uses it.",
+        "path: the tracker is run along it and compared with the label.  The result carries over\n"
+        "to other numbers of steps; --hyperparameters calibrated uses it.",
         "--dataset digits --forget 0\n--dataset mnist --forget 0 1 --networks conditional",
     )
     _data_options(calibrate)
