@@ -55,7 +55,7 @@ QUICK: Plan = (
     ("pair", "dng-calibrated", (3.0, 8.0)),
 )
 QUICK_IMAGES = 256
-PATHS, QUICK_PATHS = 2, 1  # noisings of an image that a run calibrates on
+PATHS = 2  # noisings of an image that a run calibrates on
 FOLLOWED = 6  # images whose way through time a run draws
 
 
@@ -394,7 +394,7 @@ def run_command(given: argparse.Namespace) -> None:
             kind = dataclasses.replace(one, networks=networks, base=base)
             calibrated = METHODS[method].get("hyperparameters") in CALIBRATED
             if calibrated:
-                _calibrate_missing(kind, materials, quick=given.quick, progress=shown)
+                _calibrate_missing(kind, materials, progress=shown)
             configs += settings(kind, [method], scales)
     rows = sweep(configs, materials, progress=not given.quiet)
     if materials.processes.is_main_process:
@@ -417,14 +417,12 @@ def _shipped(config: Config) -> Path:
     return shipped
 
 
-def _calibrate_missing(
-    config: Config, materials: Materials, *, quick: bool, progress: bool
-) -> None:
+def _calibrate_missing(config: Config, materials: Materials, *, progress: bool) -> None:
     """Calibrate every forgotten class that is not."""
     for name in config.forget:
         if not materials.folder.calibration(name, config.networks).is_file():
             one = dataclasses.replace(config, forget=(name,))
-            _calibrate(one, materials, QUICK_PATHS if quick else PATHS, 100, progress=progress)
+            _calibrate(one, materials, PATHS, 100, progress=progress)
 
 
 def _follow(rows: Sequence[Row], materials: Materials, *, progress: bool) -> None:
