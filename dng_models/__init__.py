@@ -6,20 +6,45 @@ pay for torch.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["Labelled", "Samples", "sample"]
+__all__ = [
+    "DynamicNegative",
+    "EtaDDIMScheduler",
+    "Labelled",
+    "PosteriorFlowScheduler",
+    "Samples",
+    "Trace",
+    "apply_guidance",
+    "remove_guidance",
+    "sample",
+]
 
 if TYPE_CHECKING:
+    from dng_models.guidance import DynamicNegative
+    from dng_models.hook import apply_guidance, remove_guidance
     from dng_models.sampling import Labelled, Samples, sample
+    from dng_models.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
+    from dng_models.trace import Trace
 else:
     # Hidden from type checkers, to which a module __getattr__ says that every name exists.
-    def __getattr__(name):
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from dng_models import sampling
+    _HOME = {
+        "DynamicNegative": "guidance",
+        "EtaDDIMScheduler": "schedulers",
+        "Labelled": "sampling",
+        "PosteriorFlowScheduler": "schedulers",
+        "Samples": "sampling",
+        "Trace": "trace",
+        "apply_guidance": "hook",
+        "remove_guidance": "hook",
+        "sample": "sampling",
+    }
 
-        return getattr(sampling, name)
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"dng_models.{_HOME[name]}"), name)
 
     def __dir__():
         return sorted({*globals(), *__all__})

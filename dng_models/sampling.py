@@ -570,7 +570,7 @@ class _Chain:
             return taken, taken.state
         # Guidance by several concepts is guidance by their union, whose prediction is the mean of
         # theirs weighted with the posteriors: g sum_k p_k (eps_k - eps) / (1 - sum_j p_j).
-        union, union_state = _union(plan, torch.stack(others), state)
+        union, union_state = union_of_concepts(plan, torch.stack(others), state)
         taken = dng_step(
             plan,
             step,
@@ -590,7 +590,7 @@ class _Chain:
         return taken, torch.stack(following)
 
 
-def _union(plan: StepPlan, others: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def union_of_concepts(plan: StepPlan, others: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Prediction and tracker state of all concepts together; states are (M, B)."""
     assert isinstance(plan.tracker, PaperTracker | LogOddsTracker)
     highest = math.log(plan.tracker.p_max)

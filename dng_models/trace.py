@@ -1,0 +1,226 @@
+"""What guidance did: when, for which image, and how strongly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+# Okabe and Ito's colours, told apart by colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":")
+
+
+@dataclass(eq=False)
+class RunTrace:
+    """One call of a pipeline: S steps, B images, M unwanted concepts.
+
+    Attributes
+    ----------
+    scheduler : str
+        Class name of the scheduler.
+    concepts : int or None
+        Number M of concepts, None if there is one that is not in a list.
+    steps : list of int
+        Step of the scheduler's run, from its noisy end.
+    evaluations, evaluations_saved : int
+        Predictions of an unwanted concept, one an image and concept, that were made and that
+        were skipped.
+    """
+
+    scheduler: str
+    concepts: int | None
+    steps: list[int] = field(default_factory=list)
+    evaluations: int = 0
+    evaluations_saved: int = 0
+    _timesteps: list[float] = field(default_factory=list, repr=False)
+    _time: list[float] = field(default_factory=list, repr=False)
+    # Left on the device until somebody looks: a copy would wait for the network.
+    _log_posterior: list[Tensor] = field(default_factory=list, repr=False)
+    _scale: list[Tensor] = field(default_factory=list, repr=False)
+
+    def add(
+        self, step: int, timestep: float, time: float, log_posterior: Tensor | None, scale: Tensor
+    ) -> None:
+        """Record a step."""
+        self.steps.append(step)
+        self._timesteps.append(timestep)
+        self._time.append(time)
+        if log_posterior is not None:
+            self._log_posterior.append(log_posterior.detach().clone())
+        self._scale.append(scale.detach().clone())
+
+    @property
+    def timesteps(self) -> Array:
+        """What the network was told, shape (S,)."""
+        return np.array(self._timesteps)
+
+    @property
+    def time(self) -> Array:
+        """Diffusion time of the noisier end of every step, shape (S,); 1 is pure noise."""
+        return np.array(self._time)
+
+    @property
+    def log_posterior(self) -> Tensor | None:
+        """log p(c | x_t) that each step used, float32 on the CPU; for FBG the log ratio L.
+
+        Shape (S, B), or (S, M, B) for several concepts; None for rules that track nothing.
+        """
+        return torch.stack(self._log_posterior).float().cpu() if self._log_posterior else None
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale lambda of every step and image, shape (S, B), float32 on the CPU.
+
+        For several concepts that of their union, g sum_k p_k / (1 - sum_k p_k).
+        """
+        return torch.stack(self._scale).float().cpu() if self._scale else torch.zeros(0, 0)
+
+
+class Trace:
+    """What guidance did, run by run, and the way to take it off.
+
+    Returned by :func:`dng_models.apply_guidance`; as a context manager it removes the guidance at
+    the end of the block.
+
+    Attributes
+    ----------
+    runs : list of RunTrace
+        One a call of the pipeline, in order.  The properties below are those of the last one.
+    """
+
+    def __init__(self, remove: Callable[[], None] | None = None) -> None:
+        self.runs: list[RunTrace] = []
+        self._remove = remove
+
+    def __enter__(self) -> Trace:
+        """The trace itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Take the guidance off the pipeline."""
+        if self._remove is not None:
+            self._remove()
+
+    def __repr__(self) -> str:
+        """How much was seen."""
+        if not self.runs:
+            return "Trace(no run yet)"
+        last = self.runs[-1]
+        return f"Trace({len(self.runs)} runs; last: {last.scheduler}, {len(last.steps)} steps)"
+
+    @property
+    def last(self) -> RunTrace:
+        """The last run.
+
+        Raises
+        ------
+        ValueError
+            If there was none.
+        """
+        if not self.runs:
+            raise ValueError("trace must have a run: call the pipeline under the guidance first")
+        return self.runs[-1]
+
+    @property
+    def timesteps(self) -> Array:
+        """See :attr:`RunTrace.timesteps`."""
+        return self.last.timesteps
+
+    @property
+    def time(self) -> Array:
+        """See :attr:`RunTrace.time`."""
+        return self.last.time
+
+    @property
+    def log_posterior(self) -> Tensor | None:
+        """See :attr:`RunTrace.log_posterior`."""
+        return self.last.log_posterior
+
+    @property
+    def scale(self) -> Tensor:
+        """See :attr:`RunTrace.scale`."""
+        return self.last.scale
+
+    @property
+    def evaluations(self) -> int:
+        """Predictions of unwanted concepts that were made, in all runs."""
+        return sum(run.evaluations for run in self.runs)
+
+    @property
+    def evaluations_saved(self) -> int:
+        """Predictions of unwanted concepts that were skipped, in all runs."""
+        return sum(run.evaluations_saved for run in self.runs)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the scale, and the posterior if one is tracked, of every image over time.
+
+        Parameters
+        ----------
+        path : str or Path
+            File to write; its suffix (.png, .svg, .pdf) is the format.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "trace.plot needs Matplotlib: pip install 'dng-toolkit[figures]'"
+            ) from error
+
+        run = self.last
+        log_posterior, scale = run.log_posterior, run.scale.numpy()
+        panels = 1 if log_posterior is None else 2
+        figure = Figure(figsize=(7.2, 0.6 + 2.2 * panels), dpi=200, layout="constrained")
+        axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+        images = scale.shape[1]
+        # More lines than these cannot be told apart: then they are one cloud with its median.
+        told_apart = images <= len(COLOURS)
+        for image in range(images):
+            look = (
+                {"color": COLOURS[image], "label": f"image {image}"}
+                if told_apart
+                else {"color": COLOURS[0], "alpha": 0.25, "lw": 0.7}
+            )
+            axes[0].plot(run.time, scale[:, image], **look)
+            if log_posterior is None:
+                continue
+            rows = log_posterior if log_posterior.ndim == 3 else log_posterior[:, None]
+            for concept in range(rows.shape[1]):
+                style = DASHES[concept % len(DASHES)]
+                axes[1].plot(run.time, rows[:, concept, image].exp(), style, **look)
+                look.pop("label", None)
+        if not told_apart:
+            axes[0].plot(run.time, np.median(scale, axis=1), color=COLOURS[1], label="median")
+            axes[0].plot([], [], color=COLOURS[0], alpha=0.5, lw=0.7, label=f"{images} images")
+        axes[0].set_ylabel("guidance scale λ")
+        axes[0].set_ylim(bottom=min(0.0, float(scale.min(initial=0.0))))
+        if log_posterior is not None:
+            axes[1].set_ylabel("tracked posterior p(c | x)")
+            axes[1].set_yscale("log")
+        axes[-1].set_xlabel("diffusion time t/T (noise on the left, image on the right)")
+        axes[-1].set_xlim(float(run.time.max()), min(0.0, float(run.time.min())))
+        handles, labels = axes[0].get_legend_handles_labels()
+        if log_posterior is not None and log_posterior.ndim == 3:
+            for concept in range(log_posterior.shape[1]):
+                style = DASHES[concept % len(DASHES)]
+                handles.append(axes[1].plot([], [], style, color="#7F7F7F")[0])
+                labels.append(f"concept {concept}")
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False
+        )
+        for panel in axes:
+            panel.spines[["top", "right"]].set_visible(False)
+        figure.savefig(Path(path))
