@@ -41,6 +41,7 @@ from dng_math.guidance import (
 from dng_math.posterior import LogOddsTracker, PaperTracker, TimeProfile
 from dng_math.schedules import TrackerVariance
 from dng_models.sampling import union_of_concepts
+from dng_models.schedulers import sample_keys
 from dng_models.trace import RunTrace, Trace
 from dng_models.transition import SchedulerRun, advice, scheduler_run
 
@@ -144,6 +145,8 @@ class _Run:
     base: Tensor | None = None
     others: list[Tensor] = field(default_factory=list)
     gaps: list[Tensor | None] = field(default_factory=list)
+    # Of the probes of the divergence, (B, 2).
+    keys: Tensor | None = None
     # For predictions that are skipped, (M, B) or (B,): |delta|^2 when last seen; mean and variance
     # of the evidence since; and per sample whether this step's is made, and how long it was not.
     gap_sq: Tensor | None = None
@@ -454,7 +457,11 @@ class GuidedChain:
         at = [i for i, value in enumerate(steps.timesteps) if _same(value, t)]
         if not at:
             raise ValueError(f"timestep must be one of the scheduler's, {steps.timesteps}, got {t}")
+        if self.mask is not None:
+            self._check_mask(self.mask, x)
         record = RunTrace(steps.scheduler, self.concepts)
+        if isinstance(innermost(self.rule), FeedbackGuidance):
+            record.quantity = "ratio of conditional to base"
         self.trace.runs.append(record)
         # DDIM's eta is said in each call of its step, where only the pipeline sees it.
         assumed = "eta" in inspect.signature(scheduler.step).parameters
@@ -463,6 +470,16 @@ class GuidedChain:
         if not assumed:
             self._warn(run)
         return run
+
+    def _check_mask(self, mask: Tensor, x: Tensor) -> None:
+        try:
+            fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"mask must broadcast to the latents, {tuple(x.shape)}, got {tuple(mask.shape)}"
+            )
 
     def _plans(self, steps: SchedulerRun, device: torch.device) -> tuple[StepPlan, StepPlan]:
         """To guide with, and to update posteriors with."""
@@ -645,10 +662,13 @@ class GuidedChain:
         """Hutchinson's estimate of div s_c - div s, one a concept and image, (M, B).
 
         The score is (alpha x0 - x) / sigma^2, so its divergence differs by alpha / sigma^2 times
-        that of x0, of which v . J v is an unbiased estimate for random signs v.  All images share
-        the signs: an image must not depend on its place in the batch.
+        that of x0, of which v . J v is an unbiased estimate for random signs v.  They are a
+        function of the image's first latents: were they the same for all images, all estimates of
+        a run would be wrong in the same direction.
         """
         x = run.x.float()
+        if run.keys is None:
+            run.keys = sample_keys(run.x).to(x.device)
         c, i = run.steps.coefficients, run.step
 
         def images(at: Tensor) -> Tensor:
@@ -656,8 +676,8 @@ class GuidedChain:
 
         total: Tensor | None = None
         for probe in range(self.divergence_probes):
-            signs = standard_normal(probe, (1, *x.shape[1:]), step=i, device=x.device).sign()
-            v = signs.expand_as(x)
+            # Apart from the noise that PosteriorFlowScheduler draws with the keys themselves.
+            v = standard_normal(run.keys + (probe + 1), x.shape, step=i).sign()
             # Fused attention has no forward derivative, and neither has compiled code.
             with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
                 tangent = torch.func.jvp(images, (x,), (v,))[1]

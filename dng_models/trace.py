@@ -29,6 +29,8 @@ class RunTrace:
         Class name of the scheduler.
     concepts : int or None
         Number M of concepts, None if there is one that is not in a list.
+    quantity : str
+        What is tracked, as an axis is labelled.
     steps : list of int
         Step of the scheduler's run, from its noisy end.
     evaluations, evaluations_saved : int
@@ -38,6 +40,7 @@ class RunTrace:
 
     scheduler: str
     concepts: int | None
+    quantity: str = "posterior p(c | x)"
     steps: list[int] = field(default_factory=list)
     evaluations: int = 0
     evaluations_saved: int = 0
@@ -208,7 +211,7 @@ class Trace:
         axes[0].set_ylabel("guidance scale λ")
         axes[0].set_ylim(bottom=min(0.0, float(scale.min(initial=0.0))))
         if log_posterior is not None:
-            axes[1].set_ylabel("tracked posterior p(c | x)")
+            axes[1].set_ylabel(f"tracked {run.quantity}")
             axes[1].set_yscale("log")
         axes[-1].set_xlabel("diffusion time t/T (noise on the left, image on the right)")
         axes[-1].set_xlim(float(run.time.max()), min(0.0, float(run.time.min())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from dng_math import (  # noqa: E402
     SafeLatentDiffusion,
     Unguided,
 )
-from dng_models import tiny  # noqa: E402
+from dng_models import guidance, tiny  # noqa: E402
 from dng_models.guidance import DynamicNegative, GuidedChain  # noqa: E402
 from dng_models.hook import apply_guidance, remove_guidance  # noqa: E402
 from dng_models.schedulers import PosteriorFlowScheduler  # noqa: E402
@@ -477,6 +478,43 @@ def test_a_network_that_is_moved_around(pipe: Any) -> None:
             assert torch.equal(run(moved), expected)
 
 
+def test_the_fused_kernel_in_place_of_the_reference(pipe: Any, monkeypatch: Any) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernel is compiled here, for a GPU: see the test below")
+    rule = DynamicNegative(40, prior=0.05)
+    options: dict[str, Any] = {"negative_prompts": ["egg", "tea"], "cfg_scale": 3.0}
+    with apply_guidance(pipe, rule, **options) as trace:
+        expected = run(pipe, num_inference_steps=3)
+    for name in ("guide", "update_posterior"):
+        monkeypatch.setattr(guidance, name, partial(getattr(guidance, name), backend="triton"))
+    with apply_guidance(pipe, rule, **options) as fused:
+        found = run(pipe, num_inference_steps=3)
+    assert apart(found, expected) < CLOSE
+    torch.testing.assert_close(fused.log_posterior, trace.log_posterior, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sd", "xl", "sd3"])
+def test_on_a_gpu(pipe_of: Callable[[str], Any], name: str) -> None:
+    pipe = pipe_of(name)
+    rule = DynamicNegative(40, prior=0.05)
+    with apply_guidance(pipe, rule, cfg_scale=3.0) as trace:
+        expected = run(pipe)
+    on_gpu = copy.deepcopy(pipe).to("cuda")
+    with apply_guidance(on_gpu, rule, cfg_scale=3.0) as fused:
+        found = run(on_gpu)
+        again = run(on_gpu)
+    assert found.is_cuda and torch.equal(found, again)
+    # TF32 is off by default in matrix products, on in convolutions: three digits.
+    assert apart(found.cpu(), expected) < 2e-2
+    torch.testing.assert_close(fused.log_posterior, trace.log_posterior, atol=0.2, rtol=0.05)
+    offloaded = copy.deepcopy(pipe)
+    offloaded.enable_model_cpu_offload()
+    with apply_guidance(offloaded, rule, cfg_scale=3.0):
+        assert torch.equal(run(offloaded), found)
+
+
 # ---------------------------------------------------------------------- inpainting
 
 
@@ -533,6 +571,11 @@ def test_what_the_pipeline_overwrites_is_no_evidence(pipe: Any) -> None:
     np.testing.assert_allclose(traces["none"], np.log(0.05), rtol=1e-6)
     assert (traces["half"] - traces["none"]).abs().max() > 0.01
     assert (traces["half"] - traces["all"]).abs().max() > 0.01
+    with (
+        apply_guidance(painter, rule, mask=torch.ones(1, 1, 3, 3)),
+        pytest.raises(ValueError, match="mask must broadcast to the latents"),
+    ):
+        run(painter, **picture)
 
 
 # ---------------------------------------------------------------------- noise, and its lack
