@@ -10,12 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __all__ = [
+    "DNGDDPMPipeline",
+    "DNGStableDiffusionPipeline",
+    "DNGStableDiffusionXLPipeline",
     "DynamicNegative",
+    "DynamicNegativeGuidance",
     "EtaDDIMScheduler",
     "Labelled",
     "PosteriorFlowScheduler",
     "Samples",
+    "ShowLatents",
     "Trace",
+    "add_latents_block",
     "apply_guidance",
     "remove_guidance",
     "sample",
@@ -23,7 +29,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dng_models.guidance import DynamicNegative
+    from dng_models.guider import DynamicNegativeGuidance, ShowLatents, add_latents_block
     from dng_models.hook import apply_guidance, remove_guidance
+    from dng_models.pipelines import (
+        DNGDDPMPipeline,
+        DNGStableDiffusionPipeline,
+        DNGStableDiffusionXLPipeline,
+    )
     from dng_models.sampling import Labelled, Samples, sample
     from dng_models.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
     from dng_models.trace import Trace
@@ -39,6 +51,12 @@ else:
         "apply_guidance": "hook",
         "remove_guidance": "hook",
         "sample": "sampling",
+        "DNGDDPMPipeline": "pipelines",
+        "DNGStableDiffusionPipeline": "pipelines",
+        "DNGStableDiffusionXLPipeline": "pipelines",
+        "DynamicNegativeGuidance": "guider",
+        "ShowLatents": "guider",
+        "add_latents_block": "guider",
     }
 
     def __getattr__(name):

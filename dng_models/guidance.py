@@ -198,6 +198,10 @@ class GuidedChain:
     mask : Tensor, optional
         1 where the sampler's steps decide the latents, 0 where something else overwrites them;
         broadcasts to them.  Only the former count in the posterior.
+    trace : Trace, optional
+        Where to record; default: a new one.
+    has_network : bool
+        Whether :meth:`guide` can be given the network, which the divergence needs.
 
     Raises
     ------
@@ -216,6 +220,7 @@ class GuidedChain:
         skip_below: float | None = None,
         mask: Tensor | None = None,
         trace: Trace | None = None,
+        has_network: bool = True,
     ) -> None:
         if not hasattr(rule, "guide"):
             raise TypeError(f"rule must be one of dng_math.guidance, got {rule!r}")
@@ -254,6 +259,7 @@ class GuidedChain:
         self.divergence_probes = divergence_probes
         self.skip_below = skip_below
         self.mask = mask
+        self.has_network = has_network
         self.trace = Trace() if trace is None else trace
         self.needs_negative = not (self.leads or isinstance(inner, Unguided))
         self.needs_unconditional = self.leads or isinstance(inner, PerpNeg) or cfg_scale is not None
@@ -473,8 +479,8 @@ class GuidedChain:
 
     def _check_mask(self, mask: Tensor, x: Tensor) -> None:
         try:
-            fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
-        except RuntimeError:
+            fits = np.broadcast_shapes(mask.shape, x.shape) == tuple(x.shape)
+        except ValueError:
             fits = False
         if not fits:
             raise ValueError(
@@ -504,11 +510,19 @@ class GuidedChain:
             return
         if run.plan.needs_divergence:
             return
+        advised = advice(run.scheduler)
+        way_out = (
+            f"Set {advised}"
+            if not self.has_network
+            else (
+                f"Either set {advised}, or give divergence_probes=1, which estimates the missing term "
+                "with one more evaluation a step"
+            )
+        )
         warnings.warn(
             f"{run.steps.scheduler} adds {'no' if eta.min() == 0 else 'too little'} noise "
             f"(eta = {eta.min():g}, and the tracker takes it to be 1): the tracked posterior is "
-            f"wrong however many steps are taken. Either {advice(run.scheduler)}, or give "
-            "divergence_probes=1, which estimates the missing term with one more evaluation a step",
+            f"wrong however many steps are taken. {way_out}",
             stacklevel=2,
         )
 

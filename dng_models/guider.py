@@ -1,0 +1,742 @@
+"""Dynamic Negative Guidance as a diffusers guider, for modular pipelines.
+
+A guider decides which predictions a step makes and combines them; DNG also needs the latents,
+whose way says what the image is becoming.  A small block in the denoising loop shows them::
+
+    blocks = add_latents_block(StableDiffusionXLAutoBlocks())
+    pipe = blocks.init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
+    pipe.load_components()
+    pipe.update_components(guider=DynamicNegativeGuidance(18, prior=0.01, temperature=0.3))
+
+The block is needed even where a pipeline passes its latents through the guider, for only the
+scheduler tells what a step means.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.modular_pipelines import (
+    BlockState,
+    InputParam,
+    LoopSequentialPipelineBlocks,
+    ModularPipelineBlocks,
+)
+from torch import Tensor
+
+from dng_math import _checks
+from dng_math.guidance import LimitedInterval, Rule
+from dng_math.schedules import TrackerVariance
+from dng_models.guidance import DynamicNegative, GuidedChain
+from dng_models.trace import Trace
+from dng_models.transition import scheduler_run
+
+try:
+    from diffusers.guiders.guider_utils import GuiderOutput
+except ImportError:  # diffusers 0.35, whose guiders have another interface
+    GuiderOutput = None
+
+BLOCK_NAME = "show_latents"
+# Where a pipeline's user says what is unwanted.
+NEGATIVE_PROMPTS = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
+NO_NEGATIVE = (
+    "negative_prompt must be given to the pipeline: dynamic negative guidance leads away from it"
+)
+# Under these names denoisers take the prompt by token.
+TOKENS = ("prompt_embeds", "encoder_hidden_states", "cap_feats")
+# Unlike the empty prompt in every respect: longer, so that masks differ too.
+UNLIKE_EMPTY = "a photograph of two red apples on a wooden table beside a window in the morning"
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """What a step was shown."""
+
+    scheduler: Any
+    latents: Tensor
+    timestep: Tensor | float
+    mask: Tensor | None
+
+
+class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
+    """DNG (arXiv 2410.14398, Eqs. 10 and 12) in modular pipelines.
+
+    ``guided = base - lambda (negative - base)`` with lambda = g p/(1 - p) of each image, where p is
+    the tracked posterior of the negative prompt, and base is the positive prediction or, with
+    ``cfg_scale``, ``unconditional + cfg_scale (positive - unconditional)``.  diffusers calls the
+    negative prompt's prediction ``pred_uncond``.
+
+    The configuration is saved and loaded as that of diffusers' guiders.  Embeddings that the
+    guider carries (:meth:`set_negative`, :meth:`set_unconditional`) are not part of it.  In a
+    pipeline that has two guiders for one chain (Wan 2.2), set the same object as both.
+
+    Parameters
+    ----------
+    guidance_scale, prior, temperature, offset, offset_nats, p_min, p_max, tracker, variance
+        As for :class:`dng_models.DynamicNegative`; numbers.
+    cfg_scale : float, optional
+        Scale of classifier-free guidance beneath the rule, a third prediction a step, for which
+        :meth:`encode_unconditional` gives the guider what it needs.
+    start, stop : float
+        Fractions of the steps between which guidance acts, 0 <= start <= stop <= 1, start < 1.
+        The posterior is tracked outside too.
+    enabled : bool
+        Whether to guide at all; without, the positive prediction is used as it is.  (The loop of
+        Stable Diffusion XL switches every guider on.)
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and what is allowed.
+    ImportError
+        With diffusers before 0.36.
+    """
+
+    _input_predictions = ["pred_cond", "pred_uncond", "pred_empty"]  # noqa: RUF012
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        guidance_scale: float = 1.0,
+        prior: float = 0.01,
+        temperature: float = 1.0,
+        offset: float = 0.0,
+        offset_nats: float = 0.0,
+        p_min: float = 1e-6,
+        p_max: float = 0.99,
+        tracker: Literal["paper", "log_odds"] = "paper",
+        variance: TrackerVariance = "matched",
+        cfg_scale: float | None = None,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+    ) -> None:
+        if GuiderOutput is None:
+            raise ImportError(
+                "DynamicNegativeGuidance needs diffusers 0.36 or newer, whose guiders have another "
+                f"interface; this is {diffusers.__version__}. dng_models.apply_guidance works here"
+            )
+        _checks.real("start", start, "in [0, 1)", 0.0, 1.0, closed="[)")
+        _checks.real("stop", stop, f"in [start, 1] = [{start}, 1]", start, 1.0, closed="[]")
+        _checks.boolean("enabled", enabled)
+        _checks.finite("temperature", temperature)
+        super().__init__(start, stop, enabled)
+        self.rule = DynamicNegative(
+            guidance_scale,
+            prior,
+            temperature,
+            offset,
+            offset_nats=offset_nats,
+            p_min=p_min,
+            p_max=p_max,
+            tracker=tracker,
+            variance=variance,
+        )
+        self.trace = Trace()
+        self._cfg_scale = cfg_scale
+        self._interval = (start, stop)
+        self._guides = enabled
+        self._at, self._of, self._prepared = 0, 1, 0
+        self._shown: _Shown | None = None
+        self._negative: dict[str, Any] | None = None
+        self._unconditional: dict[str, Any] | None = None
+        self._captured: dict[str, tuple[Any, Any]] | None = None
+        GuidedChain(self.rule, cfg_scale=cfg_scale)  # refuses a cfg_scale that is none
+        self._chain: GuidedChain | None = None
+
+    # ------------------------------------------------------------------ diffusers' side
+
+    def enable(self) -> None:
+        """Guide."""
+        super().enable()
+        self._guides = True
+
+    def disable(self) -> None:
+        """Use the positive prediction as it is."""
+        super().disable()
+        self._guides = False
+
+    @property
+    def num_conditions(self) -> int:
+        """Predictions a step: 2, with ``cfg_scale`` 3, and 1 if disabled; the same at every step.
+
+        Pipelines ask before the first step whether to encode a negative prompt, and the posterior
+        is tracked where nothing is guided.
+        """
+        if not self._guides:
+            return 1
+        return 2 if self._cfg_scale is None else 3
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the positive prediction is being made."""
+        return self._prepared == 1
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+        """Begin a step; pipelines call it.
+
+        Parameters
+        ----------
+        step : int
+            Of the loop, from 0.
+        num_inference_steps : int
+            Steps of the loop.
+        timestep : Tensor
+            As the network is given it.
+        """
+        super().set_state(step, num_inference_steps, timestep)
+        if step == 0 or step <= self._at:
+            self._chain = None
+        self._at, self._of, self._prepared = step, num_inference_steps, 0
+
+    def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        """Begin a prediction; pipelines call it."""
+        super().prepare_models(denoiser)
+        self._prepared += 1
+
+    def prepare_inputs(self, data: Mapping[str, Any]) -> list[BlockState]:
+        """What the network is given for each prediction; pipelines call it.
+
+        Parameters
+        ----------
+        data : mapping of str to tuple or other value
+            For the positive and the negative prompt; what is not a pair is for all.
+
+        Returns
+        -------
+        list of BlockState
+        """
+        if self._captured is not None:
+            self._captured |= {
+                name: value for name, value in data.items() if isinstance(value, tuple)
+            }
+        images = _images(data)
+        batches = []
+        for kind in self._input_predictions[: self.num_conditions]:
+            fields = {name: self._field(kind, name, value, images) for name, value in data.items()}
+            batches.append(BlockState(**fields, **{self._identifier_key: kind}))
+        if self.needs_negative_prompt:
+            self._check_negative(data)
+        return batches
+
+    def prepare_inputs_from_block_state(
+        self, data: BlockState, input_fields: Mapping[str, str | tuple[str, str]]
+    ) -> list[BlockState]:
+        """The same from names of fields; pipelines call it.
+
+        Parameters
+        ----------
+        data : BlockState
+            Has the fields.
+        input_fields : mapping of str to str or (str, str)
+            Name of a field for all predictions, or of one for the positive and one for the
+            negative prompt.
+        """
+        found: dict[str, Any] = {}
+        for name, source in input_fields.items():
+            if isinstance(source, tuple):
+                found[name] = tuple(getattr(data, each, None) for each in source)
+            elif hasattr(data, source):
+                found[name] = getattr(data, source)
+        return self.prepare_inputs(found)
+
+    def forward(
+        self,
+        pred_cond: Tensor,
+        pred_uncond: Tensor | None = None,
+        pred_empty: Tensor | None = None,
+    ) -> Any:
+        """The guided prediction; pipelines call it.
+
+        Parameters
+        ----------
+        pred_cond, pred_uncond, pred_empty : Tensor, shape (B, ...)
+            For the positive, the negative and, with ``cfg_scale``, the unconditional prompt.
+
+        Returns
+        -------
+        GuiderOutput
+            ``pred``; and the other two, to whose norm some pipelines scale it back, as they do
+            with their own guider's.
+
+        Raises
+        ------
+        ValueError
+            If the latents of this step were not shown, or no negative prompt was given.
+        """
+        pred = pred_cond
+        if self._guides and self._captured is None:
+            assert pred_uncond is not None
+            pred = self._guided(pred_cond, pred_uncond, pred_empty)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    # ------------------------------------------------------------------ the loop's side
+
+    def show_latents(
+        self,
+        scheduler: Any,
+        latents: Tensor,
+        timestep: Tensor | float,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Show a step, before its predictions; :class:`ShowLatents` does.
+
+        Parameters
+        ----------
+        scheduler : SchedulerMixin
+            With its timesteps set.
+        latents : Tensor, shape (B, ...)
+            As the scheduler keeps them.
+        timestep : Tensor or float
+            One of the scheduler's.
+        mask : Tensor, optional
+            1 where the scheduler's steps decide the latents, 0 where something overwrites them;
+            broadcasts to the latents.  Read at the first step of a run.
+        """
+        self._shown = _Shown(scheduler, latents, timestep, mask)
+
+    @property
+    def needs_negative_prompt(self) -> bool:
+        """Whether it guides by the pipeline's negative prompt."""
+        return self._guides and self._negative is None and self._captured is None
+
+    # ------------------------------------------------------------------ embeddings it carries
+
+    def set_negative(self, embeddings: Mapping[str, Any] | None) -> None:
+        """Carry the negative prompt, for pipelines that take none (Flux2).
+
+        What the pipeline has in its place is then the unconditional prompt.
+
+        Parameters
+        ----------
+        embeddings : mapping of str to Tensor, or None
+            Under the names that the pipeline's denoiser has for them, such as ``prompt_embeds``;
+            rows for one image or for all.  None: the pipeline's own negative prompt.
+        """
+        self._negative = _carried("embeddings", embeddings)
+
+    def set_unconditional(self, embeddings: Mapping[str, Any] | None) -> None:
+        """Carry the unconditional prompt, for ``cfg_scale``; as :meth:`set_negative`."""
+        self._unconditional = _carried("embeddings", embeddings)
+
+    def encode_negative(self, pipe: Any, prompt: str, **call: Any) -> None:
+        """Have a pipeline encode the negative prompt, and carry it.
+
+        The pipeline makes one step with it as its prompt, whose image is thrown away.
+
+        Parameters
+        ----------
+        pipe : ModularPipeline
+            With this guider.
+        prompt : str
+            What is unwanted.
+        call
+            What else the pipeline must be called with (height, width, images ...).
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompt must be a non-empty str, got {prompt!r}")
+        self.set_negative({name: pair[0] for name, pair in self._capture(pipe, prompt, call)})
+
+    def encode_unconditional(self, pipe: Any, **call: Any) -> None:
+        """Have a pipeline encode its unconditional prompt, and carry it.
+
+        That is what it takes where its user gives no negative prompt: the empty one, or zeros.
+        The pipeline makes one step, whose image is thrown away.
+
+        Parameters
+        ----------
+        pipe : ModularPipeline
+            With this guider.
+        call
+            What else the pipeline must be called with (height, width, images ...).
+        """
+        self.set_unconditional(
+            {name: pair[1] for name, pair in self._capture(pipe, UNLIKE_EMPTY, call)}
+        )
+
+    def _capture(
+        self, pipe: Any, prompt: str, call: Mapping[str, Any]
+    ) -> list[tuple[str, tuple[Any, Any]]]:
+        """What a prompt and its absence become: only what differs depends on the text."""
+        if not any(part is self for part in getattr(pipe, "components", {}).values()):
+            raise ValueError(
+                "pipe must be a modular pipeline with this guider: call "
+                f"pipe.update_components(guider=guider) first, got a {type(pipe).__name__}"
+            )
+        # Some pipelines have no unconditional prompt until one is said.
+        for negative in ({}, {"negative_prompt": ""}):
+            with self._capturing() as pairs:
+                pipe(**{"prompt": prompt, "num_inference_steps": 1, **negative, **call})
+            if any(pair[1] is not None for pair in pairs.values()):
+                break
+        found = [(name, pair) for name, pair in pairs.items() if not _equal(*pair)]
+        if not any(name in TOKENS for name, _ in found):
+            raise ValueError(
+                f"pipe must show its guider a prompt and an unconditional prompt, a "
+                f"{type(pipe).__name__} shows {sorted(pairs)}; give the embeddings themselves to "
+                "set_negative and set_unconditional"
+            )
+        return found
+
+    @contextmanager
+    def _capturing(self) -> Iterator[dict[str, tuple[Any, Any]]]:
+        self._captured = {}
+        try:
+            yield self._captured
+        finally:
+            self._captured = None
+            self._shown = self._chain = None
+
+    # ------------------------------------------------------------------ a step
+
+    def _field(self, kind: str, name: str, value: Any, images: int) -> Any:
+        """What one prediction is given under one name."""
+        if not isinstance(value, tuple):
+            return value
+        positive, other = value[0], value[1]
+        if kind == "pred_cond" or self._captured is not None:
+            return positive
+        if kind == "pred_uncond":
+            if self._negative is None:
+                return other
+            return _take(self._negative, name, (positive, other), images, "set_negative")
+        if self._unconditional is not None:
+            return _take(self._unconditional, name, (positive, other), images, "set_unconditional")
+        if self._negative is None:
+            raise ValueError(
+                "the guider must carry the unconditional prompt for cfg_scale="
+                f"{self._cfg_scale}: call guider.encode_unconditional(pipe) first, or give its "
+                "embeddings to guider.set_unconditional"
+            )
+        return other
+
+    def _check_negative(self, data: Mapping[str, Any]) -> None:
+        """Guidance away from no prompt at all would silently be something else."""
+        if self._at > 0:
+            return
+        pairs = {name: value for name, value in data.items() if isinstance(value, tuple)}
+        missing = all(pair[1] is None for pair in pairs.values())
+        for name in TOKENS:
+            if name in pairs:
+                empty = None if self._unconditional is None else self._unconditional.get(name)
+                missing = missing or _is_nothing(pairs[name][1], empty)
+        if missing:
+            raise ValueError(NO_NEGATIVE)
+
+    def _guided(self, positive: Tensor, negative: Tensor, empty: Tensor | None) -> Tensor:
+        shown, self._shown = self._shown, None
+        if shown is None:
+            raise ValueError(
+                "the latents of this step were not shown to the guider: build the pipeline of "
+                "blocks that show them, dng_models.add_latents_block(blocks).init_pipeline(...); "
+                "in a loop of your own, call guider.show_latents before the predictions of every "
+                "step"
+            )
+        if self._chain is None:
+            rule = self._rule(shown)
+            self._chain = GuidedChain(
+                rule,
+                cfg_scale=self._cfg_scale,
+                mask=shown.mask,
+                trace=self.trace,
+                has_network=False,
+            )
+        self._chain.observe(shown.scheduler, shown.latents, shown.timestep, scaled=False)
+        # Networks that also read tokens of an image predict something for these too.
+        own = slice(None)
+        if positive.ndim == shown.latents.ndim == 3:
+            own = slice(shown.latents.shape[1])
+        guided = self._chain.guide(
+            positive[:, own], negative[:, own], None if empty is None else empty[:, own]
+        )
+        if guided.shape == positive.shape:
+            return guided
+        return torch.cat([guided, positive[:, shown.latents.shape[1] :]], dim=1)
+
+    def _rule(self, shown: _Shown) -> Rule:
+        """The rule within its interval, whose ends are steps of this loop."""
+        start, stop = self._interval
+        if start == 0 and stop == 1:
+            return self.rule
+        run = scheduler_run(shown.scheduler)
+        time, t = run.coefficients.time, float(shown.timestep)
+        first = int(np.argmin(np.abs(run.timesteps - t))) - self._at
+        low, high = math.floor(start * self._of), math.floor(stop * self._of) - 1
+        low, high = first + low, min(first + high, len(time) - 1)
+        if high < low:
+            return LimitedInterval(self.rule, 0.0, 0.0)  # time is above 0 at every step
+        return LimitedInterval(self.rule, float(time[high]), float(time[low]))
+
+
+# ---------------------------------------------------------------------- the block
+
+
+class ShowLatents(ModularPipelineBlocks):  # type: ignore[misc]
+    """Loop block that shows latents and scheduler to a :class:`DynamicNegativeGuidance`.
+
+    It belongs before the block that predicts, and changes nothing; with other guiders it does
+    nothing.
+    """
+
+    @property
+    def description(self) -> str:
+        """What diffusers prints of the block."""
+        return "Loop step that shows latents and scheduler to dynamic negative guidance."
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        """What it reads: whether there is a negative prompt."""
+        return [InputParam(name) for name in ("prompt", *NEGATIVE_PROMPTS)]
+
+    def __call__(
+        self, components: Any, block_state: BlockState, i: int, t: Tensor
+    ) -> tuple[Any, BlockState]:
+        """Show step i.
+
+        Parameters
+        ----------
+        components : ModularPipeline
+            With ``scheduler`` and any number of guiders.
+        block_state : BlockState
+            With ``latents``.
+        i : int
+            Step of the loop.
+        t : Tensor
+            Its timestep.
+
+        Returns
+        -------
+        tuple of ModularPipeline and BlockState
+            As they came.
+
+        Raises
+        ------
+        ValueError
+            If the loop has no latents or no scheduler, or its pipeline two of these guiders.
+        """
+        guiders = {
+            name: part
+            for name, part in components.components.items()
+            if isinstance(part, DynamicNegativeGuidance)
+        }
+        if not guiders:
+            return components, block_state
+        if len({id(guider) for guider in guiders.values()}) > 1:
+            raise ValueError(
+                f"{' and '.join(guiders)} must be the same object, for the posterior of an image "
+                "is one: pipe.update_components("
+                + ", ".join(f"{name}=guider" for name in guiders)
+                + ")"
+            )
+        scheduler = getattr(components, "scheduler", None)
+        latents = getattr(block_state, "latents", None)
+        if scheduler is None or not isinstance(latents, Tensor):
+            raise ValueError(
+                "the denoising loop must have a scheduler and a tensor latents, got a "
+                f"{type(scheduler).__name__} and a {type(latents).__name__}"
+            )
+        guider = next(iter(guiders.values()))
+        if i > 0:
+            guider.show_latents(scheduler, latents, t)
+            return components, block_state
+        if guider.needs_negative_prompt:
+            _check_negative_prompt(components, block_state)
+        guider.show_latents(scheduler, latents, t, mask=_mask(components, block_state, latents))
+        return components, block_state
+
+
+def _check_negative_prompt(components: Any, block_state: BlockState) -> None:
+    """Pipelines encode the empty prompt where no negative one is given."""
+    if getattr(block_state, "prompt", None) is None:
+        return  # who encodes no prompt here is given embeddings
+    read = {name for block in _leaves(components.blocks) for name in block.input_names}
+    given = [getattr(block_state, name, None) for name in NEGATIVE_PROMPTS if name in read]
+    if not given:
+        raise ValueError(
+            "negative_prompt is unknown to this pipeline: call guider.encode_negative(pipe, "
+            "prompt) with what is unwanted"
+        )
+    texts = [text for each in given for text in (each if isinstance(each, list) else [each])]
+    if not any(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(NO_NEGATIVE)
+
+
+def add_latents_block(blocks: ModularPipelineBlocks) -> ModularPipelineBlocks:
+    """Blocks whose denoising loops show their latents to the guider.
+
+    Parameters
+    ----------
+    blocks : ModularPipelineBlocks
+        Of a modular pipeline (``StableDiffusionXLAutoBlocks()``, ``pipe.blocks``), or a denoising
+        loop.
+
+    Returns
+    -------
+    ModularPipelineBlocks
+        A copy with a :class:`ShowLatents` in every denoising loop that has a guider.
+
+    Raises
+    ------
+    ValueError
+        If there is no such loop, its guider cannot be exchanged (LTX-2), or it takes many steps in
+        one block (Helios).
+    TypeError
+        If that are not blocks.
+    """
+    if not isinstance(blocks, ModularPipelineBlocks):
+        raise TypeError(
+            "blocks must be ModularPipelineBlocks, such as StableDiffusionXLAutoBlocks() or "
+            f"pipe.blocks, got a {type(blocks).__name__}"
+        )
+    blocks = copy.deepcopy(blocks)
+    found = False
+    for loop in _loops(blocks):
+        place = _place(loop)
+        if place is None:
+            continue
+        found = True
+        if not any(isinstance(block, ShowLatents) for block in loop.sub_blocks.values()):
+            loop.sub_blocks.insert(BLOCK_NAME, ShowLatents(), place)
+    if not found:
+        raise ValueError(
+            f"blocks must have a denoising loop with a guider, {type(blocks).__name__} has none"
+        )
+    return blocks
+
+
+def _place(loop: LoopSequentialPipelineBlocks) -> int | None:
+    """Where the loop first has a guider; None if it has none."""
+    first = None
+    for index, block in enumerate(loop.sub_blocks.values()):
+        for spec in block.expected_components:
+            kind = spec.type_hint
+            if not (isinstance(kind, type) and issubclass(kind, BaseGuidance)):
+                continue
+            if not issubclass(kind, ClassifierFreeGuidance):
+                raise ValueError(
+                    f"blocks must have a guider that can be exchanged: {type(loop).__name__} is "
+                    f"made for its {kind.__name__}"
+                )
+            if not {"i", "t"} <= set(inspect.signature(block.__call__).parameters):
+                raise ValueError(
+                    "blocks must take one step in a turn of their loop, where the latents can be "
+                    f"shown: {type(block).__name__} of {type(loop).__name__} takes many"
+                )
+            first = index if first is None else first
+    return first
+
+
+def _loops(blocks: Any) -> Iterator[LoopSequentialPipelineBlocks]:
+    if isinstance(blocks, LoopSequentialPipelineBlocks):
+        yield blocks
+        return
+    for block in blocks.sub_blocks.values():
+        yield from _loops(block)
+
+
+def _leaves(blocks: Any) -> Iterator[ModularPipelineBlocks]:
+    """Blocks that do something themselves, but for ShowLatents."""
+    if not blocks.sub_blocks and not isinstance(blocks, ShowLatents):
+        yield blocks
+    for block in blocks.sub_blocks.values():
+        yield from _leaves(block)
+
+
+def _mask(components: Any, block_state: BlockState, latents: Tensor) -> Tensor | None:
+    """Where the scheduler decides the latents; None: everywhere."""
+    mask = getattr(block_state, "mask", None)
+    if isinstance(mask, Tensor):
+        # Networks made for inpainting read the mask, and repaint everything.
+        reads_mask = getattr(block_state, "masked_image_latents", None) is not None
+        if reads_mask and getattr(components, "num_channels_unet", None) == 9:
+            return None
+        return mask
+    kept = getattr(block_state, "conditioning_mask", None)
+    if isinstance(kept, Tensor):
+        kept = kept.reshape(*kept.shape, *[1] * (latents.ndim - kept.ndim))
+        return 1 - kept
+    return None
+
+
+# ---------------------------------------------------------------------- embeddings
+
+
+def _carried(name: str, embeddings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if embeddings is None:
+        return None
+    if not isinstance(embeddings, Mapping) or not embeddings:
+        raise TypeError(
+            f"{name} must be a mapping of the denoiser's names to tensors, or None, got "
+            f"{type(embeddings).__name__}"
+        )
+    return dict(embeddings)
+
+
+def _images(data: Mapping[str, Any]) -> int:
+    """Rows that the network is given; 1 if nothing tells."""
+    for name in TOKENS:
+        value = data.get(name)
+        value = value[0] if isinstance(value, tuple) else value
+        if isinstance(value, Tensor | list):
+            return len(value)
+    return 1
+
+
+def _take(
+    carried: Mapping[str, Any], name: str, pair: tuple[Any, Any], images: int, setter: str
+) -> Any:
+    """A carried value for all images; else what positive and negative prompt have in common."""
+    if name not in carried:
+        if _equal(*pair):
+            return pair[0]
+        raise ValueError(
+            f"embeddings given to guider.{setter} must also have {name!r}, which depends on the "
+            f"prompt; they have {sorted(carried)}"
+        )
+    value, like = carried[name], pair[0]
+    if not isinstance(value, Tensor | list):
+        return value
+    if len(value) not in (1, images):
+        raise ValueError(f"{name} must have rows for 1 or {images} images, got {len(value)}")
+    times = images // len(value)
+    if isinstance(value, list):
+        return times * value
+    if isinstance(like, Tensor):
+        value = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+    return value.repeat(times, *[1] * (value.ndim - 1))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_equal(*pair) for pair in zip(a, b, strict=True))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False
+    return bool(a == b)
+
+
+def _is_nothing(embedding: Any, empty: Any) -> bool:
+    """Whether that is what a pipeline takes for no prompt: nothing, zeros or the empty one."""
+    if embedding is None:
+        return True
+    if not isinstance(embedding, Tensor):
+        return False
+    if not bool(embedding.any()):
+        return True
+    if not isinstance(empty, Tensor) or empty.shape[1:] != embedding.shape[1:]:
+        return False
+    return bool((embedding == empty.to(embedding)).all())
