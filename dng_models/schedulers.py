@@ -7,11 +7,15 @@ for DDIM only as an argument of ``step`` that pipelines set to 0.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+# A saved pipeline names this module, and is loaded by the base class that diffusers finds in it.
+from diffusers import SchedulerMixin as SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
@@ -199,6 +203,8 @@ class PosteriorFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[m
         )
         self.noise_keys: Tensor | None = None
 
+    # Pipelines look for "sigmas" and "timesteps" in the signature before they pass them.
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps, assigned=())
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """As of FlowMatchEulerDiscreteScheduler; a new run begins."""
         super().set_timesteps(*args, **kwargs)

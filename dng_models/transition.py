@@ -37,9 +37,6 @@ Array = NDArray[np.float64]
 Ends = tuple[Array, Array, Array, Array]  # alpha_t, sigma_t, alpha_s, sigma_s
 Factors = tuple[Array, Array, Array]  # A, B, V
 
-# Names of diffusers that are not public and are used here: none.  A test checks that this stays so.
-PRIVATE: tuple[str, ...] = ()
-
 # A subclass that replaces one of these takes steps that nothing here knows of.
 STEP_METHODS = (
     "step",
@@ -499,7 +496,7 @@ def _timesteps(scheduler: Any) -> Array:
 
 def _numbers(values: Any) -> Array:
     """A tensor of the scheduler, wherever it is, copied in float64."""
-    return torch.as_tensor(values).detach().to("cpu", torch.float64).numpy().copy()
+    return torch.as_tensor(values).detach().cpu().double().numpy().copy()
 
 
 def _discrete(scheduler: Any, timesteps: Array) -> tuple[Array, Array]:
@@ -512,7 +509,12 @@ def _discrete(scheduler: Any, timesteps: Array) -> tuple[Array, Array]:
             f"scheduler.timesteps must be from 0 to {len(alpha_bar) - 1}, got {bad}: choose "
             "another number of steps or another timestep_spacing"
         )
-    return alpha_bar[index], (timesteps + 1.0) / len(alpha_bar)
+    return alpha_bar[index], _time(timesteps, len(alpha_bar))
+
+
+def _time(timesteps: Array, training: int) -> Array:
+    # Trailing spacing ends at -1 for some numbers of steps (61 of 1000): the sigma is that of 0.
+    return np.asarray((np.maximum(timesteps, 0.0) + 1.0) / training)
 
 
 def _ddpm(scheduler: Any, timesteps: Array) -> _Reading:
@@ -586,7 +588,7 @@ def _variance_exploding(scheduler: Any, timesteps: Array) -> _Reading:
     sigmas = _sigmas(scheduler, timesteps)
     one = np.ones(len(timesteps))
     return _Reading(
-        (timesteps + 1.0) / scheduler.config.num_train_timesteps,
+        _time(timesteps, scheduler.config.num_train_timesteps),
         (one, sigmas[:-1], one, sigmas[1:]),
         ("epsilon", "v_prediction"),
         input_scale=1.0 / np.sqrt(1.0 + sigmas**2),
@@ -603,7 +605,7 @@ def _solver(scheduler: Any, timesteps: Array, *, on_noise: bool = False) -> _Rea
     limit = _limit(config, clips=False)
     if not config.use_flow_sigmas:
         alphas = 1.0 / np.sqrt(1.0 + sigmas**2)
-        time, sigmas = (timesteps + 1.0) / config.num_train_timesteps, sigmas * alphas
+        time, sigmas = _time(timesteps, config.num_train_timesteps), sigmas * alphas
         predictions = _PREDICTED
     else:
         if sigmas.max() > 1:
