@@ -449,7 +449,8 @@ class _PromptsHook(_Hook):
         latents_name = _first_of(named, LATENTS, module)
         x = named[latents_name]
         batch = self._batch(x)
-        channels = getattr(_config(module), "out_channels", None) or x.shape[1]
+        # Networks for inpainting see more than latents; others predict a variance beside the mean.
+        channels = min(x.shape[1], getattr(_config(module), "out_channels", None) or x.shape[1])
         latents = x[:batch, :channels].contiguous()
         runs = len(self.chain.trace.runs)
         self.chain.observe(self.pipe.scheduler, latents, named["timestep"])
@@ -467,18 +468,20 @@ class _PromptsHook(_Hook):
             rest = inputs[latents_name][:, channels:]
             rows = torch.cat([rows, rest], dim=1) if rest.shape[1] else rows
             output = self.fn_ref.original_forward(**{**inputs, latents_name: rows})
-            parts = _prediction(output).chunk(len(wanted))
+            parts = _prediction(output)[:, :channels].chunk(len(wanted))
             found = dict(zip(sorted(wanted), parts, strict=True))
             return [found[chunk] for chunk in wanted]
 
         def finish(output: Any) -> Any:
-            predictions = self._split(_prediction(output), batch, members)
+            whole = self._split(_prediction(output), batch, members)
+            predictions = {chunk: part[:, :channels] for chunk, part in whole.items()}
             guided = self.chain.guide(
                 predictions[POSITIVE],
                 [predictions[chunk] for chunk in self.negatives],
                 None if self.unconditional is None else predictions[self.unconditional],
                 network=network,
             )
+            guided = torch.cat([guided, whole[POSITIVE][:, channels:]], dim=1)
             return _replaced(output, torch.cat([guided, guided]))
 
         return self.arguments(named, batch, members), finish

@@ -24,6 +24,7 @@ from diffusers import (  # noqa: E402
     StableDiffusionPipeline,
 )
 from PIL import Image  # noqa: E402
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel  # noqa: E402
 
 from dng_math import (  # noqa: E402
     ClassifierFreeGuidance,
@@ -513,6 +514,49 @@ def test_on_a_gpu(pipe_of: Callable[[str], Any], name: str) -> None:
     offloaded.enable_model_cpu_offload()
     with apply_guidance(offloaded, rule, cfg_scale=3.0):
         assert torch.equal(run(offloaded), found)
+
+
+def test_a_transformer_that_predicts_variances_too() -> None:
+    """PixArt: a doubled batch as elsewhere, prompts with masks, and twice the channels."""
+    tokenizer = ByT5Tokenizer()
+    torch.manual_seed(0)
+    pipe = diffusers.PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1)
+        ),
+        vae=tiny.tiny_stable_diffusion(0).vae,
+        transformer=diffusers.PixArtTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            cross_attention_dim=32,
+            caption_channels=32,
+            use_additional_conditions=False,
+        ),
+        scheduler=DDPMScheduler(clip_sample=False),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        part.eval()
+    # A new network of this kind hardly says anything.
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.1)
+    picture = {"height": 16, "width": 16, "clean_caption": False, "use_resolution_binning": False}
+    stock = run(pipe, guidance_scale=1 + 300 * ODDS, **picture)
+    with apply_guidance(pipe, DynamicNegative(300, prior=0.01, temperature=0.0)):
+        assert apart(run(pipe, **picture), stock) < CLOSE
+    with apply_guidance(pipe, DynamicNegative(300, prior=0.01)) as trace:
+        assert apart(run(pipe, **picture), stock) > 100 * CLOSE
+    assert trace.log_posterior is not None and trace.log_posterior.std() > 0
+    with (
+        apply_guidance(pipe, DynamicNegative(300), cfg_scale=2.0),
+        pytest.raises(ValueError, match="pipe must give its network prompts as"),
+    ):
+        run(pipe, **picture)
 
 
 # ---------------------------------------------------------------------- inpainting
