@@ -241,8 +241,8 @@ def _config(network: nn.Module) -> Any:
 # ---------------------------------------------------------------------- prompts
 
 
-def _encoded(pipe: Any, text: str) -> tuple[_Prompt, _Prompt]:
-    """A prompt, and what the pipeline takes where it is given none."""
+def _encode(pipe: Any, text: str) -> Sequence[Tensor]:
+    """Whatever the pipeline makes of a prompt, beside what it takes where it is given none."""
     wanted: dict[str, Any] = {
         "prompt": text,
         "device": pipe._execution_device,
@@ -252,14 +252,22 @@ def _encoded(pipe: Any, text: str) -> tuple[_Prompt, _Prompt]:
     parameters = inspect.signature(pipe.encode_prompt).parameters.values()
     missing = {p.name: None for p in parameters if p.default is p.empty and p.name not in wanted}
     with torch.no_grad():
-        found = pipe.encode_prompt(**wanted, **missing)
-    if len(found) == 2:
+        found: Sequence[Tensor] = pipe.encode_prompt(**wanted, **missing)
+    return found
+
+
+def _encoded(pipe: Any, text: str) -> tuple[_Prompt, _Prompt]:
+    """A prompt, and what the pipeline takes where it is given none."""
+    found = _encode(pipe, text)
+    dimensions = [tensor.ndim for tensor in found]
+    if dimensions == [3, 3]:
         return _Prompt(text, found[0], None), _Prompt("", found[1], None)
-    if len(found) == 4:
+    if dimensions == [3, 3, 2, 2]:
         return _Prompt(text, found[0], found[2]), _Prompt("", found[1], found[3])
     raise ValueError(
-        f"pipe must encode prompts as Stable Diffusion 1, 2, XL or 3 do, got {len(found)} tensors "
-        f"from {type(pipe).__name__}.encode_prompt"
+        "negative_prompts and cfg_scale must be None for a pipeline that does not encode prompts "
+        f"as Stable Diffusion 1, 2, XL and 3 do: {type(pipe).__name__}.encode_prompt gives tensors "
+        f"of {dimensions} dimensions"
     )
 
 
@@ -315,11 +323,6 @@ def _with_prompt(named: dict[str, Any], start: int, stop: int, prompt: _Prompt) 
     tokens[start:stop] = prompt.tokens.to(tokens)
     added = named.get("added_cond_kwargs") or {}
     places = [place[name] for place in (named, added) for name in POOLED if name in place]
-    if bool(places) != (prompt.pooled is not None):
-        raise ValueError(
-            "pipe must give its network prompts as Stable Diffusion 1, 2, XL or 3 do (by token, "
-            f"and pooled in one of {', '.join(POOLED)}); got {sorted({*named, *added})}"
-        )
     for place in places:
         assert prompt.pooled is not None
         place[start:stop] = prompt.pooled.to(place)
@@ -436,7 +439,7 @@ class _PromptsHook(_Hook):
             self.unconditional = 2 + len(self.added)
             self.added.append(_encoded(pipe, "")[1])
         if NEGATIVE in self.negatives and _has_text_encoder(pipe):
-            self.empty = _encoded(pipe, "")[0].tokens
+            self.empty = _encode(pipe, "")[0]
         used = {POSITIVE, *self.negatives}
         if self.unconditional is not None:
             used.add(self.unconditional)
