@@ -295,6 +295,12 @@ def _first_of(named: dict[str, Any], names: Sequence[str], module: nn.Module) ->
     )
 
 
+def _is_doubled(x: Tensor) -> bool:
+    """Whether both halves are the same; an image that broke (NaN) is the same as itself."""
+    half = x.shape[0] // 2
+    return x.shape[0] % 2 == 0 and bool(torch.isclose(x[:half], x[half:], 0, 0, True).all())
+
+
 def _rows(value: Any, doubled: int, rows: Tensor, full: int, of_full: Tensor) -> Any:
     """Rows of every tensor in it that belongs to the doubled batch, or to the full one."""
     if isinstance(value, Tensor):
@@ -458,7 +464,7 @@ class _PromptsHook(_Hook):
         runs = len(self.chain.trace.runs)
         self.chain.observe(self.pipe.scheduler, latents, named["timestep"])
         if len(self.chain.trace.runs) > runs:
-            self._check_negative(named, batch)
+            self._check_run(named, x, batch)
         evaluated = self.chain.to_evaluate()
         everyone = torch.arange(batch)
         some = everyone if evaluated is None else everyone[evaluated]
@@ -540,15 +546,24 @@ class _PromptsHook(_Hook):
                 "guidance_rescale of the pipeline's call must be 0, for it would rescale to the "
                 f"guided prediction itself, got {rescale}"
             )
-        half = x.shape[0] // 2
-        if x.shape[0] % 2 or not torch.equal(x[:half], x[half:]):
-            raise ValueError(
-                f"pipe must call its network once a step with every latent twice, but a "
-                f"{type(self.pipe).__name__} called it with a batch of {x.shape[0]} that is none: "
-                "for pipelines that call it once a prompt use a modular pipeline and "
-                "dng_models.DynamicNegativeGuidance"
-            )
-        return half
+        if x.shape[0] % 2:
+            raise self._not_doubled(x)
+        return x.shape[0] // 2
+
+    def _not_doubled(self, x: Tensor) -> ValueError:
+        return ValueError(
+            "pipe must call its network once a step with every latent twice, but a "
+            f"{type(self.pipe).__name__} called it with a batch of {x.shape[0]} that is none: for "
+            "pipelines that call it once a prompt use a modular pipeline and "
+            "dng_models.DynamicNegativeGuidance"
+        )
+
+    def _check_run(self, named: dict[str, Any], x: Tensor, batch: int) -> None:
+        """The batch is a doubled one, and the negative prompt says something."""
+        if not _is_doubled(x):
+            self.chain.reset()
+            raise self._not_doubled(x)
+        self._check_negative(named, batch)
 
     def _check_negative(self, named: dict[str, Any], batch: int) -> None:
         """The negative prompt says something."""
@@ -578,9 +593,9 @@ class _ControlHook(_Hook):
     ) -> tuple[dict[str, Any], Callable[[Any], Any]]:
         """Every prompt in one batch."""
         x = named[_first_of(named, LATENTS, module)]
-        half = x.shape[0] // 2
-        if x.shape[0] % 2 or not torch.equal(x[:half], x[half:]):
+        if not _is_doubled(x):
             return named, _unchanged  # its guess mode looks at the positive prompt only
+        half = x.shape[0] // 2
         everyone = dict.fromkeys(range(2 + len(self.prompts.added)), torch.arange(half))
         return self.prompts.arguments(named, half, everyone), _unchanged
 
