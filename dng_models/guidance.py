@@ -194,7 +194,7 @@ class GuidedChain:
         needs; 0: none is made, and such a sampler warns.
     skip_below : float, optional
         Predictions of what is unwanted are skipped for an image while an upper bound of its scale
-        is below this.
+        is below this; a tenth of the first one, g prior / (1 - prior), is a good choice.
     mask : Tensor, optional
         1 where the sampler's steps decide the latents, 0 where something else overwrites them;
         broadcasts to them.  Only the former count in the posterior.
@@ -339,13 +339,9 @@ class GuidedChain:
             evaluated = torch.ones_like(evaluated)
         if not self._matters(run):
             evaluated = torch.zeros_like(evaluated)
+        # The posterior stays what it was: evidence that nobody saw changes nothing on average, for
+        # p is a martingale.  Only the bound counts it.
         run.evaluated = evaluated
-        if run.state is not None and run.unseen_mean is not None and run.unseen_var is not None:
-            # Evidence that was missed is never taken to be for the image.
-            missed = run.unseen_mean + BOUND_DEVIATIONS * run.unseen_var.sqrt()
-            run.state = torch.where(evaluated, run.state + missed.to(run.state.dtype), run.state)
-            run.unseen_mean = torch.where(evaluated, 0.0, run.unseen_mean)
-            run.unseen_var = torch.where(evaluated, 0.0, run.unseen_var)
         return evaluated.cpu()
 
     @torch.no_grad()
@@ -475,7 +471,21 @@ class GuidedChain:
         run = _Run(scheduler, scheduler.timesteps, steps, *plans, assumed, record, at[0], x)
         if not assumed:
             self._warn(run)
+        self._warn_of_blindness(plans[0])
         return run
+
+    def _warn_of_blindness(self, plan: StepPlan) -> None:
+        if self.skip_below is None or not isinstance(plan.tracker, PaperTracker | LogOddsTracker):
+            return
+        odds = plan.tracker.odds(plan.tracker.init(np.array(plan.tracker.prior)))
+        start = abs(getattr(innermost(self.rule), "guidance_scale", 0.0)) * float(odds)
+        if self.skip_below > start / 2.0:
+            warnings.warn(
+                "skip_below should be well below the scale that guidance starts with, "
+                f"g prior / (1 - prior) = {start:.3g} (a tenth costs nothing), got "
+                f"{self.skip_below:g}: what is hardly looked at is hardly tracked",
+                stacklevel=2,
+            )
 
     def _check_mask(self, mask: Tensor, x: Tensor) -> None:
         try:
@@ -515,8 +525,8 @@ class GuidedChain:
             f"Set {advised}"
             if not self.has_network
             else (
-                f"Either set {advised}, or give divergence_probes=1, which estimates the missing term "
-                "with one more evaluation a step"
+                f"Either set {advised}, or give divergence_probes=1, which estimates the missing "
+                "term with one more evaluation a step"
             )
         )
         warnings.warn(

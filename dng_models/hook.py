@@ -86,8 +86,8 @@ def apply_guidance(
         number of random vectors of Hutchinson's estimate of the divergence, one more evaluation
         with a forward derivative each.
     skip_below : float, optional
-        Do not evaluate what is unwanted for images whose scale is certainly below this
-        (:meth:`dng_models.guidance.GuidedChain.to_evaluate`).
+        Do not evaluate what is unwanted for images while an upper bound of their scale is below
+        this; a tenth of g prior / (1 - prior), the first one, is a good choice.
     mask : Tensor, optional
         For inpainting with a network that was not trained for it: 1 where latents are repainted;
         broadcasts to (B, C, height, width) of the latents.

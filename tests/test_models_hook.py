@@ -343,7 +343,7 @@ def test_one_concept_in_a_list_is_the_negative_prompt(pipe: Any) -> None:
 # ---------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("options", [{}, {"divergence_probes": 1}, {"skip_below": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"divergence_probes": 1}, {"skip_below": 1.0}])
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_the_seed_decides_whatever_else_is_in_the_batch(
     pipe_of: Callable[[str], Any], name: str, options: dict[str, Any]
@@ -354,7 +354,7 @@ def test_the_seed_decides_whatever_else_is_in_the_batch(
         kind = DDIMScheduler if name == "sd" else diffusers.FlowMatchEulerDiscreteScheduler
         pipe.scheduler = kind.from_config(stock.config)
     try:
-        with apply_guidance(pipe, DynamicNegative(40, prior=0.01), **options):
+        with apply_guidance(pipe, DynamicNegative(40, prior=0.05), **options):
             together = run(pipe, (3, 4, 5))
             alone = run(pipe, (4,))
             moved = run(pipe, (7, 8, 6, 4))
@@ -699,20 +699,19 @@ def test_the_eta_of_a_pipelines_call_is_found_out(pipe: Any) -> None:
 
 
 def test_what_cannot_matter_is_not_evaluated(pipe: Any) -> None:
-    rule = DynamicNegative(5.0, prior=1e-4, temperature=0.5)
+    rule = DynamicNegative(40, prior=0.05)  # begins with a scale of 2.1
     with apply_guidance(pipe, rule) as full:
         expected = run(pipe, num_inference_steps=20)
     rows: list[int] = []
     handle = pipe.unet.conv_in.register_forward_hook(lambda m, a, out: rows.append(len(out)))
-    with apply_guidance(pipe, rule, skip_below=0.05) as trace:
+    with apply_guidance(pipe, rule, skip_below=1.0) as trace:
         found = run(pipe, num_inference_steps=20)
     handle.remove()
     assert trace.evaluations + trace.evaluations_saved == full.evaluations == 40
-    assert trace.evaluations_saved > 20
+    assert 5 < trace.evaluations_saved < 30
     assert sum(rows) == 40 + trace.evaluations
-    # Scales below 0.05 times a difference of predictions of a few percent.
+    # Scales below 1 times a difference of predictions of a percent.
     assert apart(found, expected) < 1e-2
-    assert float(trace.scale.max()) < 0.05
     # It never looks away where guidance acts, and takes nothing for granted.
     with apply_guidance(pipe, rule, skip_below=1e-9) as careful:
         assert apart(run(pipe, num_inference_steps=20), expected) < CLOSE
@@ -720,15 +719,20 @@ def test_what_cannot_matter_is_not_evaluated(pipe: Any) -> None:
     with apply_guidance(pipe, LimitedInterval(rule, 0.5, 1.0), skip_below=1e-9) as early:
         run(pipe, num_inference_steps=20)
     assert early.evaluations == 20  # after the interval nothing can matter
+    with (
+        apply_guidance(pipe, rule, skip_below=2.0),
+        pytest.warns(UserWarning, match=r"skip_below should be well below .* = 2\.11 .*got 2:"),
+    ):
+        run(pipe)
 
 
 def test_skipping_with_added_prompts(pipe_of: Callable[[str], Any]) -> None:
     pipe = pipe_of("controlnet")
-    rule = DynamicNegative(5.0, prior=1e-4, temperature=0.5)
+    rule = DynamicNegative(40, prior=0.02)
     options: dict[str, Any] = {"negative_prompts": ["egg", "tea"], "cfg_scale": 3.0}
     with apply_guidance(pipe, rule, **options) as full:
         expected = run(pipe, num_inference_steps=12)
-    with apply_guidance(pipe, rule, skip_below=0.05, **options) as trace:
+    with apply_guidance(pipe, rule, skip_below=0.4, **options) as trace:
         found = run(pipe, num_inference_steps=12)
     assert full.evaluations == 48
     assert 0 < trace.evaluations_saved < 48
@@ -803,7 +807,10 @@ def test_networks_in_place_of_prompts(several: bool) -> None:
                     for own, other in zip(log_p, means, strict=True)
                 ]
             )
-    with apply_guidance(pipe, rule, forgetful=unwanted[0], skip_below=100.0) as skipping:
+    with (
+        apply_guidance(pipe, rule, forgetful=unwanted[0], skip_below=100.0) as skipping,
+        pytest.warns(UserWarning, match="skip_below should be well below"),
+    ):
         images()
     assert skipping.evaluations_saved > 0
 
