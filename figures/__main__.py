@@ -17,6 +17,7 @@ from figures import (
     class_removal_networks,
     guidance_1d,
     posterior_tracking,
+    schedulers,
     score_fields,
     style,
     tracker_steps,
@@ -31,6 +32,7 @@ FIGURES: dict[str, ModuleType] = {
     "tracker_steps": tracker_steps,
     "class_removal": class_removal,
     "class_removal_networks": class_removal_networks,
+    "schedulers": schedulers,
 }
 FORMATS = ("png", "svg")
 OUT = Path("figures", "out")
