@@ -294,6 +294,99 @@ def _power(matrix: Array, exponent: float) -> Array:
     return (vectors[:, kept] * values[kept] ** exponent) @ vectors[:, kept].T
 
 
+# ---------------------------------------------------------------------- related and unrelated
+
+
+class Selectivity(NamedTuple):
+    """Whether guidance spares the images that it has no business with; S scales.
+
+    Attributes
+    ----------
+    q : Estimate
+        Mean over the scales of unrelated minus related similarity.
+    ratio : Estimate
+        Change by the unrelated negative for every unit of change by the related one: 1 for a rule
+        that does not tell them apart, 0 for one that leaves the image alone.  Unlike Q it does not
+        depend on how far the scales were pushed.
+    slope, intercept : float
+        Of the line of unrelated against related; NaN where one point or one value gives none.
+    related, unrelated : ndarray, shape (S,)
+        Means over the images.
+    """
+
+    q: Estimate
+    ratio: Estimate
+    slope: float
+    intercept: float
+    related: Array
+    unrelated: Array
+
+
+def selectivity(
+    related: ArrayLike,
+    unrelated: ArrayLike,
+    *,
+    resamples: int = 10 * RESAMPLES,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Selectivity:
+    """The Q metric of Koulischer et al. (ICLR 2025) with a bootstrap interval over the images.
+
+    Q is the mean over the scales of what the line of unrelated against related, fitted by least
+    squares to the means of the images, lies above the diagonal.  Evaluated at the scales that it is
+    fitted to, such a line has the mean of the data, so that Q is the mean of unrelated minus
+    related whatever its slope; the line is for figures.  The unguided image, similar to itself by
+    definition, is no scale here: with it Q would be S/(S + 1) of this.
+
+    The ratio is the slope of the line through the unguided image, (1, 1), by least squares.
+
+    Parameters
+    ----------
+    related, unrelated : array_like, shape (S, N)
+        Similarities, at most 1, of the guided and the unguided image at S guidance scales, of the
+        same N seeds.
+    resamples : int
+        Of the seeds, all scales and both negatives of a seed together.
+    confidence : float
+        In (0, 1).
+    seed : int
+        Of the bootstrap.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is no such array or number.
+    """
+    x = _checks.filled("related", related, ("S", "N"))
+    y = _checks.filled("unrelated", unrelated, x.shape)
+    resamples = _checks.integer("resamples", resamples, 2)
+    tail = 0.5 * (1.0 - _fraction(confidence))
+    rng = np.random.default_rng(_checks.integer("seed", seed, 0))
+    images = x.shape[1]
+    weights = rng.multinomial(images, np.full(images, 1.0 / images), resamples) / images
+    values = []
+    for means in ((x.mean(axis=1), y.mean(axis=1)), (x @ weights.T, y @ weights.T)):
+        change, other = 1.0 - means[0], 1.0 - means[1]
+        moved = np.sum(change**2, axis=0)
+        ratio = np.divide(
+            np.sum(change * other, axis=0), moved, out=np.full(np.shape(moved), np.nan),
+            where=moved > 0.0,
+        )  # fmt: skip
+        values.append((np.mean(means[1] - means[0], axis=0), ratio))
+    estimates = []
+    for value, resampled in zip(*values, strict=True):
+        known = resampled[np.isfinite(resampled)]
+        ends = np.quantile(known, (tail, 1.0 - tail)) if known.size else (np.nan, np.nan)
+        estimates.append(Estimate(float(value), float(ends[0]), float(ends[1])))
+    mean_x, mean_y = x.mean(axis=1), y.mean(axis=1)
+    spread = np.sum((mean_x - mean_x.mean()) ** 2)
+    slope = intercept = math.nan
+    if spread > 0.0:
+        slope = float(np.sum((mean_x - mean_x.mean()) * (mean_y - mean_y.mean())) / spread)
+        intercept = float(mean_y.mean() - slope * mean_x.mean())
+    return Selectivity(estimates[0], estimates[1], slope, intercept, mean_x, mean_y)
+
+
 # ---------------------------------------------------------------------- precision and recall
 
 

@@ -1,0 +1,378 @@
+"""Text to image from the command line: ``python -m dng_models.text_to_image COMMAND``.
+
+Nothing heavy is imported before the arguments are known to be right, so that ``--help`` answers
+at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dng_models.text_to_image.config import (
+    DEFAULT_CLIP,
+    DTYPES,
+    FRACTIONS,
+    RULES,
+    SCHEDULERS,
+    Config,
+)
+
+PROGRAM = "python -m dng_models.text_to_image"
+USER_ERROR, INTERRUPTED = 2, 130
+BATCH_SIZE = 4
+
+DESCRIPTION = """\
+Ask a text-to-image model for pictures without something: the experiment of Dynamic Negative
+Guidance with Stable Diffusion (arXiv 2410.14398, Figs. 5, 6, 12, 16-23). A negative prompt that is
+related to the picture should change it; one that has nothing to do with it should leave it alone.
+
+  run        all of the following
+  generate   draw the images: prompts x rules x related and unrelated negative x scales
+  score      CLIP similarity to the unguided images, and whether the unwanted is found in them
+  table      Q by prompt and rule, as in the paper, and the detections
+  plot       similarities, scales over time, ways through time, images, detections
+
+Every command says more: %(prog)s COMMAND --help
+"""
+EPILOG = """\
+What a run leaves in its folder (--out, by default runs/text_to_image):
+
+  images/PROMPT/POINT/000000.png   the images, by seed
+  paths/PROMPT/POINT.png           the first image of a point on its way through time
+  images.jsonl                     one image a line: prompt, rule, hyperparameters, seed, posterior
+                                   and scale of every step, similarity, detections
+  run.json                         what all images have in common; versions
+  table.md, table.csv, figures/    what came out
+  work/                            lines of images that are not in images.jsonl yet
+
+Everything resumes at the image: the same command, started again, goes on where it was stopped and
+leaves the same files. More images, prompts, rules and scales can be added; other settings are
+refused. "accelerate launch -m dng_models.text_to_image run ..." (on CPUs, where that starts one
+process only, "torchrun --nproc-per-node 2 -m ...") spreads the images over processes, with the
+same result.
+
+examples:
+  %(prog)s run --tiny                      all of it with tiny networks: under a minute, no weights
+  %(prog)s run --model stabilityai/stable-diffusion-2 --out runs/sd2
+  %(prog)s run --model DIR --only "dinner table" --rules np dng sld --num-images 8
+"""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=100)
+
+
+# ---------------------------------------------------------------------- options
+
+
+def _default(name: str) -> str:
+    """Of a field of the configuration, in words."""
+    value = {field.name: field.default for field in dataclasses.fields(Config)}[name]
+    if isinstance(value, tuple):
+        value = " ".join(str(each) for each in value)
+    return f" (default: {value})" if value is not None else ""
+
+
+def _field(group: Any, flag: str, text: str, default: str | None = None, **options: Any) -> None:
+    """An option that is a field of the configuration; absent where it is not given."""
+    name = options.pop("dest", flag.removeprefix("--").replace("-", "_"))
+    shown = _default(name) if default is None else f" (default: {default})" if default else ""
+    group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text + shown, **options)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part for each in text.split(",") if (part := each.strip()))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers, got {text!r}") from None
+
+
+class _Joined(argparse.Action):
+    """Values apart, by commas or by spaces, as one tuple."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, tuple(part for each in values for part in each))
+
+
+def _drawing_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    _field(
+        group,
+        "--model",
+        "any text-to-image pipeline of diffusers: a name on the hub, or a folder. The paper's "
+        "numbers are of Stable Diffusion 2",
+        metavar="NAME_OR_DIR",
+    )
+    group.add_argument(
+        "--tiny",
+        action="store_true",
+        help="a tiny random pipeline and a tiny CLIP instead, few steps and images: shows that "
+        "everything works, and nothing else",
+    )
+    _field(
+        group,
+        "--dtype",
+        "of the networks",
+        "float16 on a GPU, else float32",
+        choices=DTYPES,
+    )
+    group = parser.add_argument_group("what is drawn")
+    group.add_argument(
+        "--prompts",
+        default="paper",
+        metavar="FILE",
+        help="'paper', or a JSON file: a list of objects with name, prompt, related, unrelated, "
+        "and if they differ from the defaults prior, temperature, offset, np_scale, dng_scale "
+        "(default: paper)",
+    )
+    group.add_argument(
+        "--only", nargs="+", metavar="NAME", help="of the prompts, those with these names"
+    )
+    _field(
+        group,
+        "--rules",
+        f"of {', '.join(RULES)}; apart by commas or spaces",
+        nargs="+",
+        type=_names,
+        action=_Joined,
+        metavar="RULE",
+    )
+    scales = group.add_mutually_exclusive_group()
+    _field(
+        scales,
+        "--scales",
+        "guidance scales of every rule and prompt",
+        "",
+        nargs="+",
+        type=_numbers,
+        action=_Joined,
+        metavar="G",
+    )
+    _field(
+        scales,
+        "--relative-scales",
+        "the same as fractions of the prompt's own scale (np_scale or dng_scale)",
+        " ".join(f"{each:g}" for each in FRACTIONS),
+        dest="fractions",
+        nargs="+",
+        type=_numbers,
+        action=_Joined,
+        metavar="X",
+    )
+    _field(
+        group, "--num-images", "of every prompt, rule, negative and scale", type=int, metavar="N"
+    )
+    _field(group, "--seed", "of the first image; image i has seed + i", type=int, metavar="N")
+    for side in ("--height", "--width"):
+        text = "of the images (default: the pipeline's)"
+        _field(group, side, text, type=int, metavar="PIXELS")
+
+    group = parser.add_argument_group("how it is drawn")
+    _field(
+        group,
+        "--steps",
+        "of the sampler; DNG's offset is added at each of them, so that its hyperparameters belong "
+        "to a number of steps",
+        type=int,
+        metavar="N",
+    )
+    _field(
+        group,
+        "--scheduler",
+        "auto: ddpm, or flow for flow-matching models, whose noise DNG can be tracked with; own: "
+        "what the pipeline comes with",
+        choices=SCHEDULERS,
+    )
+    _field(
+        group,
+        "--cfg-scale",
+        "classifier-free guidance of the positive prompt, guided and unguided (default: its plain "
+        "prediction)",
+        type=float,
+        metavar="W",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        dest="interval",
+        nargs=2,
+        type=float,
+        metavar=("LO", "HI"),
+        help="guide only at these diffusion times; 1 is the noisy end (default: 0 1)",
+    )
+    group.add_argument(
+        "--negative-prompts",
+        choices=("whole", "split"),
+        default="whole",
+        help="split: the concepts between the commas of a negative prompt each have a posterior; "
+        "DNG only (default: whole)",
+    )
+    _field(
+        group,
+        "--contrast",
+        "temperature of contrastive CFG (ccfg), per squared difference of the predictions",
+        type=float,
+        metavar="X",
+    )
+
+
+def _scoring_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is measured")
+    _field(
+        group,
+        "--clip",
+        "CLIP model of the similarities: a name on the hub, or a folder",
+        f"{DEFAULT_CLIP}, or the tiny one of a tiny run",
+        metavar="NAME_OR_DIR",
+    )
+    _field(
+        group,
+        "--detector",
+        "what tells whether the unwanted is in an image, zero-shot: clip (the same model), another "
+        "CLIP model, or none",
+        metavar="NAME_OR_DIR",
+    )
+
+
+def _run_options(parser: argparse.ArgumentParser, *, networks: bool = True) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the run (default: runs/text_to_image)"
+    )
+    if networks:
+        group.add_argument(
+            "--device",
+            metavar="NAME",
+            help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)",
+        )
+        group.add_argument(
+            "--batch-size",
+            type=int,
+            default=BATCH_SIZE,
+            metavar="N",
+            help="images that the networks see at once (default: %(default)s)",
+        )
+        group.add_argument("--quiet", action="store_true", help="no progress bars")
+    group.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+# ---------------------------------------------------------------------- the parser
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} COMMAND [option ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=_Formatter,
+    )
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS
+    )
+
+    def command(name: str, text: str, examples: str) -> argparse.ArgumentParser:
+        shown = "\n".join(f"  {PROGRAM} {name} {line}".rstrip() for line in examples.splitlines())
+        added: argparse.ArgumentParser = commands.add_parser(
+            name,
+            prog=f"{PROGRAM} {name}",
+            usage=f"{PROGRAM} {name} [option ...]",
+            description=text,
+            epilog=f"examples:\n{shown}",
+            formatter_class=_Formatter,
+        )
+        return added
+
+    run = command(
+        "run",
+        "Draw what is missing, measure it, plot it, and print the table.\n\n"
+        "The paper's prompts, two rules and four scales are 85 points; with 32 images each that\n"
+        "is 2,720 images, of 50 steps on a doubled batch.",
+        "--tiny\n--model stabilityai/stable-diffusion-2 --prompts paper --rules np,dng --out sd2\n"
+        "--model DIR --clip DIR --rules np dng sld --relative-scales 0.5 1",
+    )
+    _drawing_options(run)
+    _scoring_options(run)
+    _run_options(run)
+
+    generate = command(
+        "generate",
+        "Draw the images that are not there yet, into DIR/images.",
+        "--tiny\n--only 'dinner table' --rules dng --scales 5 10 20",
+    )
+    _drawing_options(generate)
+    _run_options(generate)
+
+    score = command(
+        "score",
+        "Measure all images of a folder: CLIP similarity to the unguided image of the same seed,\n"
+        "and the probability that each concept of the negative prompts is in them.\n\n"
+        "Another --clip or --detector measures again.",
+        "--out sd2\n--out sd2 --detector openai/clip-vit-large-patch14",
+    )
+    _scoring_options(score)
+    _run_options(score)
+
+    table = command(
+        "table",
+        "Print Q by prompt and rule, beside the paper's, and how often the unwanted is found, and\n"
+        "write table.md and table.csv.",
+        "--out sd2",
+    )
+    _run_options(table, networks=False)
+
+    plot = command(
+        "plot",
+        "Draw everything that the folder of a run has data for, into DIR/figures.",
+        "--out sd2\n--out sd2 --columns 4",
+    )
+    plot.add_argument(
+        "--columns",
+        type=int,
+        default=6,
+        metavar="N",
+        help="images in a row of a grid (default: %(default)s)",
+    )
+    _run_options(plot, networks=False)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    given = make_parser().parse_args(arguments)
+    try:
+        commands = import_module("dng_models.text_to_image.commands")
+        getattr(commands, f"{given.command}_command")(given)
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; nothing is lost, and the same command goes on from here",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if given.debug:
+            raise
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What the commands do; :mod:`dng_models.text_to_image.__main__` reads their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dng_math import _checks
+from dng_models.class_removal import files
+from dng_models.text_to_image import compare, prompts, store
+from dng_models.text_to_image.config import DEFAULT_CLIP, TINY, Config
+from dng_models.text_to_image.generate import Materials, generate, measure
+from dng_models.text_to_image.store import RunFolder
+
+MEANINGLESS = "Of tiny random networks: these numbers show that everything works, and nothing else."
+# What --tiny does instead, where nothing else is given.
+FEWER: dict[str, Any] = {"model": TINY, "clip": TINY, "steps": 6, "num_images": 4}
+
+
+def _config(given: argparse.Namespace) -> Config:
+    """The configuration that the arguments describe."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    told = {
+        name: value
+        for name, value in vars(given).items()
+        if name in names - {"prompts"} and value is not None
+    }
+    if given.tiny:
+        if "model" in told:
+            raise ValueError(f"model must not be given with --tiny, got {told['model']!r}")
+        told = FEWER | told
+    if "dtype" not in told:
+        on_gpu = not given.tiny and _is_gpu(given.device)
+        told["dtype"] = "float16" if on_gpu else "float32"
+    if given.interval is not None:
+        told["t_lo"], told["t_hi"] = given.interval
+    told["split_negatives"] = given.negative_prompts == "split"
+    chosen = prompts.load(given.prompts)
+    if given.only:
+        by_name = {prompt.name: prompt for prompt in chosen}
+        for name in given.only:
+            _checks.choice("only", name, tuple(by_name))
+        chosen = tuple(by_name[name] for name in dict.fromkeys(given.only))
+    return Config(prompts=chosen, **told)
+
+
+def _is_gpu(device: str | None) -> bool:
+    return torch.cuda.is_available() if device is None else device.startswith("cuda")
+
+
+def _folder(given: argparse.Namespace) -> RunFolder:
+    """The folder of the run."""
+    if given.out is not None:
+        return RunFolder(given.out)
+    tiny = getattr(given, "tiny", False)
+    return RunFolder(Path("runs", "text_to_image-tiny" if tiny else "text_to_image"))
+
+
+def _materials(given: argparse.Namespace) -> Materials:
+    return Materials(_folder(given), device=given.device, batch_size=given.batch_size)
+
+
+def generate_command(given: argparse.Namespace) -> None:
+    """Draw the images."""
+    config, materials = _config(given), _materials(given)
+    generate(config, materials, progress=not given.quiet)
+    if materials.processes.is_main_process:
+        print(materials.folder.table)
+
+
+def score_command(given: argparse.Namespace) -> None:
+    """Measure the images."""
+    materials = _materials(given)
+    measure(_measuring(given, materials.folder), materials, progress=not given.quiet)
+    if materials.processes.is_main_process:
+        print(materials.folder.table)
+
+
+def _measuring(given: argparse.Namespace, folder: RunFolder) -> Config:
+    """A configuration of who measures the images of a folder."""
+    settings = store.read_settings(folder)
+    if settings is None:
+        raise FileNotFoundError(f"there are no images in {folder.path}: 'generate' draws them")
+    tiny = settings["settings"]["model"] == TINY
+    return Config(
+        model=settings["settings"]["model"],
+        clip=getattr(given, "clip", TINY if tiny else DEFAULT_CLIP),
+        detector=getattr(given, "detector", Config.detector),
+    )
+
+
+def table_command(given: argparse.Namespace) -> None:
+    """Print and write the tables."""
+    print(_write_tables(_folder(given)), end="")
+
+
+def _write_tables(folder: RunFolder) -> str:
+    records = store.read_table(folder)
+    text = compare.table(records)
+    settings = store.read_settings(folder)
+    if settings is not None and settings["settings"]["model"] == TINY:
+        text = f"{MEANINGLESS}\n\n{text}"
+    files.write_text(folder.path / "table.md", text)
+    files.write_text(folder.path / "table.csv", compare.csv_table(records))
+    return text
+
+
+def plot_command(given: argparse.Namespace) -> None:
+    """Draw the figures."""
+    from dng_models.text_to_image import plot
+
+    for path in plot.draw_all(_folder(given).path, columns=given.columns):
+        print(path)
+
+
+def run_command(given: argparse.Namespace) -> None:
+    """All of it."""
+    from dng_models.text_to_image import plot
+
+    config, materials = _config(given), _materials(given)
+    # What is missing should be known before hours of drawing.
+    materials.pipeline(config)
+    materials.detector(config)
+    generate(config, materials, progress=not given.quiet)
+    measure(config, materials, progress=not given.quiet)
+    if materials.processes.is_main_process:
+        for path in plot.draw_all(materials.folder.path):
+            print(path)
+        print(_write_tables(materials.folder), end="")

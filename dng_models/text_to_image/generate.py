@@ -1,0 +1,427 @@
+"""Drawing and measuring the images of a run, by any number of processes, in any number of goes.
+
+Images are drawn in batches that start at a multiple of the batch size, the same ones whoever draws
+them: a batch of which some images are there is drawn again as a whole and the missing ones are
+kept, so that the rounding of the networks, which depends on the shape of a batch, is the same too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+from PIL import Image
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from dng_math import _checks
+from dng_models.class_removal import files
+from dng_models.text_to_image import pipelines, scores, store
+from dng_models.text_to_image.config import TINY, Config, Point, check_same
+from dng_models.text_to_image.prompts import split
+from dng_models.text_to_image.store import Record, RunFolder
+
+Array = NDArray[np.float64]
+Batch = tuple[Point, tuple[int, ...]]
+
+
+class Materials:
+    """What a run needs besides its settings; each thing is loaded once.
+
+    Parameters
+    ----------
+    folder : RunFolder
+    device : torch.device or str, optional
+        Default: the accelerator of this process, else the CPU.
+    batch_size : int
+        Images that the networks see at once.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        device: torch.device | str | None = None,
+        batch_size: int = 4,
+    ) -> None:
+        self.folder = folder
+        self.batch_size = _checks.integer("batch_size", batch_size, 1)
+        self._device = device
+        self._clips: dict[str, scores.Clip] = {}
+        self._detectors: dict[tuple[str, str], scores.Detector | None] = {}
+        self._pipe: Any = None
+        self._unguided: dict[tuple[str, ...], Array] = {}
+
+    @cached_property
+    def processes(self) -> PartialState:
+        """The process and those beside it, which ``accelerate launch`` started."""
+        on_cpu = self._device is not None and self.device.type == "cpu"
+        return PartialState(cpu=True) if on_cpu else PartialState()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the networks run."""
+        if self._device is None:
+            return torch.device(self.processes.device)
+        try:
+            device = torch.device(self._device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device must be one that is here, got {str(self._device)!r} "
+                f"({str(error).splitlines()[0]})"
+            ) from None
+        return device
+
+    def pipeline(self, config: Config) -> Any:
+        """The pipeline; raises as :func:`dng_models.text_to_image.pipelines.load_pipeline`."""
+        if self._pipe is None:
+            pipelines.quiet()
+            self._pipe = pipelines.load_pipeline(config, self.device)
+        return self._pipe
+
+    def clip(self, config: Config) -> scores.Clip:
+        """CLIP; raises as :func:`dng_models.text_to_image.scores.load_clip`."""
+        if config.clip not in self._clips:
+            pipelines.quiet()
+            self._clips[config.clip] = scores.load_clip(config.clip, self.device)
+        return self._clips[config.clip]
+
+    def detector(self, config: Config) -> scores.Detector | None:
+        """What tells whether a concept is in an image."""
+        key = (config.detector, config.clip)
+        if key not in self._detectors:
+            self._detectors[key] = scores.load_detector(config.detector, self.clip(config))
+        return self._detectors[key]
+
+    def unguided(self, config: Config, group: Sequence[Record]) -> Array:
+        """CLIP's embeddings of the unguided images of some guided ones, kept for the next scale."""
+        key = (config.clip, *(record["unguided"] for record in group))
+        if key not in self._unguided:
+            images = [_open(self.folder, record["unguided"]) for record in group]
+            self._unguided[key] = self.clip(config).images(images)
+        return self._unguided[key]
+
+
+@contextmanager
+def threads(config: Config) -> Iterator[None]:
+    """One thread for the tiny networks, whose bits depend on how many there are."""
+    before = torch.get_num_threads()
+    with threadpool_limits(1, user_api="blas"):
+        if config.model == TINY:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def batches(config: Config, batch_size: int) -> list[Batch]:
+    """All batches of a run: points in their order, and the numbers of their images."""
+    images = range(config.num_images)
+    return [
+        (point, tuple(images[first : first + batch_size]))
+        for point in config.points()
+        for first in images[::batch_size]
+    ]
+
+
+# ---------------------------------------------------------------------- drawing
+
+
+def generate(config: Config, materials: Materials, *, progress: bool = True) -> None:
+    """Draw every image of a run that is not there yet.
+
+    Every process that ``accelerate launch`` started calls it, and draws its share.
+
+    Parameters
+    ----------
+    config : Config
+    materials : Materials
+    progress : bool
+        Show a bar.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the pipeline cannot be loaded.
+    ValueError
+        If the folder has images of other settings, or a damaged file.
+    OSError
+        If something cannot be written; what was finished stays.
+    """
+    processes, folder = materials.processes, materials.folder
+    if processes.is_main_process:
+        store.repair(folder)
+    processes.wait_for_everyone()
+    records = store.read_records(folder)
+    before = store.read_settings(folder)
+    if records and before is not None:
+        check_same(config, before, folder.path)
+    pending = [
+        (point, images)
+        for point, images in batches(config, materials.batch_size)
+        if any(store.image_name(point, image) not in records for image in images)
+    ]
+    # Nobody writes a line before everybody has read what there is.
+    processes.wait_for_everyone()
+    if pending:
+        _draw_all(config, materials, records, pending, progress)
+    processes.wait_for_everyone()
+    if processes.is_main_process and pending:
+        store.write_table(folder, store.read_records(folder).values())
+    processes.wait_for_everyone()
+
+
+def _draw_all(
+    config: Config,
+    materials: Materials,
+    records: Mapping[str, Record],
+    pending: Sequence[Batch],
+    progress: bool,
+) -> None:
+    """The share of this process in the batches that lack images."""
+    processes, folder = materials.processes, materials.folder
+    pipe = materials.pipeline(config)
+    if processes.is_main_process:
+        store.open_run(folder, config, pipelines.versions(materials.device))
+    # No image without the settings that it was made with, whoever is killed when.
+    processes.wait_for_everyone()
+    total = len(config.points()) * config.num_images
+    missing = sum(
+        store.image_name(point, image) not in records
+        for point, images in pending
+        for image in images
+    )
+    lines = folder.lines_of(processes.process_index)
+    shown = progress and processes.is_main_process
+    with (
+        threads(config),
+        tqdm(total=total, initial=total - missing, unit="image", disable=not shown) as bar,
+    ):
+        for first in range(0, len(pending), processes.num_processes):
+            together = pending[first : first + processes.num_processes]
+            if processes.process_index < len(together):
+                point, images = together[processes.process_index]
+                bar.set_description(point.key)
+                _draw_batch(config, materials, pipe, records, point, images, lines)
+            bar.update(
+                sum(
+                    store.image_name(point, image) not in records
+                    for point, images in together
+                    for image in images
+                )
+            )
+
+
+def _draw_batch(
+    config: Config,
+    materials: Materials,
+    pipe: Any,
+    records: Mapping[str, Record],
+    point: Point,
+    images: Sequence[int],
+    lines: Any,
+) -> None:
+    """Draw a batch, and keep the images of it that are not there: the file first, then its line."""
+    folder = materials.folder
+    followed = images[0] == 0 and _is_followed(config, point)
+    drawn = pipelines.draw(pipe, config, point, images, with_strip=followed)
+    for image, each in zip(images, drawn, strict=True):
+        if store.image_name(point, image) in records:
+            continue
+        _save_png(folder, store.image_name(point, image), each.pixels)
+        record = _record(config, point, image, each)
+        if each.strip is not None and each.strip_time is not None:
+            _save_png(folder, store.strip_name(point), each.strip)
+            record["path"] = {
+                "file": store.strip_name(point),
+                "time": _rounded(each.strip_time),
+            }
+        record["sha256"] = store.digest(folder.image(point, image))
+        store.append(lines, record)
+
+
+def _is_followed(config: Config, point: Point) -> bool:
+    """Whether the way of a point's first image is kept: unguided, and at the largest scales."""
+    return point.kind == "none" or point.scale == config.scales_of(point.rule, point.prompt)[-1]
+
+
+def _save_png(folder: RunFolder, name: str, pixels: pipelines.Pixels) -> None:
+    picture = Image.fromarray(pixels)
+    files.write_atomically(
+        folder.path / name, lambda temporary: picture.save(temporary, format="PNG")
+    )
+
+
+def _record(config: Config, point: Point, image: int, drawn: pipelines.Drawn) -> Record:
+    """The line of an image; it says nothing that would be another one another time."""
+    return {
+        "prompt": point.prompt.name,
+        "kind": point.kind,
+        "negative": point.negative,
+        "concepts": list(config.concepts(point)),
+        "rule": point.rule,
+        "hyperparameters": config.hyperparameters(point),
+        "guidance_scale": point.scale,
+        "image": image,
+        "seed": config.seed + image,
+        "file": store.image_name(point, image),
+        "unguided": store.image_name(point.unguided, image),
+        "finite": drawn.finite,
+        "time": _rounded(drawn.time),
+        "scale": _rounded(drawn.scale),
+        "log_posterior": None if drawn.log_posterior is None else _rounded(drawn.log_posterior),
+        "evaluations": drawn.evaluations,
+        "evaluations_saved": drawn.evaluations_saved,
+    }
+
+
+def _rounded(values: Array) -> Any:
+    """Nested lists of numbers with six digits; None for what is not finite."""
+    if values.ndim > 1:
+        return [_rounded(row) for row in values]
+    return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def measure(
+    config: Config,
+    materials: Materials,
+    *,
+    detector: scores.Detector | None = None,
+    progress: bool = True,
+) -> None:
+    """Measure every image of the folder that was not measured by this CLIP and this detector.
+
+    All images of the folder, not only those of ``config``, so that its numbers can be compared.
+    Every process calls it, and measures its share.
+
+    Parameters
+    ----------
+    config : Config
+        Whose ``clip`` and ``detector`` are used.
+    materials : Materials
+    detector : Detector, optional
+        Instead of the one that ``config`` names.
+    progress : bool
+        Show a bar.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no images, one of them is gone, or a model cannot be loaded.
+    ValueError
+        If a file is damaged.
+    """
+    processes, folder = materials.processes, materials.folder
+    if processes.is_main_process:
+        store.repair(folder)
+    processes.wait_for_everyone()
+    table = store.read_table(folder)
+    records = {record["file"]: record for record in table}
+    if detector is None:
+        detector = materials.detector(config)
+    by = {"clip": config.clip, "detector": None if detector is None else detector.name}
+    # Grouped as they were drawn: in other batches CLIP rounds otherwise.
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in table:
+        place = record["image"] // materials.batch_size
+        groups.setdefault((*store.order(record)[:-1], place), []).append(record)
+    pending = [
+        group for group in groups.values() if not all(_is_measured(each, by) for each in group)
+    ]
+    processes.wait_for_everyone()
+    share = pending[processes.process_index :: processes.num_processes]
+    concepts = _concepts(folder)
+    lines = folder.lines_of(processes.process_index)
+    shown = progress and processes.is_main_process and pending
+    with (
+        threads(config),
+        tqdm(total=len(share), desc="measuring", unit="batch", disable=not shown) as bar,
+    ):
+        for group in share:
+            _measure(group, records, concepts, materials, config, detector, by, lines)
+            bar.update(1)
+    processes.wait_for_everyone()
+    if processes.is_main_process and pending:
+        store.write_table(folder, store.read_records(folder).values())
+    processes.wait_for_everyone()
+
+
+def _is_measured(record: Record, by: Mapping[str, str | None]) -> bool:
+    done = record.get("measured_by", {})
+    return all(done.get(name, "") == value for name, value in by.items())
+
+
+def _concepts(folder: RunFolder) -> dict[str, tuple[str, ...]]:
+    """What is looked for in the images of each prompt: what either of its negatives names."""
+    settings = store.read_settings(folder)
+    if settings is None:
+        raise FileNotFoundError(f"there is no {folder.settings}, which names the prompts")
+    return {
+        name: tuple(dict.fromkeys(split(fields["related"]) + split(fields["unrelated"])))
+        for name, fields in settings["prompts"].items()
+    }
+
+
+def _measure(
+    group: Sequence[Record],
+    records: Mapping[str, Record],
+    concepts: Mapping[str, tuple[str, ...]],
+    materials: Materials,
+    config: Config,
+    detector: scores.Detector | None,
+    by: Mapping[str, str | None],
+    lines: Any,
+) -> None:
+    """Measure the images of one batch."""
+    folder, clip = materials.folder, materials.clip(config)
+    group = [record for record in group if record["unguided"] in records]
+    if not group:
+        return
+    images = [_open(folder, record["file"]) for record in group]
+    embeddings = clip.images(images)
+    if group[0]["kind"] == "none":
+        cosines = np.ones(len(group))
+    else:
+        cosines = np.sum(embeddings * materials.unguided(config, group), axis=1)
+    looked_for = concepts[group[0]["prompt"]]
+    found = None
+    if detector is not None:
+        found = np.asarray(detector(images, looked_for), dtype=np.float64)
+        if found.shape != (len(group), len(looked_for)):
+            raise ValueError(
+                f"the detector must give probabilities of shape {(len(group), len(looked_for))}, "
+                f"got {found.shape}"
+            )
+    for row, record in enumerate(group):
+        of = [record["sha256"], records[record["unguided"]]["sha256"]]
+        presence = None
+        if found is not None:
+            presence = dict(zip(looked_for, _rounded(found[row]), strict=True))
+        store.append(
+            lines,
+            {
+                "file": record["file"],
+                "clip_cosine": _rounded(cosines)[row],
+                "presence": presence,
+                "measured_by": {**by, "of": of},
+            },
+        )
+
+
+def _open(folder: RunFolder, name: str) -> Image.Image:
+    path = folder.path / name
+    if not path.is_file():
+        raise FileNotFoundError(f"the image {path} is gone: 'generate' draws it again")
+    with Image.open(path) as picture:
+        return picture.convert("RGB")

@@ -1,0 +1,674 @@
+"""What a run came to, in figures like the paper's.
+
+Every function takes records, the lines of ``images.jsonl``, and returns a Matplotlib figure;
+:func:`draw_all` reads a run's folder and writes them.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dng_math import _checks
+from dng_models.text_to_image import compare, store
+from dng_models.text_to_image.compare import PAPER_Q, Cell, Record, Summary
+from dng_models.text_to_image.config import KINDS, METHODS, UNGUIDED
+from dng_models.text_to_image.prompts import file_name, split
+from dng_models.text_to_image.store import RunFolder
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    from dng_models.class_removal.plot import (
+        BLACK,
+        BLUE,
+        DASHED,
+        GREEN,
+        GREY,
+        ORANGE,
+        PURPLE,
+        RC,
+        SKY,
+        VERMILLION,
+        WIDTH,
+        save,
+    )
+except ImportError as error:
+    raise ImportError(
+        "dng_models.text_to_image.plot needs Matplotlib: pip install 'dng-toolkit[figures]'"
+    ) from error
+
+Array = NDArray[np.float64]
+THUMBNAIL = 160  # pixels of an image's longer side in a grid
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The colour and marker of a rule."""
+
+    color: str
+    marker: str
+
+
+LOOKS: dict[str, _Look] = {
+    "np": _Look(ORANGE, "^"),
+    "dng": _Look(GREEN, "o"),
+    "dng-log-odds": _Look(BLUE, "s"),
+    "sld": _Look(PURPLE, "P"),
+    "perp-neg": _Look(SKY, "D"),
+    "ccfg": _Look(VERMILLION, "X"),
+}
+KIND_COLORS = {"related": VERMILLION, "unrelated": BLUE}
+styled = matplotlib.rc_context(RC)
+
+
+def _panels(figure: Figure, count: int, columns: int = 3) -> list[Axes]:
+    """Axes in rows; those that are too many are taken out."""
+    columns = min(columns, count)
+    axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    return axes[:count]
+
+
+def _title(axes: Axes, place: int, text: str) -> None:
+    letter = chr(ord("a") + place % 26)
+    axes.set_title(rf"$\mathbf{{{letter}}}$  {text}", loc="left")
+
+
+def _height(count: int, each: float, columns: int = 3) -> float:
+    return each * math.ceil(count / min(columns, count))
+
+
+# ---------------------------------------------------------------------- similarities
+
+
+@styled
+def similarities(records: Sequence[Record]) -> Figure:
+    """Similarity to the unguided image, unrelated against related negative (paper, Fig. 6).
+
+    A panel for each prompt, with the points of every rule, larger for larger scales, their standard
+    errors and the fitted line; and Q of all of them, with 95% intervals, beside the averages that
+    the paper prints.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Measured images.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        As :func:`dng_models.text_to_image.compare.summaries`.
+    """
+    found = compare.summaries(records)
+    cells = compare.cells(records)
+    prompts = list(dict.fromkeys(each.prompt for each in found))
+    rules = [rule for rule in METHODS if any(each.rule == rule for each in found)]
+    each = 2.62 + 0.15 * len(rules)
+    count = len(prompts) + 1
+    figure = Figure(figsize=(WIDTH, 0.55 + _height(count, each)), layout="constrained")
+    panels = _panels(figure, count)
+    for place, prompt in enumerate(prompts):
+        of = [one for one in found if one.prompt == prompt]
+        _draw_similarities(panels[place], of, cells)
+        _title(panels[place], place, prompt)
+    _draw_q(panels[-1], found, prompts, rules)
+    _title(panels[-1], len(prompts), "Q: unrelated minus related")
+    handles: list[Any] = [
+        Line2D([], [], color=LOOKS[r].color, marker=LOOKS[r].marker, ls="-", label=METHODS[r].label)
+        for r in rules
+    ]
+    handles += [
+        Line2D([], [], color=BLACK, marker="*", ls="none", ms=7, label="unguided"),
+        Line2D([], [], color=GREY, ls=DASHED, lw=0.8, label="changed equally by both"),
+        Line2D([], [], ls="none", label="larger points: larger scales"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
+    return figure
+
+
+def _draw_similarities(axes: Axes, found: Sequence[Summary], cells: Sequence[Cell]) -> None:
+    """The panel of a prompt."""
+    low = 1.0
+    for one in found:
+        look, result = LOOKS[one.rule], one.selectivity
+        x, y = result.related, result.unrelated
+        errors = [_standard_errors(one, cells, kind) for kind in KINDS]
+        axes.errorbar(
+            x, y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=look.color, elinewidth=0.6
+        )
+        sizes = np.linspace(10.0, 34.0, len(x))
+        label = f"{METHODS[one.rule].label}: Q = {compare.fixed(result.q.value, 3)}"
+        axes.scatter(x, y, s=sizes, color=look.color, marker=look.marker, lw=0, zorder=3)
+        ends = np.array([x.min(), x.max()])
+        if math.isfinite(result.slope):
+            fitted = result.intercept + result.slope * ends
+            axes.plot(ends, fitted, color=look.color, label=label)
+            low = min(low, float(fitted.min()))
+        else:
+            axes.plot([], [], color=look.color, marker=look.marker, ls="none", label=label)
+        low = min(low, float((x - errors[0]).min()), float((y - errors[1]).min()))
+    margin = 0.06 * (1.0 - low) or 1e-3
+    axes.plot([low, 1.0], [low, 1.0], color=GREY, ls=DASHED, lw=0.8, zorder=1)
+    axes.plot(1.0, 1.0, "*", color=BLACK, ms=7, zorder=4, clip_on=False)
+    axes.set_xlim(low - margin, 1.0 + margin)
+    axes.set_ylim(low - margin, 1.0 + margin)
+    axes.set_box_aspect(1.0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
+    axes.ticklabel_format(useOffset=False)
+    axes.set_xlabel("related negative: similarity")
+    axes.set_ylabel("unrelated negative: similarity")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.24), handlelength=1.2)
+
+
+def _standard_errors(found: Summary, cells: Sequence[Cell], kind: str) -> Array:
+    """Of the mean similarity at each scale; 0 of a single image."""
+    errors = []
+    for scale in found.scales:
+        (cell,) = (
+            c
+            for c in cells
+            if (c.prompt, c.rule, c.kind, c.scale) == (found.prompt, found.rule, kind, scale)
+        )
+        cosines = cell.cosines()
+        single = len(cosines) < 2
+        errors.append(0.0 if single else float(np.std(cosines, ddof=1)) / math.sqrt(len(cosines)))
+    return np.array(errors)
+
+
+def _draw_q(
+    axes: Axes, found: Sequence[Summary], prompts: Sequence[str], rules: Sequence[str]
+) -> None:
+    """Q of every prompt and rule, a row for each prompt and one for the average."""
+    names = [*prompts, "average"]
+    offsets = np.linspace(-0.22, 0.22, len(rules)) if len(rules) > 1 else np.zeros(1)
+    for rule, offset in zip(rules, offsets, strict=True):
+        look = LOOKS[rule]
+        of = {one.prompt: one.selectivity.q for one in found if one.rule == rule}
+        for prompt, q in of.items():
+            row = names.index(prompt) + offset
+            axes.plot([q.low, q.high], [row, row], color=look.color, lw=0.8)
+            axes.plot(q.value, row, look.marker, color=look.color)
+        average = float(np.mean([q.value for q in of.values()]))
+        row = len(prompts) + offset
+        axes.plot(average, row, look.marker, color=look.color, ms=6)
+        paper = PAPER_Q.get(rule)
+        if paper is not None:
+            axes.plot(
+                paper[0], row, look.marker, mfc="none", mec=look.color, ms=6, gid=f"paper-{rule}"
+            )
+    axes.axvline(0.0, color=GREY, ls=DASHED, lw=0.8, zorder=0)
+    axes.axhline(len(prompts) - 0.5, color=GREY, lw=0.5)
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 12) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel("Q")
+    if any(rule in PAPER_Q for rule in rules):
+        axes.text(
+            1.0, -0.32, "hollow: average in the paper", transform=axes.transAxes, size=6.5,
+            ha="right", va="top",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- scales over time
+
+
+@styled
+def scales(records: Sequence[Record], rule: str) -> Figure:
+    """The scale of a dynamic rule over time, at its largest guidance scale (paper, Fig. 12).
+
+    A thin line for each image and the median of them, for both negatives of each prompt.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+    rule : str
+        A name of :data:`dng_models.text_to_image.config.METHODS`.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If there are no images of the rule.
+    """
+    cells = [cell for cell in compare.cells(records) if cell.rule == rule]
+    if not cells:
+        raise ValueError(f"there are no images of rule {rule!r}")
+    prompts = list(dict.fromkeys(cell.prompt for cell in cells))
+    figure = Figure(figsize=(WIDTH, 0.35 + _height(len(prompts), 2.0)), layout="constrained")
+    panels = _panels(figure, len(prompts))
+    largest = {p: max(cell.scale for cell in cells if cell.prompt == p) for p in prompts}
+    shown = [cell for cell in cells if cell.scale == largest[cell.prompt]]
+    values = np.concatenate([_trace(record, "scale") for c in shown for record in c.records])
+    logarithmic = bool(values.min() > 0.0 and values.max() > 30.0 * values.min())
+    for place, (axes, prompt) in enumerate(zip(panels, prompts, strict=True)):
+        for kind in KINDS:
+            for cell in shown:
+                if (cell.prompt, cell.kind) == (prompt, kind):
+                    _draw_scales(axes, cell, KIND_COLORS[kind])
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.set_ylim(values.min() / 1.3, values.max() * 1.3)
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        _time_axis(axes)
+        axes.set_ylabel(r"scale $\lambda$")
+        _title(axes, place, f"{prompt}, $g={largest[prompt]:g}$")
+    handles: list[Any] = [
+        Line2D([], [], color=KIND_COLORS[kind], lw=1.6, label=f"{kind} negative") for kind in KINDS
+    ]
+    handles.append(Line2D([], [], color=GREY, lw=0.6, alpha=0.6, label="one image"))
+    handles.append(Line2D([], [], color=GREY, lw=1.6, label="median"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.suptitle(f"{METHODS[rule].label}: guidance scale over time")
+    return figure
+
+
+def _trace(record: Record, name: str) -> Array:
+    """A trace of a record; not a number where there was none."""
+    return np.array([math.nan if value is None else value for value in record[name]])
+
+
+def _draw_scales(axes: Axes, cell: Cell, color: str) -> None:
+    lines = np.array([_trace(record, "scale") for record in cell.records])
+    time = np.array(cell.records[0]["time"])
+    axes.plot(time, lines.T, color=color, lw=0.5, alpha=0.35)
+    axes.plot(time, np.median(lines, axis=0), color=color, lw=1.6)
+
+
+def _time_axis(axes: Axes) -> None:
+    axes.set_xlim(1.02, -0.02)
+    axes.set_xlabel("diffusion time (noise left)")
+
+
+# ---------------------------------------------------------------------- ways through time
+
+
+@styled
+def paths(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
+    """The first image of a prompt on its way through time, and what guidance did (paper, Fig. 5).
+
+    Rows of decoded latents, unguided and for each rule and negative at its largest scale; below
+    them the scales and the tracked posteriors.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+    prompt : str
+        Its name.
+    root : Path or str
+        Folder of the run, in which the files of the records are.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If no way of that prompt was kept.
+    FileNotFoundError
+        If one of its files is gone.
+    """
+    chosen = _followed(records, prompt)
+    if not chosen:
+        raise ValueError(f"there is no image of {prompt!r} that was followed through time")
+    strips = [_apart(_read(Path(root) / r["path"]["file"]), len(r["path"]["time"])) for r in chosen]
+    count = max(len(record["path"]["time"]) for record in chosen)
+    guided = [record for record in chosen if record["rule"] != UNGUIDED]
+    tracked = [record for record in guided if record["log_posterior"] is not None]
+    lines = (1 if guided else 0) + (1 if tracked else 0)
+    left, right, top, plot = 1.35, 0.1, 0.42, 1.15
+    columns = min(4, max(len(guided), 1))
+    below = 0.55 + 0.17 * math.ceil(len(guided) / columns)
+    strip = (WIDTH - left - right) / count * strips[0].shape[0] * count / strips[0].shape[1]
+    height = top + len(chosen) * (strip + 0.05) + 0.15 + lines * (plot + 0.12) + below
+    figure = Figure(figsize=(WIDTH, height))
+    inner = (WIDTH - left - right) / WIDTH
+    at = height - top
+    figure.text(0.1 / WIDTH, 1.0 - 0.08 / height, prompt, size=9, va="top", weight="bold")
+    told = f"decoded latents, seed {chosen[0]['seed']}"
+    figure.text(1.0 - right / WIDTH, 1.0 - 0.08 / height, told, size=7.5, va="top", ha="right")
+    for row, (record, pixels) in enumerate(zip(chosen, strips, strict=True)):
+        at -= strip + 0.05
+        axes = figure.add_axes((left / WIDTH, at / height, inner, strip / height))
+        axes.imshow(pixels, aspect="auto", interpolation="nearest")
+        axes.set_axis_off()
+        axes.text(
+            -0.01, 0.5, _name(record), transform=axes.transAxes, ha="right", va="center", size=7
+        )
+        if row == 0:
+            times = record["path"]["time"]
+            for place, time in enumerate(times):
+                x = (place + 0.5) / len(times)
+                axes.text(x, 1.03, f"{time:.2f}", transform=axes.transAxes, ha="center", size=6.5)
+            axes.text(-0.01, 1.03, "diffusion time", transform=axes.transAxes, ha="right", size=6.5)
+    at -= 0.15
+    for quantity, shown in (("scale", guided), ("log_posterior", tracked)):
+        if not shown:
+            continue
+        at -= plot + 0.12
+        axes = figure.add_axes((left / WIDTH, at / height, inner, plot / height))
+        for record in shown:
+            _draw_way(axes, record, quantity)
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(1.02, -0.02)
+        last = quantity == "log_posterior" or not tracked
+        axes.tick_params(labelbottom=last)
+        axes.set_ylabel(r"scale $\lambda$" if quantity == "scale" else r"posterior $p(c\mid x)$")
+        if last:
+            axes.set_xlabel("diffusion time (noise left)")
+    handles = [
+        Line2D([], [], **_way_look(record), label=_name(record).replace("\n", " "))
+        for record in guided
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=columns)
+    return figure
+
+
+def _followed(records: Sequence[Record], prompt: str) -> list[Record]:
+    """Records with a way through time: unguided, then each rule and negative at its largest."""
+    of = [record for record in records if record["prompt"] == prompt and "path" in record]
+    chosen = [record for record in of if record["rule"] == UNGUIDED]
+    for rule in METHODS:
+        for kind in KINDS:
+            each = [record for record in of if (record["rule"], record["kind"]) == (rule, kind)]
+            if each:
+                chosen.append(max(each, key=lambda record: float(record["guidance_scale"])))
+    return chosen
+
+
+def _name(record: Record) -> str:
+    if record["rule"] == UNGUIDED:
+        return "unguided"
+    return f"{METHODS[record['rule']].label}, $g={record['guidance_scale']:g}$\n{record['kind']}"
+
+
+def _way_look(record: Record) -> dict[str, Any]:
+    return {
+        "color": LOOKS[record["rule"]].color,
+        "ls": "-" if record["kind"] == "related" else DASHED,
+    }
+
+
+def _draw_way(axes: Axes, record: Record, quantity: str) -> None:
+    """A line, or one for each concept of which the posterior is tracked."""
+    time = np.array(record["time"])
+    if quantity == "scale":
+        axes.plot(time, np.abs(_trace(record, "scale")), **_way_look(record))
+        return
+    rows = record["log_posterior"]
+    for row in rows if isinstance(rows[0], list) else [rows]:
+        axes.plot(time, np.exp(_trace({"row": row}, "row")), **_way_look(record))
+
+
+def _apart(strip: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    """Images that were side by side, with a white gap behind each."""
+    images = np.split(strip, count, axis=1)
+    height, width, channels = images[0].shape
+    gap = np.full((height, max(1, width // 32), channels), 255, np.uint8)
+    return np.concatenate([part for image in images for part in (image, gap)], axis=1)
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    if not path.is_file():
+        raise FileNotFoundError(f"the image {path} is gone")
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+# ---------------------------------------------------------------------- images
+
+
+@styled
+def grid(
+    records: Sequence[Record], prompt: str, kind: str, root: Path | str, *, columns: int = 6
+) -> Figure:
+    """Images of the same seeds under every rule and scale (paper, Figs. 16-23).
+
+    Parameters
+    ----------
+    records : sequence of mapping
+    prompt : str
+        Its name.
+    kind : {"related", "unrelated"}
+        Which negative.
+    root : Path or str
+        Folder of the run, in which the files of the records are.
+    columns : int
+        Images in a row.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If there are no images of that prompt and negative.
+    FileNotFoundError
+        If an image is gone.
+    """
+    _checks.choice("kind", kind, KINDS)
+    columns = _checks.integer("columns", columns, 1)
+    cells = [cell for cell in compare.cells(records) if cell.prompt == prompt]
+    rows = [cell for cell in cells if cell.rule == UNGUIDED]
+    for rule in METHODS:
+        of = [cell for cell in cells if (cell.rule, cell.kind) == (rule, kind)]
+        rows += sorted(of, key=lambda cell: cell.scale)
+    if not any(cell.kind == kind for cell in rows):
+        raise ValueError(f"there are no images of {prompt!r} with its {kind} negative")
+    images = sorted(set(rows[0].images).intersection(*(cell.images for cell in rows)))[:columns]
+    if not images:
+        raise ValueError(f"no image of {prompt!r} was drawn under every rule and scale")
+    files = [[_file(cell, image) for image in images] for cell in rows]
+    pictures = [[_thumbnail(Path(root) / name) for name in row] for row in files]
+    tall, wide = pictures[0][0].shape[:2]
+    left, top, gap = 1.15, 0.62, 0.03
+    size = min(1.0, (WIDTH - left - 0.1) / len(images) - gap)
+    cell_height = size * tall / wide
+    width = left + len(images) * (size + gap) + 0.1
+    # Room for the text above, whatever the number of images.
+    width = max(width, 4.2)
+    height = top + len(rows) * (cell_height + gap) + 0.05
+    figure = Figure(figsize=(width, height))
+    negative = next(cell.records[0]["negative"] for cell in rows if cell.kind == kind)
+    figure.text(0.1 / width, 1.0 - 0.08 / height, prompt, size=9, va="top", weight="bold")
+    figure.text(
+        0.1 / width,
+        1.0 - 0.26 / height,
+        f"{kind} negative: {negative}",
+        size=7.5,
+        va="top",
+        color=KIND_COLORS[kind],
+    )
+    for row, cell in enumerate(rows):
+        bottom = height - top - (row + 1) * (cell_height + gap)
+        for column, picture in enumerate(pictures[row]):
+            axes = figure.add_axes(
+                (
+                    (left + column * (size + gap)) / width,
+                    bottom / height,
+                    size / width,
+                    cell_height / height,
+                )
+            )
+            axes.imshow(picture, interpolation="nearest", aspect="auto")
+            axes.set_axis_off()
+            if row == 0:
+                seed = cell.records[cell.images.index(images[column])]["seed"]
+                axes.set_title(f"seed {seed}", size=6.5, pad=2)
+        text = "unguided"
+        if cell.rule != UNGUIDED:
+            text = f"{METHODS[cell.rule].label}, $g={cell.scale:g}$"
+        figure.text(
+            (left - 0.06) / width,
+            (bottom + 0.5 * cell_height) / height,
+            text,
+            ha="right",
+            va="center",
+            size=7,
+        )
+    return figure
+
+
+def _file(cell: Cell, image: int) -> str:
+    return str(cell.records[cell.images.index(image)]["file"])
+
+
+def _thumbnail(path: Path) -> NDArray[np.uint8]:
+    pixels = Image.fromarray(_read(path))
+    # Small images are left as they are: enlarged they would be blurred.
+    pixels.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(pixels)
+
+
+# ---------------------------------------------------------------------- detections
+
+
+@styled
+def detections(records: Sequence[Record]) -> Figure:
+    """In how many images the unwanted is found, over the guidance scale.
+
+    Scales as fractions of the largest one of each rule; at 0 the unguided images.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Measured with a detector.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If there are no detections.
+    """
+    cells = compare.cells(records)
+    unguided = compare.unguided_of(cells)
+    prompts = [prompt for prompt in unguided if any(c.prompt == prompt for c in cells)]
+    rules = [rule for rule in METHODS if any(cell.rule == rule for cell in cells)]
+    figure = Figure(figsize=(WIDTH, 0.45 + _height(len(prompts), 1.95)), layout="constrained")
+    drawn = False
+    for place, (axes, prompt) in enumerate(
+        zip(_panels(figure, len(prompts)), prompts, strict=True)
+    ):
+        for turn, rule in enumerate(rules):
+            for kind in KINDS:
+                of = [c for c in cells if (c.prompt, c.rule, c.kind) == (prompt, rule, kind)]
+                of.sort(key=lambda cell: cell.scale)
+                drawn |= _draw_detections(axes, unguided[prompt], of, turn - 0.5 * (len(rules) - 1))
+        axes.set_ylim(-4, 104)
+        axes.set_xlim(-0.06, 1.06)
+        axes.set_xlabel("scale / largest scale")
+        axes.set_ylabel("concept found (% of images)")
+        _title(axes, place, prompt)
+    if not drawn:
+        raise ValueError("records must have detections, and have none: score with a detector")
+    handles: list[Any] = [
+        Line2D([], [], color=LOOKS[r].color, marker=LOOKS[r].marker, label=METHODS[r].label)
+        for r in rules
+    ]
+    handles += [
+        Line2D([], [], color=BLACK, ls="-", label="related negative"),
+        Line2D([], [], color=BLACK, ls=DASHED, label="unrelated negative"),
+        Line2D([], [], color=GREY, lw=0.5, label="95% interval"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
+    return figure
+
+
+def _draw_detections(axes: Axes, unguided: Cell, cells: Sequence[Cell], shift: float) -> bool:
+    """The curve of a rule and a negative; whether there was one."""
+    if not cells:
+        return False
+    concepts = split(cells[-1].records[0]["negative"])
+    found = [compare.presence(cell, concepts) for cell in (unguided, *cells)]
+    if any(each is None for each in found):
+        return False
+    known = [each for each in found if each is not None]
+    look = LOOKS[cells[0].rule]
+    # Side by side, so that the bars of two rules can be told apart.
+    x = np.array([0.0, *(cell.scale for cell in cells)]) / cells[-1].scale + 0.025 * shift
+    y = 100.0 * np.array([each.value for each in known])
+    line = "-" if cells[0].kind == "related" else DASHED
+    axes.plot(x, y, color=look.color, ls=line, marker=look.marker, ms=3.5)
+    low, high = (100.0 * np.array([getattr(e, end) for e in known]) for end in ("low", "high"))
+    axes.vlines(x, low, high, color=look.color, lw=0.5, ls=line, alpha=0.5)
+    return True
+
+
+# ---------------------------------------------------------------------- all of them
+
+
+def draw_all(out: Path | str, *, columns: int = 6) -> list[Path]:
+    """Draw everything that a run's folder has the data for, into its ``figures``.
+
+    Parameters
+    ----------
+    out : Path or str
+        Folder of the run.
+    columns : int
+        Images in a row of a grid.
+
+    Returns
+    -------
+    list of Path
+        What was written.
+
+    Raises
+    ------
+    OSError
+        If there are no images, or a file cannot be read or written.
+    ValueError
+        If a file is damaged, or the images were not measured.
+    """
+    folder = RunFolder(Path(out))
+    records = store.read_table(folder)
+    written: list[Path] = []
+
+    def keep(stem: str, figure: Figure) -> None:
+        written.append(folder.figures / f"{stem}.png")
+        save(figure, written[-1])
+
+    keep("similarities", similarities(records))
+    if any(record.get("presence") for record in records):
+        keep("detections", detections(records))
+    for rule in METHODS:
+        if rule not in ("np", "perp-neg") and any(record["rule"] == rule for record in records):
+            keep(f"scales_{rule}", scales(records, rule))
+    for prompt in dict.fromkeys(record["prompt"] for record in records):
+        name = file_name(prompt)
+        if _followed(records, prompt):
+            keep(f"paths_{name}", paths(records, prompt, folder.path))
+        for kind in KINDS:
+            if _has(records, {"prompt": prompt, "kind": kind}):
+                keep(f"grid_{name}_{kind}", grid(records, prompt, kind, out, columns=columns))
+    return written
+
+
+def _has(records: Sequence[Record], fields: Mapping[str, str]) -> bool:
+    return any(all(r[name] == value for name, value in fields.items()) for r in records)

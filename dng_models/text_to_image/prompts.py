@@ -1,0 +1,226 @@
+"""The prompts of the experiment: what is drawn, what is avoided, and with which numbers.
+
+Each positive prompt has two negatives.  The related one names things that belong in the picture and
+should go; the unrelated one names what would not have been there, so that an ideal rule leaves the
+picture as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dng_math import _checks
+
+TEXTS = ("name", "prompt", "related", "unrelated")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A positive prompt with its two negatives and the hyperparameters of its guidance.
+
+    Parameters
+    ----------
+    name : str
+        Short, for tables, figures and files.
+    prompt, related, unrelated : str
+        The texts; commas in a negative separate its concepts.
+    prior, temperature, offset : float
+        Of DNG's tracker (arXiv 2410.14398, Eq. 12), for steps as the paper takes them.
+    np_scale, dng_scale : float
+        Guidance scales at which negative prompting and DNG do about equally much; the default
+        sweep takes fractions of them.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the field, its value and what is allowed.
+    """
+
+    name: str
+    prompt: str
+    related: str
+    unrelated: str
+    prior: float = 0.01
+    temperature: float = 0.2
+    offset: float = 0.003
+    np_scale: float = 2.55
+    dng_scale: float = 21.0
+
+    def __post_init__(self) -> None:
+        for field in TEXTS:
+            text = getattr(self, field)
+            if not isinstance(text, str):
+                raise TypeError(f"{field} must be a text, got {text!r}")
+            if not text.strip():
+                raise ValueError(f"{field} must be a text that is not empty, got {text!r}")
+        for field in ("related", "unrelated"):
+            if not split(getattr(self, field)):
+                raise ValueError(
+                    f"{field} must name at least one concept, got {getattr(self, field)!r}"
+                )
+        numbers = {
+            "prior": _checks.real("prior", self.prior, "in (0, 1)", 0.0, 1.0, closed="()"),
+            "temperature": _checks.non_negative("temperature", self.temperature),
+            "offset": _checks.finite("offset", self.offset),
+            "np_scale": _checks.positive("np_scale", self.np_scale),
+            "dng_scale": _checks.positive("dng_scale", self.dng_scale),
+        }
+        for field, number in numbers.items():
+            object.__setattr__(self, field, number)
+
+    def negative(self, kind: str) -> str:
+        """The text of the "related" or "unrelated" negative."""
+        _checks.choice("kind", kind, ("related", "unrelated"))
+        return self.related if kind == "related" else self.unrelated
+
+
+def split(negative: str) -> tuple[str, ...]:
+    """The concepts of a negative prompt: what its commas separate."""
+    return tuple(part for each in negative.split(",") if (part := each.strip()))
+
+
+# Of Koulischer et al. (ICLR 2025), for Stable Diffusion 2.
+PAPER: tuple[Prompt, ...] = (
+    Prompt(
+        name="medieval feast",
+        prompt="A grand medieval feast set in a great hall, filled with long tables covered in "
+        "bountiful platters of food, goblets, and flickering light, with knights and nobles "
+        "enjoying the lavish spread.",
+        related="Chalices, candles",
+        unrelated="Kids playing football",
+        prior=0.01,
+        temperature=0.2,
+        offset=0.004,
+        np_scale=3.4,
+        dng_scale=27.0,
+    ),
+    Prompt(
+        name="dinner table",
+        prompt="A beautifully set dinner table, with elegant arrangements, a variety of enticing "
+        "dishes, and delicate decor that speaks to the sophistication of the meal.",
+        related="Flowers, wine glasses",
+        unrelated="A person wearing sunglasses",
+        prior=0.01,
+        temperature=0.3,
+        offset=0.003,
+        np_scale=1.7,
+        dng_scale=12.0,
+    ),
+    Prompt(
+        name="art workshop",
+        prompt="An inspiring art workshop filled with creativity, featuring a wide range of tools "
+        "and materials used by participants working on their individual projects.",
+        related="Paintbrush, canvases",
+        unrelated="A bicycle in the rain",
+        prior=0.01,
+        temperature=0.2,
+        offset=0.002,
+        np_scale=1.7,
+        dng_scale=27.0,
+    ),
+    Prompt(
+        name="antique store",
+        prompt="A charming antique store with shelves and tables filled with unique and historical "
+        "treasures, offering a glimpse into the past.",
+        related="Lamps, old books",
+        unrelated="An electric toothbrush",
+        prior=0.01,
+        temperature=0.2,
+        offset=0.004,
+        np_scale=2.55,
+        dng_scale=21.0,
+    ),
+    Prompt(
+        name="English breakfast",
+        prompt="A classic British breakfast, featuring a diverse selection of cooked delights, "
+        "perfect for a filling and flavorful start to the day.",
+        related="Egg, sausage",
+        unrelated="The view of a skyline",
+        prior=0.01,
+        temperature=0.3,
+        offset=0.003,
+        np_scale=3.4,
+        dng_scale=18.0,
+    ),
+)
+
+
+def load(source: str) -> tuple[Prompt, ...]:
+    """The prompts of the paper, or of a file.
+
+    Parameters
+    ----------
+    source : str
+        "paper", or a JSON file with a list of objects that have the fields of :class:`Prompt`:
+        ``name``, ``prompt``, ``related`` and ``unrelated``; the numbers may be left out.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError, TypeError
+        If it is no such list; naming the entry and the field.
+    """
+    if source == "paper":
+        return PAPER
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"prompts must be 'paper' or a JSON file of prompts, and there is no file {source}"
+        )
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"prompts must be a JSON file, and {path} is not ({error})") from None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(
+            f"{path} must hold a list of at least one prompt, as [{{'name': ..., 'prompt': ..., "
+            "'related': ..., 'unrelated': ...}], got "
+            f"{'an empty list' if entries == [] else type(entries).__name__}"
+        )
+    prompts = tuple(from_json(entry, f"{path}, prompt {i}") for i, entry in enumerate(entries, 1))
+    check_names(prompts)
+    return prompts
+
+
+def from_json(entry: Any, where: str) -> Prompt:
+    """A prompt from the fields of its JSON object; errors say where it is."""
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"{where}: must be an object, got {entry!r}")
+    fields = [field.name for field in dataclasses.fields(Prompt)]
+    unknown = sorted(entry.keys() - set(fields))
+    missing = [field for field in TEXTS if field not in entry]
+    if unknown:
+        raise ValueError(
+            f"{where}: there is no field {', '.join(map(repr, unknown))}; fields are "
+            f"{', '.join(fields)}"
+        )
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} must be given")
+    try:
+        return Prompt(**entry)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def check_names(prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts whose files would have one name."""
+    seen: dict[str, str] = {}
+    for prompt in prompts:
+        key = file_name(prompt.name)
+        if key in seen:
+            raise ValueError(
+                f"name must be another for each prompt, got {seen[key]!r} and {prompt.name!r}"
+            )
+        seen[key] = prompt.name
+
+
+def file_name(name: str) -> str:
+    """A name as the name of a folder."""
+    kept = "".join(c if c.isalnum() else " " for c in name.lower())
+    return "-".join(kept.split()) or "prompt"

@@ -1,0 +1,170 @@
+"""How alike two images are, and whether a concept is in one, by CLIP (arXiv 2103.00020).
+
+Similarity is the cosine of the projected image embeddings (CLIP's ``image_embeds``) of a guided
+image and the unguided one of the same seed: how invasive guidance was.  It does not tell whether
+what was to go is gone, which the paper leaves open; a detector does, zero-shot by default.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from torch import Tensor
+
+from dng_models.text_to_image.config import DEFAULT_CLIP, TINY
+from dng_models.tiny import tiny_clip
+
+Array = NDArray[np.float64]
+Images = Sequence[Image.Image]
+
+
+class Detector(Protocol):
+    """Whatever tells concepts in images."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the records."""
+        ...
+
+    def __call__(self, images: Images, concepts: Sequence[str]) -> ArrayLike:
+        """Probabilities, shape (N, K), that each of K concepts is in each of N images."""
+        ...
+
+
+class Clip:
+    """A CLIP model: embeddings of unit length.
+
+    Parameters
+    ----------
+    model, processor
+        transformers' ``CLIPModel`` and ``CLIPProcessor``.
+    name : str
+        In the records.
+    device : torch.device or str
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, name: str, device: torch.device | str = "cpu"
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.processor = processor
+        self.name = name
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def images(self, images: Images) -> Array:
+        """Embeddings of images, shape (N, F)."""
+        pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
+        return _unit(self.model.visual_projection(pooled))
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Array:
+        """Embeddings of texts, shape (K, F)."""
+        tokens = self.processor.tokenizer(
+            list(texts), padding=True, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        pooled = self.model.text_model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).pooler_output
+        return _unit(self.model.text_projection(pooled))
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """Factor of a cosine in CLIP's softmax."""
+        return float(self.model.logit_scale.detach().exp())
+
+
+def _unit(embeddings: Tensor) -> Array:
+    values = embeddings.double().cpu().numpy()
+    unit: Array = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return unit
+
+
+class ZeroShot:
+    """Zero-shot detection: "a photo of X" against "a photo", a softmax of CLIP's cosines.
+
+    Which of two texts fits better is all that it tells: compare its numbers with those of the
+    unguided images rather than with 0 or 1.
+
+    Parameters
+    ----------
+    clip : Clip
+    template, neutral : str
+        Text with ``{}`` for the concept, and what it is compared with.
+
+    Raises
+    ------
+    ValueError
+        If the template has no place for the concept.
+    """
+
+    def __init__(
+        self, clip: Clip, template: str = "a photo of {}", neutral: str = "a photo"
+    ) -> None:
+        if "{}" not in template:
+            raise ValueError(f"template must have {{}} for the concept, got {template!r}")
+        self.clip = clip
+        self.template = template
+        self.neutral = neutral
+
+    @property
+    def name(self) -> str:
+        """CLIP's, with what it is asked."""
+        return f"{self.clip.name}: {self.template!r} against {self.neutral!r}"
+
+    def __call__(self, images: Images, concepts: Sequence[str]) -> Array:
+        """Probabilities, shape (N, K), each between its concept and the neutral text."""
+        texts = [self.template.format(concept.lower()) for concept in concepts]
+        embeddings = self.clip.texts([*texts, self.neutral])
+        cosines = self.clip.images(images) @ embeddings.T
+        against = self.clip.logit_scale * (cosines[:, -1:] - cosines[:, :-1])
+        probabilities: Array = 1.0 / (1.0 + np.exp(np.minimum(against, 700.0)))
+        return probabilities
+
+
+def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
+    """A CLIP model from the hub, of a folder, or the tiny one.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not on this machine and cannot be had, saying what to download.
+    """
+    if name == TINY:
+        return Clip(*tiny_clip(), name, device)
+    from transformers import CLIPModel, CLIPProcessor
+
+    def load(**where: bool) -> Clip:
+        model = CLIPModel.from_pretrained(name, **where)
+        return Clip(model, CLIPProcessor.from_pretrained(name, **where), name, device)
+
+    try:
+        return load(local_files_only=True)
+    except (OSError, ValueError) as missing:
+        if Path(name).exists():
+            reason = textwrap.shorten(str(missing), 120, placeholder=" ...")
+            raise FileNotFoundError(f"there is no CLIP model in {name} ({reason})") from missing
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"the CLIP model {name!r} is not on this machine and could not be downloaded. Where "
+            f"there is a network: 'hf download {name}' (older: huggingface-cli download). Or give "
+            f"--clip DIR, the folder of any CLIP model such as {DEFAULT_CLIP}"
+        ) from error
+
+
+def load_detector(name: str, clip: Clip) -> Detector | None:
+    """The detector of a name: "clip" with the given model, "none", or another CLIP model."""
+    if name == "none":
+        return None
+    return ZeroShot(clip if name in ("clip", clip.name) else load_clip(name, clip.device))

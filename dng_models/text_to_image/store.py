@@ -1,0 +1,272 @@
+"""What a run leaves in its folder, and how it survives whatever ends the process.
+
+Every image is a PNG file and then a line of JSON, flushed to the disk, in a file of the process
+that drew it.  When all are there the lines are merged, sorted, into ``images.jsonl``, which holds
+nothing that depends on when, how often interrupted, or by how many processes it was made.  A line
+that was torn, and an image without a line or with another digest than its line says, is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dng_models.class_removal import files
+from dng_models.text_to_image.config import Config, Point, check_same
+
+Record = dict[str, Any]
+SCORES = ("clip_cosine", "presence", "measured_by")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of a run lies.
+
+    Parameters
+    ----------
+    path : Path
+        The folder, made when something is written.
+    """
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """What all images have in common, and the versions of what made them."""
+        return self.path / "run.json"
+
+    @property
+    def table(self) -> Path:
+        """The images, one a line."""
+        return self.path / "images.jsonl"
+
+    @property
+    def work(self) -> Path:
+        """The lines that are not in the table yet."""
+        return self.path / "work"
+
+    @property
+    def figures(self) -> Path:
+        """The plots."""
+        return self.path / "figures"
+
+    def lines_of(self, process: int) -> Path:
+        """The file that a process adds its lines to."""
+        return self.work / f"{process:04d}.jsonl"
+
+    def image(self, point: Point, image: int) -> Path:
+        """Where an image is."""
+        return self.path / image_name(point, image)
+
+
+def image_name(point: Point, image: int) -> str:
+    """The file of an image, within the folder of the run."""
+    return f"images/{point.key}/{image:06d}.png"
+
+
+def strip_name(point: Point) -> str:
+    """The file of the way of a point's first image through time."""
+    return f"paths/{point.key}.png"
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def open_run(folder: RunFolder, config: Config, versions: Mapping[str, str]) -> None:
+    """Write the settings of a run, or make sure that they are those of the images that are there.
+
+    New prompts are added; versions that were not seen before too.  Settings of which there are no
+    images yet bind nobody.
+
+    Raises
+    ------
+    ValueError
+        If a setting differs, naming it, or the file is damaged.
+    """
+    now = config.to_json() | {"versions": [dict(versions)]}
+    before, drawn = read_settings(folder), read_records(folder)
+    if before is not None and drawn:
+        check_same(config, before, folder.path)
+        now["prompts"] = before["prompts"] | now["prompts"]
+        if dict(versions) in before["versions"]:
+            now["versions"] = before["versions"]
+        else:
+            now["versions"] = [*before["versions"], dict(versions)]
+    elif drawn:
+        raise ValueError(
+            f"{folder.path} has images, and {folder.settings.name}, which says how they were "
+            "made, is gone: use another --out"
+        )
+    if now != before:
+        # Not sorted: prompts keep their order, which the figures follow.
+        files.write_text(folder.settings, json.dumps(now, indent=2, allow_nan=False) + "\n")
+
+
+def read_settings(folder: RunFolder) -> dict[str, Any] | None:
+    """What :func:`open_run` wrote, None where nothing was.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged.
+    """
+    if not folder.settings.is_file():
+        return None
+    found = files.read_json(folder.settings)
+    if not isinstance(found, dict) or {"settings", "prompts", "versions"} - found.keys():
+        raise ValueError(f"{folder.settings} does not hold the settings of a run: remove it")
+    return found
+
+
+# ---------------------------------------------------------------------- lines
+
+
+def repair(folder: RunFolder) -> None:
+    """Keep what is whole: lines that end, of images that are as their lines say.
+
+    By one process, before others read or write.
+
+    Raises
+    ------
+    ValueError
+        If a line other than a torn last one is damaged.
+    """
+    if not folder.path.is_dir():
+        return
+    records = read_records(folder).values()
+    sound = [record for record in records if _is_whole(folder.path / record["file"], record)]
+    if sound or folder.table.is_file() or folder.work.is_dir():
+        write_table(folder, sound)
+
+
+def _is_whole(path: Path, record: Record) -> bool:
+    return path.is_file() and digest(path) == record["sha256"]
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line and wait until it is on the disk.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, naming the file; what was written of it is cut off.
+    """
+    line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.stat().st_size if path.is_file() else 0
+    try:
+        with path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if path.is_file():
+            os.truncate(path, before)
+        raise type(error)(
+            error.errno, f"no line was added to {path}: {error.strerror or error}"
+        ) from error
+
+
+def read_records(folder: RunFolder) -> dict[str, Record]:
+    """What is known of every image, by its file.
+
+    Measurements count for the images that they were made of only.
+
+    Raises
+    ------
+    ValueError
+        If a line other than a torn last one is damaged, naming it.
+    """
+    drawn: dict[str, Record] = {}
+    measured: dict[str, Record] = {}
+    for path in [folder.table, *sorted(folder.work.glob("*.jsonl"))]:
+        for record in _lines(path):
+            scores = {name: record.pop(name) for name in SCORES if name in record}
+            if "sha256" in record:
+                drawn[record["file"]] = record
+            if scores:
+                measured[record["file"]] = scores
+    for name, scores in measured.items():
+        if name in drawn and scores["measured_by"]["of"] == _measured_digests(drawn, drawn[name]):
+            drawn[name] |= scores
+    return drawn
+
+
+def _measured_digests(records: Mapping[str, Record], record: Record) -> list[str | None]:
+    """Of an image and of the unguided one of its seed: what measurements are made of."""
+    unguided = records.get(record["unguided"], {})
+    return [record["sha256"], unguided.get("sha256")]
+
+
+def _lines(path: Path) -> Iterable[Record]:
+    data = path.read_bytes() if path.is_file() else b""
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            record["file"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{path}, line {number} is no line of an image: remove it, and the image is drawn "
+                "again"
+            ) from None
+        yield record
+
+
+def order(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the table is sorted by."""
+    unguided = record["kind"] == "none"
+    return (
+        *(record["prompt"], not unguided, record["rule"], record["kind"]),
+        *(record["guidance_scale"], record["image"]),
+    )
+
+
+def write_table(folder: RunFolder, records: Iterable[Record]) -> None:
+    """Write the sorted table, whole or not at all, and then drop the lines that it replaces."""
+    lines = [
+        json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+        for record in sorted(records, key=order)
+    ]
+    files.write_text(folder.table, "".join(lines))
+    for path in folder.work.glob("*.jsonl"):
+        path.unlink()
+    if folder.work.is_dir() and not any(folder.work.iterdir()):
+        folder.work.rmdir()
+
+
+def read_table(folder: RunFolder) -> list[Record]:
+    """All images of a run, from the table and from what is not in it yet.
+
+    In the order of the prompts of ``run.json``, then as the table.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    ValueError
+        If a file is damaged.
+    """
+    prompts = list((read_settings(folder) or {"prompts": {}})["prompts"])
+    records = sorted(
+        read_records(folder).values(),
+        key=lambda record: (
+            prompts.index(record["prompt"]) if record["prompt"] in prompts else len(prompts),
+            *order(record),
+        ),
+    )
+    if not records:
+        raise FileNotFoundError(
+            f"there are no images in {folder.path}: {folder.table.name} is missing, which "
+            "'python -m dng_models.text_to_image generate' writes"
+        )
+    return records
+
+
+def digest(path: Path) -> str:
+    """Sixteen hexadecimal digits of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
