@@ -5,8 +5,8 @@ the scheduler's or the tracker's: steps that are finite, of some order, with the
 posterior or less.  With that noise (the first group of rows) more steps help, whatever the
 scheduler.  With less they do not (the second), unless the divergence that the tracker lacks is
 estimated (the third).  What many steps leave with Stable Diffusion's betas was there at the start:
-they keep some signal at T, so that p(c|x_T) is not the prior.  Flow matching starts from noise
-alone.
+they keep some signal at T, so that p(c|x_T) is not the prior.  Flow matching, and betas that are
+rescaled to no signal at T, start from noise alone.
 """
 
 from __future__ import annotations
@@ -89,6 +89,16 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     ),
     r"less noise, $\eta<1$; divergence estimated": (
         Row(r"DDIM, $\eta=0$", "DDIMScheduler", {"clip_sample": False}, probes=PROBES),
+        Row(
+            r"DDIM, $\eta=0$, no signal at $T$",
+            "DDIMScheduler",
+            {
+                "clip_sample": False,
+                "rescale_betas_zero_snr": True,
+                "prediction_type": "v_prediction",
+            },
+            probes=PROBES,
+        ),
         Row("flow Euler", "FlowMatchEulerDiscreteScheduler", {}, probes=PROBES),
     ),
 }
