@@ -36,6 +36,7 @@ from dng_models.transition import SchedulerRun, scheduler_run
 
 # How far a timestep may lie from one of the scheduler's: float32 of numbers up to 1000.
 SAME_TIMESTEP = 1e-3
+BLOCK = 2**18  # numbers at a time
 
 
 class MixtureDenoiser(nn.Module):
@@ -202,7 +203,7 @@ class MixtureDenoiser(nn.Module):
         -------
         Tensor, shape (B,), float64
         """
-        log_joint, _ = self._components(x, *self.noise_level(timestep))
+        log_joint = self._log_joint(x.flatten(1).double(), *self.noise_level(timestep))
         chosen = self._on(x.device)["chosen"][self._place(concept)]
         return torch.logsumexp(log_joint + chosen, -1) - torch.logsumexp(log_joint, -1)
 
@@ -230,10 +231,19 @@ class MixtureDenoiser(nn.Module):
             "flow": (1.0, -1.0),
         }[self._current().prediction]
         constants = self._on(x.device)
-        log_joint, scaled = self._components(x, alpha, sigma)
+        flat = x.flatten(1).double()
+        log_joint = self._log_joint(flat, alpha, sigma)
         shares = torch.softmax(log_joint + constants["chosen"][places], -1)
-        along = scaled * (of_eps * sigma + of_x0 * alpha * constants["variances"])
-        prediction = self._mean(shares, along) + of_x0 * (shares @ constants["means"])
+        means, variances = constants["means"], constants["variances"]
+        factors = (of_eps * sigma + of_x0 * alpha * variances) / (alpha**2 * variances + sigma**2)
+        if "axes" in constants:
+            axes = constants["axes"]
+            apart = torch.einsum("bkd,kde->bke", flat[:, None] - alpha * means, axes)
+            prediction = torch.einsum("bk,bke,kde->bd", shares, apart * factors, axes)
+        else:
+            # sum_k r_k f_k (x - alpha m_k), as two products of matrices.
+            prediction = (shares @ factors) * flat - alpha * (shares @ (factors * means))
+        prediction = prediction + of_x0 * (shares @ means)
         return prediction.reshape(x.shape).to(x.dtype)
 
     def forward(
@@ -296,25 +306,20 @@ class MixtureDenoiser(nn.Module):
             self._constants = {name: value.to(device) for name, value in self._constants.items()}
         return self._constants
 
-    def _components(self, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
-        """log w_k p_k(x), (B, K), and V_k^-1 (x - alpha m_k) along each one's axes, (B, K, D)."""
+    def _log_joint(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        """log w_k p_k(x) up to a constant, (B, K), of x (B, D)."""
         constants = self._on(x.device)
-        apart = x.flatten(1).double()[:, None] - alpha * constants["means"]
-        if "axes" in constants:
-            apart = torch.einsum("bkd,kde->bke", apart, constants["axes"])
         variances = alpha**2 * constants["variances"] + sigma**2
-        scaled = apart / variances
-        log_joint = constants["log_weights"] - 0.5 * (
-            (apart * scaled).sum(-1) + variances.log().sum(-1)
-        )
-        return log_joint, scaled
-
-    def _mean(self, shares: Tensor, along_axes: Tensor) -> Tensor:
-        """Mean over components of vectors (B, K, D), in the latents' coordinates, (B, D)."""
-        constants = self._on(shares.device)
-        if "axes" in constants:
-            return torch.einsum("bk,bke,kde->bd", shares, along_axes, constants["axes"])
-        return torch.einsum("bk,bkd->bd", shares, along_axes)
+        squares = []
+        # Some components at a time: all differences of a data set would not fit into the cache.
+        size = max(1, BLOCK // x.numel())
+        for start in range(0, len(variances), size):
+            some = slice(start, start + size)
+            apart = x[:, None] - alpha * constants["means"][some]
+            if "axes" in constants:
+                apart = torch.einsum("bkd,kde->bke", apart, constants["axes"][some])
+            squares.append((apart.square() / variances[some]).sum(-1))
+        return constants["log_weights"] - 0.5 * (torch.cat(squares, 1) + variances.log().sum(-1))
 
 
 class MixtureTransformer(MixtureDenoiser):

@@ -16,6 +16,7 @@ from figures import (
     class_removal,
     class_removal_networks,
     guidance_1d,
+    pipeline_digits,
     posterior_tracking,
     schedulers,
     score_fields,
@@ -32,6 +33,7 @@ FIGURES: dict[str, ModuleType] = {
     "tracker_steps": tracker_steps,
     "class_removal": class_removal,
     "class_removal_networks": class_removal_networks,
+    "pipeline_digits": pipeline_digits,
     "schedulers": schedulers,
 }
 FORMATS = ("png", "svg")

@@ -1,0 +1,157 @@
+"""DNG in a Stable Diffusion pipeline whose network is the exact diffusion model of the digits.
+
+The pipeline, its scheduler and its loop are those of diffusers; only the network is a mixture on
+scikit-learn's digits, which answers the prompt "a digit" and the negative prompt "a 0" without
+error.  So what is seen is what guidance does, image by image and step by step, and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from dng_math import NegativePrompting, Unguided
+from dng_math.guidance import Rule
+from figures import digits, style
+
+Array = NDArray[np.float64]
+
+PAPER = "5, 12"
+TITLE = "Guidance in a diffusers pipeline, image by image (needs torch and diffusers)"
+NEEDS = ("torch", "diffusers", "transformers")
+
+FORBIDDEN = 0
+STEPS = 50
+SCALE, PRIOR = 1.0, 0.1
+CONSTANT = 0.5  # of negative prompting: half of what already leaves no 0
+SHOWN = {True: 3, False: 7}  # images that would be a 0, and that would not
+CHANGED = 0.3  # root mean square difference from which on a pixel's change is seen, of [-1, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """N images by M methods; the first method is unguided, the last DNG."""
+
+    labels: tuple[str, ...]
+    images: Array  # (M, N, 64)
+    forbidden: NDArray[np.bool_]  # (M, N): whether it is a 0, by the exact posterior
+    time: Array  # (S,)
+    scale: Array  # (S, N), of DNG
+
+    @property
+    def changed(self) -> NDArray[np.bool_]:
+        """Which images of each method are not those without guidance, (M, N)."""
+        distance = np.sqrt(np.mean((self.images - self.images[:1]) ** 2, axis=-1))
+        return distance > CHANGED
+
+    @property
+    def columns(self) -> NDArray[np.int64]:
+        """Images to show: those that would be a 0 first."""
+        kinds = [np.flatnonzero(self.forbidden[0] == kind)[:n] for kind, n in SHOWN.items()]
+        return np.concatenate(kinds)
+
+
+def compute(quick: bool = False, seed: int = 0) -> Data:
+    """The same seeds without guidance, with a constant scale, and with DNG."""
+    import torch
+    from diffusers import DDPMScheduler
+
+    from dng_models import DynamicNegative, apply_guidance
+    from dng_models.exact import mixture_pipeline
+
+    n = 32 if quick else 64
+    mixture = digits.memorised()
+    zeros = np.flatnonzero(digits.load()[1] == FORBIDDEN)
+    scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing", steps_offset=1)
+    side = digits.SIDE
+    pipe = mixture_pipeline(mixture, [zeros.tolist()], (1, side, side), scheduler)
+    rules: dict[str, Rule] = {
+        "unguided": Unguided(),
+        f"NP, {CONSTANT:g}": NegativePrompting(CONSTANT),
+        "DNG": DynamicNegative(SCALE, PRIOR, tracker="log_odds"),
+    }
+    images, forbidden, traces = [], [], []
+    for rule in rules.values():
+        generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(n)]
+        with apply_guidance(pipe, rule) as trace:
+            found = pipe(
+                **pipe.unet.prompts(n),
+                guidance_scale=2.0,
+                num_inference_steps=STEPS,
+                generator=generators,
+                output_type="latent",
+            ).images
+        images.append(found.flatten(1).double().numpy())
+        forbidden.append(mixture.log_posterior(images[-1], zeros) > np.log(0.5))
+        traces.append(trace)
+    dynamic = traces[-1]
+    return Data(
+        tuple(rules), np.stack(images), np.stack(forbidden), dynamic.time, dynamic.scale.numpy()
+    )
+
+
+@style.applied
+def draw(data: Data) -> dict[str, Figure]:
+    """One figure: a column an image, a row a method, and DNG's scale below."""
+    columns = data.columns
+    methods = len(data.labels)
+    figure = Figure(figsize=(style.WIDTH, 3.7), layout="constrained")
+    axes = figure.subplots(
+        methods + 1, len(columns), squeeze=False, height_ratios=[1.0] * methods + [1.5]
+    )
+    for row, (label, images) in enumerate(zip(data.labels, data.images, strict=True)):
+        for panel, image in zip(axes[row], columns, strict=True):
+            _show(panel, images[image], bool(data.forbidden[row, image]))
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
+    top = 1.1 * max(CONSTANT, float(data.scale[:, columns].max()))
+    for i, (panel, image) in enumerate(zip(axes[-1], columns, strict=True)):
+        panel.axhline(CONSTANT, **_look(style.NP))
+        panel.plot(data.time, data.scale[:, image], **_look(style.DNG_LOG_ODDS))
+        panel.set(xlim=(1.0, 0.0), ylim=(0.0, top), xticks=[1, 0])
+        if i:
+            panel.set_yticklabels([])
+    axes[-1, 0].set_ylabel("scale λ", rotation=0, ha="right", va="center", labelpad=6)
+    figure.supxlabel("diffusion time t/T: noise at 1, image at 0", size=8)
+    handles = [
+        Rectangle((0, 0), 1, 1, fill=False, ec=style.FORBIDDEN, lw=1.5, label="a 0"),
+        *axes[-1, 0].get_lines(),
+    ]
+    handles[1].set_label("negative prompting: constant")
+    handles[2].set_label("DNG: p(c | x) decides")
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return {"pipeline_digits": figure}
+
+
+def _look(method: style.Method) -> dict[str, Any]:
+    return {"color": method.color, "linestyle": method.linestyle}
+
+
+def _show(panel: Any, image: Array, forbidden: bool) -> None:
+    panel.imshow(image.reshape(digits.SIDE, digits.SIDE), cmap="gray_r", vmin=-1.0, vmax=1.0)
+    panel.set(xticks=[], yticks=[])
+    for spine in panel.spines.values():
+        spine.set_visible(forbidden)
+        spine.set(color=style.FORBIDDEN, linewidth=1.5)
+
+
+def summary(data: Data) -> str:
+    """What was left of the forbidden digit, and what became of the others."""
+    others = ~data.forbidden[0]
+    lines = [f"{data.images.shape[1]} images, {STEPS} steps"]
+    for row, label in enumerate(data.labels):
+        changed = data.changed[row, others].sum()
+        lines.append(
+            f"  {label:10} zeros {data.forbidden[row].sum()}; others changed {changed} "
+            f"of {others.sum()}"
+        )
+    strongest = data.scale.max(axis=0)
+    lines.append(
+        f"  strongest scale of DNG, median: where a 0 appears "
+        f"{np.median(strongest[~others]):.2f}, elsewhere {np.median(strongest[others]):.2f}"
+    )
+    return "\n".join(lines)
