@@ -380,11 +380,16 @@ class _Hook(ModelHook):  # type: ignore[misc]
         """What to call the network with, and what to make of its output."""
         raise NotImplementedError
 
+    def _prepared(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+        return self.prepare(module, _named(module, args, kwargs))
+
     # Only the network is anybody's to compile: not this frame, and nothing around the call.
     @_frame_not_compiled
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In place of the network's forward."""
-        inputs, finish = _not_compiled(self.prepare)(module, _named(module, args, kwargs))
+        inputs, finish = _not_compiled(self._prepared)(module, args, kwargs)
         output = self.call(module, inputs)
         return _not_compiled(finish)(output)
 

@@ -78,6 +78,7 @@ def fresh(monkeypatch, tmp_path):
     torch._dynamo.reset()
     # Plain C++, and no header built beforehand: two functions are compiled here, not hundreds.
     plain = {"cpp_cache_precompile_headers": False, "cpp.simdlen": 1}
+    plain = {name: value for name, value in plain.items() if name in inductor_config._config}
     with inductor_config.patch(plain):
         yield
     torch._dynamo.reset()
@@ -376,7 +377,8 @@ def test_a_bad_argument_is_refused_under_compilation_too(fresh):
     plan = PLANS["dng"]
     x, eps = draw("x", "eps")
     fast, _ = compiled(lambda: dng_step(plan, 3, x, eps, eps[..., :3], seed=1), "aot_eager")
-    with pytest.raises(Exception, match="eps_neg must have the shape of x"):
+    # Before torch 2.8 the compiler said only what kind of error it had met.
+    with pytest.raises(Exception, match="eps_neg must have the shape of x|class 'ValueError'"):
         fast()
 
 

@@ -149,8 +149,10 @@ def test_a_killed_process_loses_a_batch_and_no_more(materials, undisturbed):
     ]
     code = f"""
 import os, signal
+import torch
 from dng_models.class_removal import files
 from dng_models.class_removal.__main__ import main
+torch.set_num_threads(1)  # as in the process that made the table to compare with
 save, calls = files.save_tensors, []
 def killing(path, *rest):
     save(path, *rest)
@@ -163,7 +165,6 @@ main({arguments!r})
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
