@@ -10,11 +10,11 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dng_math.schedules import TRACKER_VARIANCES
+from dng_models import command_line
 from dng_models.class_removal.config import (
     CALIBRATION_PATHS,
     DEFAULT_METHODS,
@@ -32,7 +32,6 @@ from dng_models.class_removal.config import (
 
 PROGRAM = "python -m dng_models.class_removal"
 PARTS = ("base", "class", "conditional", "classifier")
-USER_ERROR, INTERRUPTED = 2, 130
 STEPS = f"{FEWER_FOR_DIGITS['steps']} for digits, else {Config.steps}"
 BATCH_SIZES = f"{FEWER_FOR_DIGITS['batch_size']} for digits, else {Config.batch_size}"
 
@@ -73,11 +72,6 @@ examples:
   %(prog)s train --dataset mnist --forget 0
   %(prog)s sweep --dataset mnist --forget 0 --rules none np dng-paper --scale 0.5 1 2
 """
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
 
 
 # ---------------------------------------------------------------------- options
@@ -361,29 +355,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} COMMAND [option ...]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=_Formatter,
-    )
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS
-    )
-
-    def command(name: str, text: str, examples: str, needs: str = "") -> argparse.ArgumentParser:
-        shown = "\n".join(f"  {PROGRAM} {name} {line}".rstrip() for line in examples.splitlines())
-        added: argparse.ArgumentParser = commands.add_parser(
-            name,
-            prog=f"{PROGRAM} {name}",
-            usage=f"{PROGRAM} {name} {needs}[option ...]",
-            description=text,
-            epilog=f"examples:\n{shown}",
-            formatter_class=_Formatter,
-        )
-        return added
-
+    parser, command = command_line.commands_of(PROGRAM, DESCRIPTION, EPILOG)
     run = command(
         "run",
         "Train what is missing, calibrate, sweep, plot, and print the table.\n\n"
@@ -573,22 +545,7 @@ def _each_option(group: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    given = make_parser().parse_args(arguments)
-    try:
-        commands = import_module("dng_models.class_removal.commands")
-        getattr(commands, f"{given.command}_command")(given)
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted; nothing is lost, and the same command goes on from here",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if given.debug:
-            raise
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+    return command_line.run(PROGRAM, make_parser(), "dng_models.class_removal.commands", arguments)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
@@ -35,6 +33,7 @@ from dng_models.class_removal.data import Dataset, load_dataset
 from dng_models.class_removal.evaluate import Reference
 from dng_models.class_removal.pretrained import Pretrained, load_denoiser
 from dng_models.metrics import FrechetInception
+from dng_models.processes import Place
 from dng_models.sampling import Denoiser, Labelled, Samples, sample
 
 SMALL_SIDE = 28
@@ -86,7 +85,7 @@ class Generated:
     mean_scale: Tensor
 
 
-class Materials:
+class Materials(Place):
     """What settings need besides themselves; each thing is loaded once.
 
     Parameters
@@ -106,31 +105,10 @@ class Materials:
         device: torch.device | str | None = None,
         inception: Path | str | None = None,
     ) -> None:
+        super().__init__(device)
         self.folder = folder
         self._inception = inception
-        self._device = device
         self._loaded: dict[Any, Any] = {}
-
-    @cached_property
-    def processes(self) -> PartialState:
-        """The process and those beside it, which ``accelerate launch`` started."""
-        on_cpu = self._device is not None and self.device.type == "cpu"
-        return PartialState(cpu=True) if on_cpu else PartialState()
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the networks run."""
-        if self._device is None:
-            return torch.device(self.processes.device)
-        try:
-            device = torch.device(self._device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"device must be one that is here, got {str(self._device)!r} "
-                f"({str(error).splitlines()[0]})"
-            ) from None
-        return device
 
     @contextmanager
     def threads(self, config: Config) -> Iterator[None]:

@@ -10,10 +10,10 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dng_models import command_line
 from dng_models.text_to_image.config import (
     DEFAULT_CLIP,
     DTYPES,
@@ -24,7 +24,6 @@ from dng_models.text_to_image.config import (
 )
 
 PROGRAM = "python -m dng_models.text_to_image"
-USER_ERROR, INTERRUPTED = 2, 130
 BATCH_SIZE = 4
 
 DESCRIPTION = """\
@@ -62,11 +61,6 @@ examples:
   %(prog)s run --model stabilityai/stable-diffusion-2 --out runs/sd2
   %(prog)s run --model DIR --only "dinner table" --rules np dng sld --num-images 8
 """
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
 
 
 # ---------------------------------------------------------------------- options
@@ -277,29 +271,7 @@ def _run_options(parser: argparse.ArgumentParser, *, networks: bool = True) -> N
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} COMMAND [option ...]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=_Formatter,
-    )
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, help=argparse.SUPPRESS
-    )
-
-    def command(name: str, text: str, examples: str) -> argparse.ArgumentParser:
-        shown = "\n".join(f"  {PROGRAM} {name} {line}".rstrip() for line in examples.splitlines())
-        added: argparse.ArgumentParser = commands.add_parser(
-            name,
-            prog=f"{PROGRAM} {name}",
-            usage=f"{PROGRAM} {name} [option ...]",
-            description=text,
-            epilog=f"examples:\n{shown}",
-            formatter_class=_Formatter,
-        )
-        return added
-
+    parser, command = command_line.commands_of(PROGRAM, DESCRIPTION, EPILOG)
     run = command(
         "run",
         "Draw what is missing, measure it, plot it, and print the table.\n\n"
@@ -356,22 +328,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    given = make_parser().parse_args(arguments)
-    try:
-        commands = import_module("dng_models.text_to_image.commands")
-        getattr(commands, f"{given.command}_command")(given)
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted; nothing is lost, and the same command goes on from here",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if given.debug:
-            raise
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+    return command_line.run(PROGRAM, make_parser(), "dng_models.text_to_image.commands", arguments)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from PIL import Image
 from threadpoolctl import threadpool_limits
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from dng_math import _checks
 from dng_models.class_removal import files
+from dng_models.processes import Place
 from dng_models.text_to_image import pipelines, scores, store
 from dng_models.text_to_image.config import TINY, Config, Point, check_same
 from dng_models.text_to_image.prompts import split
@@ -31,7 +30,7 @@ Array = NDArray[np.float64]
 Batch = tuple[Point, tuple[int, ...]]
 
 
-class Materials:
+class Materials(Place):
     """What a run needs besides its settings; each thing is loaded once.
 
     Parameters
@@ -50,34 +49,13 @@ class Materials:
         device: torch.device | str | None = None,
         batch_size: int = 4,
     ) -> None:
+        super().__init__(device)
         self.folder = folder
         self.batch_size = _checks.integer("batch_size", batch_size, 1)
-        self._device = device
         self._clips: dict[str, scores.Clip] = {}
         self._detectors: dict[tuple[str, str], scores.Detector | None] = {}
         self._pipe: Any = None
         self._unguided: dict[tuple[str, ...], Array] = {}
-
-    @cached_property
-    def processes(self) -> PartialState:
-        """The process and those beside it, which ``accelerate launch`` started."""
-        on_cpu = self._device is not None and self.device.type == "cpu"
-        return PartialState(cpu=True) if on_cpu else PartialState()
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the networks run."""
-        if self._device is None:
-            return torch.device(self.processes.device)
-        try:
-            device = torch.device(self._device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"device must be one that is here, got {str(self._device)!r} "
-                f"({str(error).splitlines()[0]})"
-            ) from None
-        return device
 
     def pipeline(self, config: Config) -> Any:
         """The pipeline; raises as :func:`dng_models.text_to_image.pipelines.load_pipeline`."""
