@@ -653,7 +653,8 @@ def fused_step(
             tl.debug_barrier()
             last = tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1
         if last:
-            if SUMMED and not SINGLE and not TWO_PASSES:
+            # Triton 3.3 knows no chains of three, hence the parentheses.
+            if (SUMMED and not SINGLE) and not TWO_PASSES:
                 tl.debug_barrier()
                 there = slot < chunks
                 at = sums + slot * _SUMS
