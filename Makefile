@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help figures class-removal test benchmark lint clean
+.PHONY: help figures class-removal test test-lowest benchmark lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -20,6 +20,11 @@ class-removal: $(VENV)/models.stamp ## train networks on digits, sweep and plot 
 test: $(VENV)/test.stamp ## run the tests (PYTEST_ARGS="-m slow" runs the long ones)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
+test-lowest: ## run the tests on the lowest supported versions, in .venv-lowest (Python 3.11)
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[test]'
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile -o filterwarnings=default $(PYTEST_ARGS)
+
 benchmark: $(VENV)/figures.stamp ## time the exact mixtures (ARGS="..." is passed on)
 	$(BIN)/python -m benchmarks mixture $(ARGS)
 
@@ -29,7 +34,7 @@ lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and drawn figures
-	rm -rf $(VENV) build dist figures/out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest build dist figures/out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find benchmarks dng_* figures tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/python.stamp:

@@ -568,6 +568,13 @@ class _PromptsHook(_Hook):
         if not _is_doubled(x):
             self.chain.reset()
             raise self._not_doubled(x)
+        skipped = getattr(self.pipe, "clip_skip", None)
+        if self.added and skipped:
+            self.chain.reset()
+            raise ValueError(
+                "clip_skip of the pipeline's call must be None with negative_prompts or cfg_scale, "
+                f"whose prompts were encoded without it, got {skipped}"
+            )
         self._check_negative(named, batch)
 
     def _check_negative(self, named: dict[str, Any], batch: int) -> None:

@@ -904,6 +904,20 @@ def test_calls_that_cannot_be_guided(pipe: Any, options: dict[str, Any], message
     assert len(trace.last.steps) == STEPS
 
 
+def test_added_prompts_are_encoded_as_the_others(pipe_of: Callable[[str], Any]) -> None:
+    pipe = pipe_of("xl")
+    rule = DynamicNegative(1.0)
+    for options in ({"negative_prompts": ["egg"]}, {"cfg_scale": 2.0}):
+        with (
+            apply_guidance(pipe, rule, **options),
+            pytest.raises(ValueError, match="clip_skip of the pipeline's call must be None"),
+        ):
+            run(pipe, clip_skip=1)
+    with apply_guidance(pipe, rule) as trace:
+        run(pipe, clip_skip=1)
+    assert len(trace.last.steps) == STEPS
+
+
 def test_no_negative_prompt_for_sdxl_and_sd3(pipe_of: Callable[[str], Any]) -> None:
     for name in ("xl", "sd3"):
         pipe = pipe_of(name)
