@@ -15,6 +15,7 @@ COMMANDS = {
     "mixture": "exact mixtures on the CPU, against NumPy, SciPy, scikit-learn, torch and JAX",
     "step": "one fused step, against the published sequence, torch.compile and a copy",
     "overhead": "the share of the guidance step in a whole sampling step with a UNet",
+    "loop": "a whole run of 1000 steps, as one CUDA graph too, against the published one",
 }
 
 
