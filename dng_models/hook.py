@@ -10,6 +10,7 @@ prediction.  Further prompts ride in the same call of the network, as more rows 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -355,7 +356,7 @@ def _frame_not_compiled(function: Callable[P, R]) -> Callable[P, R]:
     return torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
 
 
-class _Hook(ModelHook):  # type: ignore[misc]
+class _Hook(ModelHook, ABC):  # type: ignore[misc]
     """A hook that stands between a pipeline and its network."""
 
     def __init__(self) -> None:
@@ -374,11 +375,11 @@ class _Hook(ModelHook):  # type: ignore[misc]
             module._compiled_call_impl = self.compiled
         return module
 
+    @abstractmethod
     def prepare(
         self, module: nn.Module, named: dict[str, Any]
     ) -> tuple[dict[str, Any], Callable[[Any], Any]]:
         """What to call the network with, and what to make of its output."""
-        raise NotImplementedError
 
     def _prepared(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

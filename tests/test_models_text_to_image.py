@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -312,7 +313,7 @@ def test_a_full_disk_leaves_the_lines_as_they_were(folder, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no line was added to .*0000.jsonl: No space left"):
         store.append(path, {"file": "b"})
     assert path.read_bytes() == before

@@ -172,3 +172,34 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} is not a whole safetensors file ({error}): it was damaged or is another "
             "file; remove it, and what made it makes it again"
         ) from None
+
+
+def append_record(path: Path, record: Mapping[str, Any], what: str = "line") -> None:
+    """Add a record to a file of JSON lines and wait until it is on the disk.
+
+    Parameters
+    ----------
+    path : Path
+    record : mapping
+        Of finite numbers.
+    what : str
+        What the file holds, for an error.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, naming the file; what was written of it is cut off.
+    """
+    line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.stat().st_size if path.is_file() else 0
+    try:
+        with path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if path.is_file():
+            os.truncate(path, before)
+        reason = error.strerror or str(error)
+        raise type(error)(error.errno, f"no {what} was added to {path}: {reason}") from error

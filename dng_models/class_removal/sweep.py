@@ -257,19 +257,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     OSError
         If it cannot be written; the table is as it was.
     """
-    line = json.dumps(_finite(row), sort_keys=True, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.stat().st_size if path.is_file() else 0
-    try:
-        with path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if path.is_file():
-            os.truncate(path, before)
-        reason = error.strerror or str(error)
-        raise type(error)(error.errno, f"no row was added to {path}: {reason}") from error
+    files.append_record(path, _finite(row), "row")
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,27 +148,8 @@ def _is_whole(path: Path, record: Record) -> bool:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line and wait until it is on the disk.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written, naming the file; what was written of it is cut off.
-    """
-    line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.stat().st_size if path.is_file() else 0
-    try:
-        with path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if path.is_file():
-            os.truncate(path, before)
-        raise type(error)(
-            error.errno, f"no line was added to {path}: {error.strerror or error}"
-        ) from error
+    """Add a line and wait until it is on the disk; :func:`files.append_record`."""
+    files.append_record(path, record)
 
 
 def read_records(folder: RunFolder) -> dict[str, Record]:
