@@ -51,6 +51,7 @@ BOUND_DEVIATIONS = 3.0
 LONGEST_SKIP = 8
 # How far a measured eta may lie from 0, 1 or what was said, beside its standard error.
 ETA_TOLERANCE = 0.05
+SAME_TIMESTEP = 1e-5  # float32 keeps seven digits of a timestep
 
 Network = Callable[[Tensor], Sequence[Tensor]]
 
@@ -660,9 +661,12 @@ class GuidedChain:
         raw = run.unlimited_x0(x, run.guided)
         eps = (x - c.alpha_t[i] * raw) / c.sigma_t[i]
         y = x_next.double() - c.alpha_s[i] * run.steps.limit(raw)
+        counts = torch.isfinite(y) & torch.isfinite(eps)  # an image may have broken
         if self.mask is not None:
-            counts = (self.mask.to(y.device) > 0.5).expand(y.shape)
-            y, eps = y[counts], eps[counts]
+            counts &= self.mask.to(y.device) > 0.5
+        y, eps = y[counts], eps[counts]
+        if not y.numel():
+            return
         along = float((y * eps).sum() / (eps * eps).sum())
         elements = y.numel()
         measured = math.sqrt(float((y - along * eps).square().mean()) / small)
@@ -778,4 +782,4 @@ def _per_image(values: Tensor, like: Tensor) -> Tensor:
 
 def _same(a: float, b: float) -> bool:
     """One timestep, whatever precision it went through."""
-    return abs(a - b) <= 1e-3 * max(1.0, abs(b)) * 1e-2
+    return math.isclose(a, b, rel_tol=SAME_TIMESTEP, abs_tol=SAME_TIMESTEP)

@@ -686,6 +686,15 @@ def test_the_eta_of_a_pipelines_call_is_found_out(pipe: Any) -> None:
         with apply_guidance(pipe, rule, eta=1.0) as told:
             run(pipe, eta=1.0)
         np.testing.assert_allclose(told.log_posterior, trace.log_posterior, atol=1e-6)
+
+        def spoil(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            if step == 0:
+                kwargs["latents"][0] = np.nan
+            return kwargs
+
+        with apply_guidance(pipe, rule) as broken:
+            run(pipe, eta=1.0, callback_on_step_end=spoil)
+        np.testing.assert_allclose(broken.log_posterior[:, 1], trace.log_posterior[:, 1], atol=1e-6)
         with (
             apply_guidance(pipe, rule, eta=1.0),
             pytest.raises(ValueError, match="eta must be what the pipeline's call is given"),
