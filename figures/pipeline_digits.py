@@ -21,7 +21,7 @@ from figures import digits, style
 
 Array = NDArray[np.float64]
 
-PAPER = "5, 12"
+PAPER = "Figs. 5, 12"
 TITLE = "Guidance in a diffusers pipeline, image by image (needs torch and diffusers)"
 NEEDS = ("torch", "diffusers", "transformers")
 

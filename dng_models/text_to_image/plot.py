@@ -361,7 +361,8 @@ def paths(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
             times = record["path"]["time"]
             for place, time in enumerate(times):
                 x = (place + 0.5) / len(times)
-                axes.text(x, 1.03, f"{time:.2f}", transform=axes.transAxes, ha="center", size=6.5)
+                label = f"{time:.2f}" if time > 0 else "image"
+                axes.text(x, 1.03, label, transform=axes.transAxes, ha="center", size=6.5)
             axes.text(-0.01, 1.03, "diffusion time", transform=axes.transAxes, ha="right", size=6.5)
     at -= 0.15
     for quantity, shown in (("scale", guided), ("log_posterior", tracked)):
