@@ -132,10 +132,21 @@ def run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index
     Parameters
     ----------
     table : Tensor, shape (N, WIDTH)
-        Of a plan; its dtype, float32 or float64, is that of the arithmetic.
+        Of a plan; its dtype, float32 or float64, is that of the arithmetic, in ``torch.autocast``
+        too.
     index : 0-dim int64 Tensor
         Row of the table.
     """
+    kind = table.device.type
+    if torch.is_autocast_enabled(kind):
+        # It would take the dot products in 16 bits, on which the posterior stands.
+        with torch.autocast(kind, enabled=False):
+            _run(inputs, outputs, variant, table, index)
+    else:
+        _run(inputs, outputs, variant, table, index)
+
+
+def _run(inputs: Inputs, outputs: Outputs, variant: Variant, table: Tensor, index: Tensor) -> None:
     # A compiler sees through the arithmetic of torch, and fuses whole tensors better than blocks.
     traced = torch.compiler.is_compiling()
     on_host = table.device.type == "cpu" and not traced

@@ -8,12 +8,14 @@ shown the reference itself instead of the operator, and fuses it.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dng_kernels import normal, reference
 from dng_kernels.layout import batch_stride, empty_like, is_channels_last
@@ -138,6 +140,60 @@ def _keys(bits: int, batch: int, first_sample: int, device: torch.device | str |
 def _signed(value: int) -> int:
     """The int64 with the bits of a 64-bit word."""
     return value - 2**64 if value >= 2**63 else value
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _transform(tensor: Tensor) -> str | None:
+    """What a tensor carries that a step would lose: a forward derivative or a batch of vmap."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        # The compiler cannot look beneath the innermost transform.
+        if functorch.is_batchedtensor(tensor):
+            return "vmap"
+        return "jvp" if _has_tangent(tensor) else None
+    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+    while True:
+        if functorch.is_batchedtensor(tensor):
+            return "vmap"
+        with ExitStack() as outer:
+            # The tangent of an outer transform is seen from its own level only.
+            level = max(0, functorch.maybe_get_level(tensor))
+            while (functorch.maybe_current_level() or 0) > level:
+                outer.enter_context(temporarily_pop_interpreter_stack())
+            if _has_tangent(tensor):
+                return "jvp"
+        if not functorch.is_functorch_wrapped_tensor(tensor):
+            return None
+        tensor = functorch.get_unwrapped(tensor)
+
+
+def _refuse_transforms(**arguments: object) -> None:
+    """Neither forward derivatives nor vmap: the operator writes into tensors that know of none."""
+    for name, given in arguments.items():
+        fields = given._asdict() if isinstance(given, StepResult) else {"": given}
+        for field, tensor in fields.items():
+            kind = _transform(tensor) if isinstance(tensor, Tensor) else None
+            where = f"{name}.{field}" if field else name
+            if kind == "jvp":
+                raise ValueError(
+                    f"{where} carries a forward derivative (torch.func.jvp or forward_ad), and a "
+                    f"step has no derivative: give {where}.detach(), or take differences of two "
+                    "steps"
+                )
+            if kind == "vmap":
+                raise ValueError(
+                    f"{where} is batched by torch.vmap, and a step has no rule for that: call it "
+                    "outside, on a batch of all samples (B, ...), which are independent"
+                )
+
+
+def _transforms_active() -> bool:
+    """Whether tensors may be those of torch.func or of forward_ad; two looks, in every call."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _mismatch(name: str, tensor: object, like_name: str, like: Tensor) -> Exception:
@@ -471,8 +527,24 @@ def dng_step(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed.
+        Naming the argument, its value and what is allowed.  A step has no derivative, forward or
+        backward, and none of its tensors may be batched by ``torch.vmap``.
     """
+    if _transforms_active():
+        _refuse_transforms(
+            step=step,
+            x=x,
+            eps=eps,
+            eps_neg=eps_neg,
+            state=state,
+            eps_uncond=eps_uncond,
+            eps_pos=eps_pos,
+            noise=noise,
+            seed=seed,
+            momentum=momentum,
+            divergence_gap=divergence_gap,
+            out=out,
+        )
     _check_events(
         "x",
         x,
@@ -542,6 +614,17 @@ def guide(
     Arguments as for :func:`dng_step`.  The result has ``eps_guided``, on request ``scale``, and
     for SLD ``momentum``; the state changes with :func:`update_posterior`.
     """
+    if _transforms_active():
+        _refuse_transforms(
+            step=step,
+            eps=eps,
+            eps_neg=eps_neg,
+            state=state,
+            eps_uncond=eps_uncond,
+            eps_pos=eps_pos,
+            momentum=momentum,
+            out=out,
+        )
     _check_events(
         "eps", eps, (("eps_neg", eps_neg), ("eps_uncond", eps_uncond), ("eps_pos", eps_pos))
     )
@@ -593,6 +676,17 @@ def update_posterior(
     -------
     Tensor, shape (B,)
     """
+    if _transforms_active():
+        _refuse_transforms(
+            step=step,
+            x=x,
+            x_next=x_next,
+            eps=eps,
+            eps_neg=eps_neg,
+            state=state,
+            divergence_gap=divergence_gap,
+            out=out,
+        )
     _check_events("x", x, (("x_next", x_next), ("eps", eps), ("eps_neg", eps_neg)))
     call = _Call(plan, step, "x", x, backend)
     if plan.tracker_code == NO_TRACKER:
@@ -687,6 +781,8 @@ def standard_normal(
     -------
     Tensor, of that shape, in C order
     """
+    if _transforms_active():
+        _refuse_transforms(seed=seed)
     shape = tuple(_checks.integer("shape", length, 0) for length in shape)
     if not shape:
         raise ValueError("shape must be (batch, ...), got ()")

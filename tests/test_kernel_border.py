@@ -10,12 +10,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.autograd import forward_ad  # noqa: E402
+
 from dng_kernels import (  # noqa: E402
     StepPlan,
     StepResult,
     dng_step,
     guide,
     noise_keys,
+    standard_normal,
     update_posterior,
 )
 from dng_math import (  # noqa: E402
@@ -217,6 +220,113 @@ def test_gradients_may_be_required_where_none_is_recorded():
     with torch.no_grad():
         arguments = good_arguments("step", PLANS["tracked"]) | {"eps": with_gradient()}
         assert not dng_step(**arguments).x_next.requires_grad
+
+
+# ---------------------------------------------------------------- transforms of torch.func
+
+
+# Every floating-point argument of every operation, on a plan that reads it.
+DIFFERENTIABLE = [
+    (operation, "divergence", name)
+    for operation, names in {
+        "step": ("x", "eps", "eps_neg", "noise", "state", "divergence_gap"),
+        "guide": ("eps", "eps_neg", "state"),
+        "update": ("x", "x_next", "eps", "eps_neg", "state", "divergence_gap"),
+    }.items()
+    for name in names
+] + [
+    ("step", "cfg", "eps_uncond"),
+    ("guide", "perpendicular", "eps_pos"),
+    ("step", "safe", "momentum"),
+]
+
+
+@pytest.mark.parametrize(("operation", "plan", "name"), DIFFERENTIABLE)
+class TestTransforms:
+    """A derivative of zero, or an error from deep inside torch, was what they gave before."""
+
+    def function(self, operation, plan, name):
+        """The operation as a function of one argument, and a value of it."""
+        arguments = good_arguments(operation, PLANS[plan])
+        if name == "noise":
+            arguments |= {"seed": None, "noise": event()}
+
+        def of(value):
+            result = OPERATIONS[operation](**arguments | {name: value})
+            return tuple(t for t in result if t is not None) if operation != "update" else result
+
+        return of, arguments[name]
+
+    def refused(self, words, call):
+        with pytest.raises(ValueError) as caught:
+            call()
+        message = str(caught.value)
+        assert all(word in message for word in words), message
+
+    def test_a_forward_derivative_is_refused(self, operation, plan, name):
+        function, value = self.function(operation, plan, name)
+        words = (f"{name} carries a forward derivative", f"{name}.detach()")
+        tangent = torch.ones_like(value)
+        self.refused(words, lambda: torch.func.jvp(function, (value,), (tangent,)))
+        self.refused(words, lambda: torch.func.jacfwd(function)(value))
+
+        def nested(outer):
+            return torch.func.jvp(lambda inner: (function(outer), inner), (value,), (tangent,))[1]
+
+        self.refused(words, lambda: torch.func.jvp(nested, (value,), (tangent,)))
+        with forward_ad.dual_level():
+            self.refused(words, lambda: function(forward_ad.make_dual(value, tangent)))
+            function(value)
+
+    def test_a_detached_tensor_has_none(self, operation, plan, name):
+        function, value = self.function(operation, plan, name)
+        tangent = torch.ones_like(value)
+
+        def detached(at):
+            return at, function(at.detach())
+
+        _, (same, _) = torch.func.jvp(detached, (value,), (tangent,))
+        assert torch.equal(same, tangent)
+
+    def test_a_batch_of_vmap_is_refused(self, operation, plan, name):
+        function, value = self.function(operation, plan, name)
+        words = (f"{name} is batched by torch.vmap", "(B, ...)")
+        self.refused(words, lambda: torch.vmap(function)(torch.stack([value, value])))
+        derivative = torch.func.jacrev(function)
+        self.refused((name,), lambda: torch.vmap(derivative)(torch.stack([value, value])))
+
+    def test_what_is_not_transformed_may_be_used_inside(self, operation, plan, name):
+        function, value = self.function(operation, plan, name)
+        expected = function(value)
+
+        def other(at):
+            return at, function(value)
+
+        ones = torch.ones(3)
+        (_, result), (tangent, _) = torch.func.jvp(other, (ones,), (ones,))
+        assert torch.equal(tangent, ones)
+        for one, same in zip(result, expected, strict=True):
+            assert torch.equal(one, same)
+
+
+def test_integers_and_outputs_of_vmap_are_refused():
+    """Which are no derivatives of anything, but can be batched."""
+    arguments = good_arguments("step", PLANS["tracked"])
+    for name, values in {
+        "step": torch.arange(3),
+        "seed": torch.stack([noise_keys(seed, 2) for seed in range(3)]),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} is batched by torch.vmap"):
+            torch.vmap(lambda value, name=name: dng_step(**arguments | {name: value}))(values)
+
+    def into(x_next):
+        return dng_step(**arguments, out=StepResult(x_next, None, None, None, None))
+
+    with pytest.raises(ValueError, match="out.x_next is batched by torch.vmap"):
+        torch.vmap(into)(torch.stack([event(), event()]))
+    keys = torch.stack([noise_keys(seed, 2) for seed in range(3)])
+    with pytest.raises(ValueError, match="seed is batched by torch.vmap"):
+        torch.vmap(lambda seed: standard_normal(seed, (2, 3)))(keys)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

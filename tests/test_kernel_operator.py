@@ -32,6 +32,7 @@ from dng_math import (  # noqa: E402
     NegativePrompting,
     NoiseSchedule,
     PaperTracker,
+    PerpNeg,
     SafeLatentDiffusion,
 )
 
@@ -50,14 +51,11 @@ needs_triton = pytest.mark.skipif(not border.HAS_TRITON, reason="Triton is not i
 
 # Inductor writes and builds C++ on a CPU.
 has_compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
 COMPILED = [
     ("reference", "aot_eager"),
     pytest.param("triton", "aot_eager", marks=needs_triton),
-    pytest.param(
-        "reference",
-        "inductor",
-        marks=pytest.mark.skipif(not has_compiler, reason="no C++ compiler"),
-    ),
+    pytest.param("reference", "inductor", marks=needs_compiler),
 ]
 # torch.compile imports parts of torch that use what torch deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -380,6 +378,105 @@ def test_a_bad_argument_is_refused_under_compilation_too(fresh):
     # Before torch 2.8 the compiler said only what kind of error it had met.
     with pytest.raises(Exception, match="eps_neg must have the shape of x|class 'ValueError'"):
         fast()
+
+
+@pytest.mark.parametrize("transform", ["jvp", "vmap"])
+def test_a_transform_is_refused_under_compilation_too(transform, fresh):
+    plan = PLANS["dng"]
+    (x, eps), state = draw("x", "eps"), plan.init_state(BATCH)
+
+    def step(x):
+        return dng_step(plan, 3, x, eps, -eps, state, seed=1).x_next
+
+    def function(x):
+        if transform == "jvp":
+            return torch.func.jvp(step, (x,), (x,))[1]
+        return torch.vmap(step)(torch.stack([x, x]))
+
+    # In one piece the compiler says so in its words, in several it leaves the call to torch.
+    with pytest.raises(Exception, match="ValueError"):
+        compiled(function, "aot_eager")[0](x)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match="x (carries a forward derivative|is batched)"):
+        torch.compile(function, backend="aot_eager")(x)
+
+
+# ---------------------------------------------------------------- autocast
+
+
+PLANS_IN_AUTOCAST = PLANS | {"perp_neg": StepPlan(C, PerpNeg())}
+
+
+def everything(plan):
+    """All three operations on a plan, as a function of tensors and as those tensors."""
+    gap = torch.ones(BATCH) if plan.needs_divergence else None
+
+    def function(x, x_next, eps, eps_neg, third, state, momentum):
+        more = {
+            "eps_uncond": third if plan.needs_uncond else None,
+            "eps_pos": third if plan.needs_positive else None,
+            "momentum": momentum,
+        }
+        found = dng_step(
+            plan, 3, x, eps, eps_neg, state, seed=1, return_scale=True, divergence_gap=gap, **more
+        )
+        half = guide(plan, 3, eps, eps_neg, state, return_scale=True, **more)
+        updated = ()
+        if plan.tracker is not None:
+            updated = (
+                update_posterior(plan, 3, x, x_next, eps, eps_neg, state, divergence_gap=gap),
+            )
+        return tuple(t for t in (*found, *half, *updated) if t is not None)
+
+    events = draw("x", "x_next", "eps", "eps_neg", "third")
+    # Near enough for a posterior that does not come to rest at its bound, the same for all bits.
+    events[1], events[3] = (near + 0.03 * by for near, by in (events[:2], events[2:4]))
+    return function, (*events, plan.init_state(BATCH), plan.init_momentum(events[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("plan", PLANS_IN_AUTOCAST)
+def test_a_step_has_the_same_bits_in_autocast(plan, dtype):
+    """Its dot products were of 16 bits there, and the posterior off by 5e-3 a step."""
+    function, arguments = everything(PLANS_IN_AUTOCAST[plan])
+    expected = function(*arguments)
+    with torch.autocast("cpu", dtype):
+        assert all(map(torch.equal, function(*arguments), expected))
+        # What is around the step is still the caller's.
+        assert torch.is_autocast_enabled("cpu")
+        assert (arguments[0][0, 0] @ arguments[1][0, 0]).dtype == dtype
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("plan", ["divergence", "perp_neg"])
+def test_a_compiled_step_has_the_same_bits_in_autocast(plan, compiler, fresh):
+    """Whether the block is around the compiled code or inside of it."""
+    function, arguments = everything(PLANS_IN_AUTOCAST[plan])
+
+    def inside(*arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(*arguments)
+
+    expected = compiled(function, compiler)[0](*arguments)
+    assert all(map(torch.equal, compiled(inside, compiler)[0](*arguments), expected))
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, compiled(function, compiler)[0](*arguments), expected))
+
+
+def test_an_exported_step_has_the_same_bits_in_autocast(fresh):
+    """The program holds the operator, and is run wherever its user likes."""
+    function, arguments = everything(PLANS["dng"])
+
+    class Module(torch.nn.Module):
+        def forward(self, *given):
+            return function(*given)
+
+    with torch.no_grad():
+        program = torch.export.export(Module(), arguments).module()
+        expected = program(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(map(torch.equal, program(*arguments), expected))
 
 
 class OneStep(torch.nn.Module):
