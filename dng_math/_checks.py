@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
         raise TypeError(f"{name} must be an integer {allowed}, got {value!r}")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    # A tensor without numbers has a RuntimeError of its own.
+    except (TypeError, RuntimeError):
         raise TypeError(f"{name} must be an integer {allowed}, got {value!r}") from None
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
@@ -70,12 +72,69 @@ def boolean(name: str, value: object) -> bool:
     return bool(value)
 
 
+def numpy_array(name: str, value: object, of: str) -> NDArray[Any]:
+    """An array of whatever it holds, where nothing that it says is lost on the way.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument.
+    value : array_like
+        What NumPy reads; a masked array only where its mask hides nothing.
+    of : str
+        What it should hold, for the message.
+
+    Raises
+    ------
+    TypeError
+        If NumPy cannot read it, as most tensors of torch that are not plain ones of the CPU.
+    ValueError
+        If values are masked.
+    """
+    hidden = _hidden(value)
+    if hidden:
+        raise ValueError(
+            f"{name} must be an array of {of} and hide none, got a masked array with {hidden} "
+            "masked: leave them out (compressed()) or give them a value (filled())"
+        )
+    try:
+        return np.asarray(value)
+    # A tensor refuses with whatever error its library has for the reason.
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        cure = ""
+        if _holds_tensor(value):
+            cure = (
+                f"; give {name}.detach().float().cpu().numpy() of a tensor (.double() of float64)"
+            )
+        raise TypeError(f"{name} must be an array of {of}: {reason}{cure}") from None
+
+
+def _hidden(value: object) -> int:
+    """How many values a mask hides, in lists of arrays too, where NumPy would bring them back."""
+    if isinstance(value, np.ma.MaskedArray):
+        return int(np.count_nonzero(np.ma.getmaskarray(value)))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_hidden, value))
+    return 0
+
+
+def _holds_tensor(value: object) -> bool:
+    """Whether it is a tensor of torch or a list of them; torch need not be there to be asked."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensor, value))
+    return hasattr(value, "detach") and hasattr(value, "requires_grad")
+
+
 def reals(name: str, value: ArrayLike) -> NDArray[np.float64]:
     """A float64 array of any shape, finite or not."""
-    if np.iscomplexobj(value):
+    if type(value) is np.ndarray and value.dtype == np.float64:
+        return value
+    result = numpy_array(name, value, "real numbers")
+    if np.iscomplexobj(result):
         raise TypeError(f"{name} must be an array of real numbers, got complex ones")
     try:
-        return np.asarray(value, dtype=np.float64)
+        return result.astype(np.float64, copy=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array of real numbers: {error}") from None
 
@@ -108,3 +167,25 @@ def frozen(values: Any) -> NDArray[Any]:
     copy = np.array(values)
     copy.flags.writeable = False
     return copy
+
+
+class ReadOnly:
+    """What holds read-only arrays, and in copies and unpickled too: NumPy itself forgets that.
+
+    Copies leave behind what is cached, and compute it again of what they hold.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the caches."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not isinstance(getattr(type(self), name, None), cached_property)
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take it over, read-only."""
+        for value in state.values():
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
+        self.__dict__.update(state)

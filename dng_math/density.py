@@ -37,7 +37,7 @@ _CHUNK = 16384  # points handled at once: bounds memory, whatever the size of th
 
 
 @dataclass(frozen=True, eq=False)
-class TargetDensity1D:
+class TargetDensity1D(_checks.ReadOnly):
     """A normalised density on [lo, hi] from a log-density known up to a constant.
 
     The interval is cut into panels, halved until the Legendre series of each panel has
@@ -315,7 +315,7 @@ def _evaluate(log_density: Callable[[Array], Array], points: Array) -> Array:
     out = np.empty(points.shape)
     for start in range(0, points.size, _CHUNK):
         chunk = points[start : start + _CHUNK]
-        values = np.asarray(log_density(chunk), dtype=np.float64)
+        values = _checks.reals("the result of log_density", log_density(chunk))
         if values.shape != chunk.shape:
             raise ValueError(
                 f"log_density must return the shape it is given, {chunk.shape}, got {values.shape}"

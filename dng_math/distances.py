@@ -76,7 +76,7 @@ def ks_statistic(samples: ArrayLike, cdf: Callable[[Array], Array]) -> float:
     ordered = np.sort(_checks.filled("samples", samples, ("N",)))
     if not callable(cdf):
         raise TypeError(f"cdf must be callable, got {cdf!r}")
-    values = np.asarray(cdf(ordered), dtype=np.float64)
+    values = _checks.reals("the result of cdf", cdf(ordered))
     if values.shape != ordered.shape:
         raise ValueError(
             f"cdf must return the shape it is given, {ordered.shape}, got {values.shape}"

@@ -20,7 +20,7 @@ With e_D = D 2^-104 max_k (x - m_k)^T C_k^-1 (x - m_k), in double-double a matte
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,6 +32,7 @@ from dng_math.posterior import log_posterior_from_log_odds
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
+CovarianceType = Literal["spherical", "diag", "full", "tied"]
 
 SMALLEST_VARIANCE = 1e-250  # below, double-double products of variances underflow
 EPSILON = 2.0**-52
@@ -56,7 +57,27 @@ def _two_sum(a: Array | float, b: Array | float) -> tuple[Array, Array]:
     return total, (a - (total - shifted)) + (b - shifted)
 
 
-class GaussianMixture:
+def _refuse_ambiguous(covariance: Array, k: int, d: int) -> None:
+    """Numbers whose shape, at K = D, is that of two kinds, and that make a mixture of either."""
+    if k != d or k == 1:
+        return
+    if covariance.ndim == 1 and np.any(covariance != covariance[0]):
+        raise ValueError(
+            f"covariance_type must be given: covariances of shape {(k,)} with {k} components in "
+            f"{d}D can be a variance of every component (covariance_type='spherical') or of every "
+            "dimension (np.tile(covariances, (K, 1)) with covariance_type='diag')"
+        )
+    if covariance.ndim == 2 and np.allclose(covariance, covariance.T, rtol=1e-10, atol=0.0):
+        # Of spherical components in all dimensions alike the matrix is singular, and no other.
+        if np.linalg.eigvalsh(covariance)[0] > EPSILON * k * np.abs(covariance).max():
+            raise ValueError(
+                f"covariance_type must be given: covariances of shape {(k, k)} with {k} components "
+                f"in {d}D can be the variances of every component in every dimension "
+                "(covariance_type='diag') or one matrix for all (covariance_type='tied')"
+            )
+
+
+class GaussianMixture(_checks.ReadOnly):
     """A mixture of K Gaussians in D dimensions; immutable.
 
     Parameters
@@ -65,11 +86,17 @@ class GaussianMixture:
         Not negative, not all zero; normalised to sum to 1.  Components of weight 0 are kept
         and have no influence.
     means : array_like, shape (K, D)
-    covariances : array_like, shape (K,), (K, D) or (K, D, D)
+    covariances : array_like, shape (K,), (K, D), (K, D, D) or (D, D)
         Variances of spherical components, of diagonal ones, or full covariance matrices
-        (symmetric, positive definite).
+        (symmetric, positive definite), of every component or, with ``covariance_type="tied"``,
+        one for all.
     labels : array_like, shape (K,), optional
         A class for each component, for :meth:`components`.
+    covariance_type : {"spherical", "diag", "full", "tied"}, optional
+        In scikit-learn's words.  Default: what the shape says, which is never "tied".  It must be
+        given where K = D and the numbers can be read in two ways: different variances of shape
+        (K,), of which each could be that of a dimension, and (K, K), which could be one symmetric,
+        positive definite matrix for all.  How they were taken is seen in the repr.
 
     Attributes
     ----------
@@ -103,6 +130,8 @@ class GaussianMixture:
         means: ArrayLike,
         covariances: ArrayLike,
         labels: ArrayLike | None = None,
+        *,
+        covariance_type: CovarianceType | None = None,
     ) -> None:
         weight = _checks.array("weights", weights, ("K",))
         if len(weight) == 0:
@@ -117,20 +146,32 @@ class GaussianMixture:
         with np.errstate(divide="ignore"):
             log_weight = np.log(weight) - np.log(weight.max())
         log_weight -= np.log(np.exp(log_weight).sum())
-        covariance = self._checked_covariances(covariances, *mean.shape)
+        covariance = self._checked_covariances(
+            covariances, len(mean), mean.shape[1], covariance_type
+        )
         zero = np.zeros_like
         self._set(log_weight, mean, zero(mean), covariance, zero(covariance), labels)
 
     @staticmethod
-    def _checked_covariances(covariances: ArrayLike, k: int, d: int) -> Array:
-        shapes = {1: (k,), 2: (k, d), 3: (k, d, d)}
-        dimension = np.ndim(covariances)
-        if dimension not in shapes or np.shape(covariances) != shapes[dimension]:
-            raise ValueError(
-                f"covariances must have shape {(k,)} (spherical), {(k, d)} (diagonal) or "
-                f"{(k, d, d)} (full), got {np.shape(covariances)}"
-            )
-        covariance = _checks.array("covariances", covariances, shapes[dimension])
+    def _checked_covariances(
+        covariances: ArrayLike, k: int, d: int, kind: CovarianceType | None
+    ) -> Array:
+        given = _checks.reals("covariances", covariances)
+        shapes = {"spherical": (k,), "diag": (k, d), "full": (k, d, d), "tied": (d, d)}
+        if kind is not None:
+            _checks.choice("covariance_type", kind, shapes)
+            covariance = _checks.array("covariances", given, shapes[kind])
+        else:
+            if given.shape not in (shapes["spherical"], shapes["diag"], shapes["full"]):
+                tied = f", or {(d, d)} with covariance_type='tied'"
+                raise ValueError(
+                    f"covariances must have shape {(k,)} (spherical), {(k, d)} (diagonal) or "
+                    f"{(k, d, d)} (full){tied}, got {given.shape}"
+                )
+            covariance = _checks.array("covariances", given, given.shape)
+            _refuse_ambiguous(covariance, k, d)
+        if kind == "tied":
+            covariance = np.broadcast_to(covariance, (k, d, d))
         variance = covariance
         if covariance.ndim == 3:
             transposed = covariance.transpose(0, 2, 1)
@@ -166,7 +207,7 @@ class GaussianMixture:
         for name, value in fields.items():
             object.__setattr__(self, name, _checks.frozen(value))
         if labels is not None:
-            labels = _checks.frozen(labels)
+            labels = _checks.frozen(_checks.numpy_array("labels", labels, "labels"))
             if labels.shape != (self.n_components,):
                 raise ValueError(
                     f"labels must have shape ({self.n_components},), got {labels.shape}"
@@ -184,6 +225,10 @@ class GaussianMixture:
     def __setattr__(self, name: str, value: object) -> NoReturn:
         """Refuse: a mixture is immutable."""
         raise AttributeError(f"GaussianMixture is immutable: cannot set {name}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        """Refuse: a mixture is immutable."""
+        raise AttributeError(f"GaussianMixture is immutable: cannot delete {name}")
 
     def __repr__(self) -> str:
         """Sizes and kind."""
@@ -213,7 +258,8 @@ class GaussianMixture:
         centres = _checks.array("points", points, ("K", "D"))
         if weights is None:
             weights = np.ones(len(centres))
-        return cls(weights, centres, np.full(len(centres), width * width), labels)
+        variances = np.full(len(centres), width * width)
+        return cls(weights, centres, variances, labels, covariance_type="spherical")
 
     # ------------------------------------------------------------------ shape
 
@@ -243,7 +289,7 @@ class GaussianMixture:
 
     def component_indices(self, name: str, components: ArrayLike) -> Indices:
         """Sorted indices from indices or a boolean mask; ``name`` is for the error message."""
-        given = np.asarray(components)
+        given = _checks.numpy_array(name, components, "component indices")
         k = self.n_components
         if given.dtype == np.bool_:
             if given.shape != (k,):

@@ -32,12 +32,12 @@ T = TypeVar("T")
 
 def log_posterior_from_log_odds(log_odds: ArrayLike) -> Array:
     """log p from log p/(1-p), without overflow; any shape, float64."""
-    return -np.logaddexp(0.0, -np.asarray(log_odds, dtype=np.float64))
+    return -np.logaddexp(0.0, -_checks.reals("log_odds", log_odds))
 
 
 def log_odds_from_log_posterior(log_posterior: ArrayLike) -> Array:
     """log p/(1-p) from log p <= 0, any shape, float64; infinite at p = 1."""
-    log_p = np.asarray(log_posterior, dtype=np.float64)
+    log_p = _checks.reals("log_posterior", log_posterior)
     with np.errstate(divide="ignore"):
         return log_p - np.log(-np.expm1(log_p))
 

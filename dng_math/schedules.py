@@ -24,8 +24,10 @@ TRACKER_VARIANCES: tuple[TrackerVariance, ...] = ("matched", "small", "large", "
 
 
 @dataclass(frozen=True, eq=False)
-class StepCoefficients:
+class StepCoefficients(_checks.ReadOnly):
     """The reverse step of every interval of a schedule, noisiest first; float64, shape (N,).
+
+    All arrays are read-only.
 
     Attributes
     ----------
@@ -58,6 +60,10 @@ class StepCoefficients:
     kernel_x_factor: Array
     kernel_x0_factor: Array
     kernel_var: Array
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _checks.frozen(value))
 
     def __len__(self) -> int:
         return len(self.time)
@@ -252,7 +258,7 @@ class ProbabilityFlow:
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule:
+class NoiseSchedule(_checks.ReadOnly):
     """Pairs (alpha, sigma) of ``x_t = alpha x0 + sigma eps``, from clean to noisy.
 
     Parameters
@@ -420,7 +426,8 @@ class NoiseSchedule:
         Index 0, the data, is added if it is missing.  The first-order coefficients between the
         times that are left are exact, so nothing else changes.
         """
-        chosen = np.unique(np.concatenate([[0], np.asarray(indices)]))
+        given = _checks.numpy_array("indices", indices, "integers")
+        chosen = np.unique(np.concatenate([[0], given]))
         if not np.issubdtype(chosen.dtype, np.integer):
             raise TypeError(f"indices must be integers, got {indices!r}")
         if len(chosen) < 2 or chosen[0] < 0 or chosen[-1] > len(self):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dng_math import GaussianMixture
 
 KINDS = ("spherical", "diagonal", "full")
+TYPES = (None, "spherical", "diag", "full")  # by the number of dimensions of the covariances
 
 
 def covariances(rng: np.random.Generator, kind: str, variances: np.ndarray) -> np.ndarray:
@@ -29,7 +30,10 @@ def moderate(seed: int, kind: str, k: int, d: int) -> GaussianMixture:
     rng = np.random.default_rng(seed)
     variances = rng.uniform(0.1, 1.0, (k, d))
     means = 2.0 * rng.normal(size=(k, d))
-    return GaussianMixture(rng.uniform(0.2, 1.0, k), means, covariances(rng, kind, variances))
+    given = covariances(rng, kind, variances)
+    return GaussianMixture(
+        rng.uniform(0.2, 1.0, k), means, given, covariance_type=TYPES[given.ndim]
+    )
 
 
 @st.composite
@@ -88,7 +92,7 @@ def extreme(seed: int) -> Extreme | None:
     if alpha == 0 and sigma == 0:
         sigma = 1.0
     try:
-        GaussianMixture(weights, means, covariance)
+        GaussianMixture(weights, means, covariance, covariance_type=TYPES[covariance.ndim])
     except ValueError:
         if kind == "full":
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -168,6 +169,14 @@ def test_quantile_is_monotone_and_ends_in_the_support():
     assert NORMAL.quantile(0.0) == -12.0
     assert 6.0 < NORMAL.quantile(1.0) <= 12.0
     assert_distribution_1d(NORMAL.quantile(np.random.default_rng(2).random(20000)), stats.norm.cdf)
+
+
+def test_a_copy_is_as_frozen_as_the_object():
+    target = copy.deepcopy(TargetDensity1D(lambda x: -0.5 * x**2, -9.0, 9.0))
+    for name in ("_edges", "_series", "_left", "_right", "_left_integral"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(target, name)[...] = 0.0
+    assert target.cdf(0.0) == pytest.approx(0.5, abs=1e-12)
 
 
 def test_shapes_follow_the_argument_and_the_object_is_frozen():

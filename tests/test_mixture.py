@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import mpmath
 import numpy as np
 import pytest
@@ -11,9 +14,15 @@ from scipy import integrate, stats
 from scipy.spatial.transform import Rotation
 from scipy.special import logsumexp
 
-from dng_math import GaussianMixture
+from dng_math import GaussianMixture, NoiseSchedule, sample
+from dng_math.distances import kl_categorical, wasserstein1
+from dng_math.posterior import (
+    TimeProfile,
+    log_odds_from_log_posterior,
+    log_posterior_from_log_odds,
+)
 from tests import textbook
-from tests.mixtures import extreme, mixtures, moderate, points
+from tests.mixtures import TYPES, extreme, mixtures, moderate, points
 from tests.statistical import assert_mean_close, assert_proportion
 from tests.tolerances import LOG_POSTERIOR, LOG_PROB, SCORE, error
 
@@ -30,7 +39,9 @@ def check_against_references(seed: int) -> int:
     if case is None:
         return 0
     parameters = (case.weights, case.means, case.covariances, case.alpha, case.sigma)
-    mixture = GaussianMixture(*parameters[:3]).diffuse(case.alpha, case.sigma)
+    which = TYPES[case.covariances.ndim]
+    mixture = GaussianMixture(*parameters[:3], covariance_type=which)
+    mixture = mixture.diffuse(case.alpha, case.sigma)
     log_prob, score = mixture.log_prob(case.points), mixture.score(case.points)
     log_posterior = [
         mixture.log_posterior(case.points, case.chosen, complement=complement)
@@ -288,7 +299,10 @@ def test_rotations_translations_and_permutations(mixture, seed):
         covariance = turn @ covariance @ turn.T
         covariance = 0.5 * (covariance + covariance.transpose(0, 2, 1))
     moved = GaussianMixture(
-        mixture.weights[order], (mixture.means @ turn.T + shift)[order], covariance[order]
+        mixture.weights[order],
+        (mixture.means @ turn.T + shift)[order],
+        covariance[order],
+        covariance_type=TYPES[covariance.ndim],
     )
     x = points(mixture, seed)
     y = x @ turn.T + shift
@@ -309,7 +323,9 @@ def test_kinds_agree(mixture, seed):
         return
     full = diagonal[:, :, None] * np.eye(mixture.dim)
     for covariance in (diagonal, full):
-        other = GaussianMixture(mixture.weights, mixture.means, covariance)
+        other = GaussianMixture(
+            mixture.weights, mixture.means, covariance, covariance_type=TYPES[covariance.ndim]
+        )
         assert error(other.log_prob(x), mixture.log_prob(x)) < 1e-12
         assert error(other.score(x), mixture.score(x)) < 1e-11
         assert error(other.score_divergence(x), mixture.score_divergence(x)) < 1e-10
@@ -390,6 +406,205 @@ def test_immutable():
     held = GaussianMixture([1.0], source, [1.0])
     source[:] = 5.0
     assert np.all(held.means == 0)
+
+
+def copies(thing):
+    """Every way to a second one."""
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        yield pickle.loads(pickle.dumps(thing, protocol))
+    yield copy.deepcopy(thing)
+    yield copy.copy(thing)
+
+
+@pytest.mark.parametrize("kind", ["spherical", "diagonal", "full"])
+@pytest.mark.parametrize("used", [False, True])
+def test_copies_are_immutable_and_the_same(kind, used):
+    """NumPy forgets in both that an array was read-only, and what was cached stayed as it was."""
+    mixture = moderate(3, kind, 3, 2).diffuse(0.8, 0.6)
+    mixture = GaussianMixture(
+        mixture.weights, mixture.means, mixture.covariances, labels=["a", "b", "a"]
+    ).diffuse(0.7, 0.3)
+    x = points(mixture, 0)
+    expected = mixture.log_prob(x)
+    fresh = mixture if used else mixture.restrict([0, 1, 2])
+    for other in copies(fresh):
+        for name, value in vars(other).items():
+            if isinstance(value, np.ndarray):
+                with pytest.raises(ValueError, match="read-only"):
+                    value[:1] = value[:1]
+                np.testing.assert_array_equal(value, getattr(mixture, name))
+        with pytest.raises(AttributeError, match="immutable"):
+            other.means = x
+        with pytest.raises(AttributeError, match="immutable"):
+            del other.means
+        np.testing.assert_array_equal(other.log_prob(x), expected)
+        np.testing.assert_array_equal(other.components("a"), [0, 2])
+    assert not {"_factors", "_quadratic"} & set(vars(copy.deepcopy(mixture)))
+
+
+# ---------------------------------------------------------------- kinds of covariances
+
+
+SQUARE = np.array([[0.5, 0.2], [0.2, 0.4]])  # variances of two components, or a matrix
+
+
+def kinds(covariances, means=((0.0, 0.0), (1.0, 2.0)), **options):
+    return GaussianMixture(np.ones(len(means)), means, covariances, **options)
+
+
+def test_a_square_of_variances_that_may_be_a_matrix_is_refused():
+    with pytest.raises(ValueError) as caught:
+        kinds(SQUARE)
+    for word in ("covariance_type must be given", "(2, 2)", "'diag'", "'tied'"):
+        assert word in str(caught.value)
+    diagonal, tied = (kinds(SQUARE, covariance_type=c) for c in ("diag", "tied"))
+    assert "2 diagonal components" in repr(diagonal) and "2 full components" in repr(tied)
+    x = np.array([[0.3, -0.2]])
+    one, other = np.array([0.0, 0.0]), np.array([1.0, 2.0])
+    for mixture, matrices in (
+        (diagonal, [np.diag(SQUARE[0]), np.diag(SQUARE[1])]),
+        (tied, [SQUARE, SQUARE]),
+    ):
+        parts = [
+            stats.multivariate_normal(mean, matrix).pdf(x[0])
+            for mean, matrix in zip((one, other), matrices, strict=True)
+        ]
+        assert mixture.log_prob(x)[0] == pytest.approx(np.log(np.mean(parts)), rel=1e-12)
+    with pytest.raises(ValueError, match="covariance_type must be given"):
+        kinds([[0.5, -0.2], [-0.2, 0.4]])
+    # These are of one kind only: no symmetric matrix, and none that is positive definite.
+    for variances in ([[0.5, 0.2], [0.3, 0.4]], [[0.5, 0.5], [0.5, 0.5]], [[0.2, 0.5], [0.5, 0.2]]):
+        assert kinds(variances).kind == "diagonal"
+
+
+def test_variances_that_may_be_of_components_or_of_dimensions_are_refused():
+    with pytest.raises(ValueError) as caught:
+        kinds([0.1, 0.4])
+    for word in ("covariance_type must be given", "(2,)", "'spherical'", "np.tile", "'diag'"):
+        assert word in str(caught.value)
+    assert kinds([0.1, 0.4], covariance_type="spherical").kind == "spherical"
+    assert kinds([0.1, 0.1]).kind == "spherical"
+    assert kinds([0.1, 0.4], means=((0.0,), (1.0,))).kind == "spherical"
+    assert GaussianMixture.from_points(np.eye(3), 0.1).kind == "spherical"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "taken"),
+    [
+        ("spherical", (3,), "spherical"),
+        ("diag", (3, 2), "diagonal"),
+        ("full", (3, 2, 2), "full"),
+        ("tied", (2, 2), "full"),
+    ],
+)
+def test_kinds_in_the_words_of_scikit_learn(kind, shape, taken):
+    sklearn = pytest.importorskip("sklearn.mixture")
+    x = np.random.default_rng(0).normal(size=(200, 2)) * [1.0, 3.0]
+    fitted = sklearn.GaussianMixture(3, covariance_type=kind, random_state=0).fit(x)
+    assert fitted.covariances_.shape == shape
+    mixture = GaussianMixture(
+        fitted.weights_, fitted.means_, fitted.covariances_, covariance_type=kind
+    )
+    assert mixture.kind == taken
+    np.testing.assert_allclose(mixture.log_prob(x), fitted.score_samples(x), rtol=1e-9)
+    with pytest.raises(ValueError, match=r"covariances must have shape"):
+        GaussianMixture(fitted.weights_, fitted.means_, np.ones((3, 3, 3)), covariance_type=kind)
+
+
+def test_a_tied_matrix_of_another_size_is_asked_for_by_name():
+    with pytest.raises(ValueError, match=r"\(2, 2\) with covariance_type='tied', got \(2, 2\)"):
+        kinds(SQUARE, means=((0.0, 0.0),) * 3)
+    with pytest.raises(ValueError, match="covariance_type must be one of 'spherical', 'diag'"):
+        kinds(SQUARE, covariance_type="diagonal")
+
+
+# ---------------------------------------------------------------- arrays of strangers
+
+
+def hidden(values, which=0):
+    mask = np.zeros(np.shape(values), dtype=bool)
+    mask.flat[which] = True
+    return np.ma.array(values, mask=mask)
+
+
+MASKED = {
+    "weights": lambda: GaussianMixture(hidden([0.5, 0.5]), *TWO[1:]),
+    "means": lambda: GaussianMixture(TWO[0], hidden([[0.0], [1.0]]), TWO[2]),
+    "covariances": lambda: GaussianMixture(*TWO[:2], hidden([1.0, 2.0])),
+    "labels": lambda: GaussianMixture(*TWO, labels=hidden([1, 2])),
+    "components": lambda: GaussianMixture(*TWO).restrict(hidden([0, 1])),
+    "x": lambda: GaussianMixture(*TWO).log_prob([hidden([0.0])]),
+    "points": lambda: GaussianMixture.from_points(hidden([[0.0], [1.0]]), 1.0),
+    "alpha_bar": lambda: NoiseSchedule.from_alpha_bar(hidden([0.9, 0.5])),
+    "indices": lambda: NoiseSchedule.linear(10).select(hidden([2, 4])),
+    "log_odds": lambda: log_posterior_from_log_odds(hidden([0.0, 1.0])),
+    "log_posterior": lambda: log_odds_from_log_posterior(hidden([-1.0, -2.0])),
+    "times": lambda: TimeProfile(hidden([0.0, 1.0]), (1.0, 1.0)),
+    "samples": lambda: wasserstein1(hidden([0.0, 1.0]), [0.0, 1.0]),
+    "target": lambda: wasserstein1([0.0, 1.0], hidden([0.0, 1.0])),
+    "counts": lambda: kl_categorical([0.5, 0.5], hidden([3, 4])),
+    "forbidden": lambda: sample(
+        GaussianMixture(*TWO), NoiseSchedule.linear(2), n=1, forbidden=hidden([0, 1])
+    ),
+    "initial": lambda: sample(
+        GaussianMixture(*TWO), NoiseSchedule.linear(2), n=1, initial=hidden([[1.0]])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_values_that_a_mask_hides_are_not_brought_back(name):
+    with pytest.raises(ValueError, match=f"{name} must .* masked array with 1 masked: leave"):
+        MASKED[name]()
+
+
+def test_a_mask_that_hides_nothing_is_no_mask():
+    masked = np.ma.array(TWO[1], mask=False)
+    np.testing.assert_array_equal(GaussianMixture(TWO[0], masked, TWO[2]).means, TWO[1])
+
+
+def tensors():
+    torch = pytest.importorskip("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.zeros(2)
+    return {
+        "bfloat16": torch.ones(2, dtype=torch.bfloat16),
+        "requires grad": torch.ones(2, requires_grad=True),
+        "meta": torch.ones(2, device="meta"),
+        "sparse": torch.ones(2).to_sparse(),
+        "fake": fake,
+        "conjugate": torch.ones(2, dtype=torch.complex64).conj(),
+        "in a list": [torch.ones((), requires_grad=True), torch.ones(())],
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["bfloat16", "requires grad", "meta", "sparse", "fake", "conjugate", "in a list"]
+)
+def test_tensors_that_numpy_cannot_read_are_named_with_the_cure(kind):
+    tensor = tensors()[kind]
+    cure = r".*give {0}\.detach\(\)\.float\(\)\.cpu\(\)\.numpy\(\)"
+    for name, call in {
+        "weights": lambda: GaussianMixture(tensor, *TWO[1:]),
+        "covariances": lambda: GaussianMixture(*TWO[:2], tensor),
+        "labels": lambda: GaussianMixture(*TWO, labels=tensor),
+        "components": lambda: GaussianMixture(*TWO).restrict(tensor),
+        "betas": lambda: NoiseSchedule.from_betas(tensor),
+        "log_odds": lambda: log_posterior_from_log_odds(tensor),
+        "samples": lambda: wasserstein1(tensor, [0.0]),
+    }.items():
+        with pytest.raises(TypeError, match=rf"{name} must be an array of .*{cure.format(name)}"):
+            call()
+
+
+def test_tensors_that_numpy_can_read_are_read():
+    torch = pytest.importorskip("torch")
+    means = torch.tensor(TWO[1], dtype=torch.float16)
+    mixture = GaussianMixture(torch.tensor(TWO[0]), means, torch.tensor(TWO[2]).double())
+    np.testing.assert_array_equal(mixture.means, TWO[1])
+    assert mixture.restrict(torch.tensor([1])).n_components == 1
 
 
 TWO = ([0.5, 0.5], [[0.0], [1.0]], [1.0, 1.0])

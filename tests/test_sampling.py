@@ -147,7 +147,9 @@ def test_several_concepts(tracker):
 @pytest.mark.parametrize("which", ["paper", "published", "log-odds"])
 def test_whole_chains_are_the_textbook(which):
     """Algorithms 1 and 2 with the mixture's noise predictions and the same normals, 1000 steps."""
-    mixture = GaussianMixture([0.4, 0.6], [[-1.0, 0.5], [1.0, 0.0]], [0.1, 0.2])
+    mixture = GaussianMixture(
+        [0.4, 0.6], [[-1.0, 0.5], [1.0, 0.0]], [0.1, 0.2], covariance_type="spherical"
+    )
     forgotten = mixture.restrict([0])
     schedule, book = LINEAR, textbook.ddpm_coefficients(1000)
     n, seed = 8, 4

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -192,6 +196,26 @@ BAD = [
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, EulerMaruyama(), ProbabilityFlow()], ids=repr)
+def test_schedules_and_coefficients_are_read_only_and_their_copies_too(sampler):
+    """What one run writes into coefficients, another one would read."""
+    schedule = NoiseSchedule.linear(5)
+    held = schedule.coefficients(sampler)
+    for thing in (schedule, held):
+        for other in (
+            thing,
+            pickle.loads(pickle.dumps(thing)),
+            copy.deepcopy(thing),
+            copy.copy(thing),
+            *([dataclasses.replace(thing)] if thing is held else []),
+        ):
+            for field in dataclasses.fields(thing):
+                values = getattr(other, field.name)
+                np.testing.assert_array_equal(values, getattr(thing, field.name))
+                with pytest.raises(ValueError, match="read-only"):
+                    values[0] = 2.0
 
 
 def test_wrong_types():
