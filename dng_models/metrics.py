@@ -40,6 +40,8 @@ RESAMPLES = 200
 RESAMPLED_FEATURES = 128  # beyond, a resampled Frechet distance costs too much
 NEIGHBOURS = 3  # of the paper's evaluations
 FEW_IMAGES = 10_000  # below, FID is mostly bias
+SIZEABLE = 16  # images of which some have a pixel below the middle grey
+OVERSHOOT = 2.0  # images that are positive throughout and reach beyond are not in [-1, 1]
 _CHUNK = 1024
 
 
@@ -49,6 +51,68 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+# ---------------------------------------------------------------------- images
+
+
+def float_images(name: str, images: Tensor, *, warn: bool = True) -> Tensor:
+    """Images in [-1, 1] as floats: 8-bit ones exactly, others as they are if they can be that.
+
+    What a sampler gives reaches a little beyond [-1, 1] on both sides, and is for the caller to
+    clamp.  So images in another range cannot always be told: those in [0, 255] are refused, and of
+    those in [0, 1] there is a warning, where none of 16 or more images has a negative value.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument.
+    images : Tensor, shape (N, C, H, W)
+        Of floats, finite, in [-1, 1]; or uint8.
+    warn : bool
+        Whether to, of images in [0, 1].
+
+    Returns
+    -------
+    Tensor
+        float32, or float64 if they were; without gradients.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are no such tensor, not finite, or in [0, 255] as floats.
+    """
+    import torch
+
+    if not isinstance(images, torch.Tensor) or not (
+        images.is_floating_point() or images.dtype == torch.uint8
+    ):
+        got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        raise TypeError(f"{name} must be a floating-point or uint8 tensor, got {got}")
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(images.shape)}")
+    images = images.detach()
+    if images.dtype == torch.uint8:
+        # As a data set is read.
+        return images.float() / 127.5 - 1.0
+    if images.dtype != torch.float64:
+        images = images.float()
+    low, high = (float(end) for end in torch.aminmax(images))
+    if not math.isfinite(low) or not math.isfinite(high):
+        broken = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
+        raise ValueError(f"{name} must be finite, but {broken} of {len(images)} are not")
+    if low >= 0.0 and high > OVERSHOOT:
+        raise ValueError(
+            f"{name} must be in [-1, 1], got values from {low:g} to {high:g}: those in [0, 255] "
+            "must be uint8, or divided by 127.5 and lowered by 1"
+        )
+    if warn and low >= 0.0 and high > 0.0 and len(images) >= SIZEABLE:
+        warnings.warn(
+            f"{name} must be in [-1, 1], and no value of the {len(images)} is negative (they are "
+            f"from {low:g} to {high:g}): those in [0, 1] must be doubled and lowered by 1",
+            stacklevel=3,
+        )
+    return images
 
 
 # ---------------------------------------------------------------------- classes
@@ -63,7 +127,7 @@ def class_counts(predicted: ArrayLike, num_classes: int) -> Integers:
         If there is no label, or one is no integer from 0 to C - 1.
     """
     num_classes = _checks.integer("num_classes", num_classes, 1)
-    labels = np.asarray(predicted)
+    labels = _checks.numpy_array("predicted", predicted, "labels")
     if labels.ndim != 1 or labels.size == 0:
         raise ValueError(f"predicted must have shape (N,) with N >= 1, got {labels.shape}")
     if not np.issubdtype(labels.dtype, np.integer):
@@ -95,6 +159,16 @@ def ideal_shares(num_classes: int, forbidden: Sequence[int]) -> Array:
     return allowed / allowed.sum()
 
 
+def _counts(counts: ArrayLike) -> Array:
+    """Numbers of images in every class; shares, of which one image would be made, are refused."""
+    numbers = _checks.filled("counts", counts, ("C",))
+    if (numbers < 0.0).any() or not (numbers == np.floor(numbers)).all() or not numbers.any():
+        raise ValueError(
+            f"counts must be whole numbers of images, >= 0 and not all zero, got {counts!r}"
+        )
+    return numbers
+
+
 def safety(counts: ArrayLike, forbidden: Sequence[int], confidence: float = 0.95) -> Estimate:
     """Share of the images in forbidden classes, with its Clopper-Pearson interval.
 
@@ -111,7 +185,7 @@ def safety(counts: ArrayLike, forbidden: Sequence[int], confidence: float = 0.95
     TypeError, ValueError
         If an argument is no such number.
     """
-    numbers = _checks.filled("counts", counts, ("C",))
+    numbers = _counts(counts)
     n = int(numbers.sum())
     count = int(numbers[ideal_shares(numbers.size, forbidden) == 0.0].sum())
     low, high = binomial_interval(count, n, confidence)
@@ -137,7 +211,7 @@ def class_kl(counts: ArrayLike, forbidden: Sequence[int], smoothing: Smoothing =
         If an argument is no such number or name.
     """
     _checks.choice("smoothing", smoothing, PSEUDOCOUNTS)
-    numbers = _checks.filled("counts", counts, ("C",))
+    numbers = _counts(counts)
     return kl_categorical(ideal_shares(numbers.size, forbidden), numbers, PSEUDOCOUNTS[smoothing])
 
 
@@ -154,7 +228,7 @@ def class_kl_interval(
     The value is the exact one where it is finite, else the smoothed one.  Resamples are smoothed,
     for any of them may leave a class empty.
     """
-    numbers = _checks.filled("counts", counts, ("C",))
+    numbers = _counts(counts)
     exact, smoothed = (class_kl(numbers, forbidden, which) for which in PSEUDOCOUNTS)
     n = int(numbers.sum())
     rng = np.random.default_rng(_checks.integer("seed", seed, 0))
@@ -359,6 +433,12 @@ def selectivity(
     """
     x = _checks.filled("related", related, ("S", "N"))
     y = _checks.filled("unrelated", unrelated, x.shape)
+    for name, similarities in (("related", x), ("unrelated", y)):
+        # What float32 makes of a cosine of 1 may be larger; percent are a hundred times.
+        if similarities.max() > 1.0 + 1e-3:
+            raise ValueError(
+                f"{name} must be similarities of at most 1, got {similarities.max():g}"
+            )
     resamples = _checks.integer("resamples", resamples, 2)
     tail = 0.5 * (1.0 - _fraction(confidence))
     rng = np.random.default_rng(_checks.integer("seed", seed, 0))
@@ -421,11 +501,21 @@ class Manifold:
         ]
         return cls(rows, np.concatenate(radii))
 
-    def covers(self, features: Array) -> float:
-        """Share of the features, shape (M, F), that lie in one ball or more."""
+    def covers(self, features: ArrayLike) -> float:
+        """Share of the features, shape (M, F), that lie in one ball or more.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If they are no such array, or not as many as the manifold has.
+        """
+        rows = _features("features", features, 1)
+        width = self.features.shape[1]
+        if rows.shape[1] != width:
+            raise ValueError(f"features must have shape (N, {width}), got {rows.shape}")
         inside = [
             (distances <= self.squared_radii).any(axis=1)
-            for distances in _squared_distances(features, self.features)
+            for distances in _squared_distances(rows, self.features)
         ]
         return float(np.concatenate(inside).mean())
 
@@ -478,9 +568,6 @@ def precision_recall(
         If an argument is no such array or number, or the features differ in number.
     """
     images = Manifold.of(features, neighbours)
-    width = reference.features.shape[1]
-    if images.features.shape[1] != width:
-        raise ValueError(f"features must have shape (N, {width}), got {images.features.shape}")
     return PrecisionRecall(
         precision=reference.covers(images.features), recall=images.covers(reference.features)
     )
@@ -568,24 +655,30 @@ class FrechetInception:
         Parameters
         ----------
         images : Tensor, shape (N, 1 or 3, H, W)
-            In [-1, 1], N >= 2.
+            Floats in [-1, 1], clamped, or uint8, which are taken as they are; N >= 2.  What other
+            ranges are found out, :func:`float_images` says.
         cache : Path or str, optional
             A folder where they are kept: of the same images and network they are read.
 
         Raises
         ------
-        ValueError
-            If images have another shape, or what is kept is damaged.
+        TypeError, ValueError
+            If images are no such tensor, not finite, or in [0, 255] as floats; if the features of
+            one are not finite, or what is kept is damaged.
         """
         import torch
 
         from dng_models.class_removal import files
 
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) < 2:
+        floats = float_images("images", images)
+        if images.shape[1] not in (1, 3) or len(images) < 2:
             raise ValueError(
                 f"images must have shape (N, 1 or 3, H, W) with N >= 2, got {tuple(images.shape)}"
             )
-        eight_bit = ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).cpu()
+        eight_bit = images
+        if images.dtype != torch.uint8:
+            eight_bit = ((floats.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+        eight_bit = eight_bit.cpu()
         path = None
         if cache is not None:
             path = Path(cache) / f"inception-{self._digest(eight_bit)}.safetensors"
@@ -603,6 +696,10 @@ class FrechetInception:
             products=self._metric.real_features_cov_sum.cpu().clone(),
             count=len(images),
         )
+        if not torch.isfinite(found.products).all():
+            raise ValueError(
+                "feature_extractor must give finite features, and of these images it does not"
+            )
         if path is not None:
             kept = {"total": found.total, "products": found.products}
             files.save_tensors(path, kept | {"count": torch.tensor(found.count)})

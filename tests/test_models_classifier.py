@@ -164,12 +164,30 @@ def test_wrong_images_are_named(trained):
         judge.judge(images[0])
     with pytest.raises(ValueError, match="got .0, 1, 8, 8"):
         judge.judge(images[:0])
-    with pytest.raises(TypeError, match="got torch.uint8"):
-        judge.judge(images.to(torch.uint8))
+    with pytest.raises(TypeError, match="floating-point or uint8 tensor, got torch.int64"):
+        judge.judge(images.long())
+    with pytest.raises(TypeError, match="got ndarray"):
+        judge.judge(images.numpy())
     broken = images.clone()
     broken[1, 0, 2, 3] = float("nan")
     with pytest.raises(ValueError, match="finite, but 1 of 5 are not"):
         judge.judge(broken)
+    broken[1, 0, 2, 3] = float("inf")
+    with pytest.raises(ValueError, match="finite, but 1 of 5 are not"):
+        judge.judge(broken)
+    with pytest.raises(ValueError, match=r"in \[-1, 1\], got values from 0 to 255"):
+        judge.judge((images - images.min()) * 255.0 / (images.max() - images.min()))
+
+
+def test_images_of_eight_bits_are_judged_as_a_data_set_reads_them(trained):
+    """And those in [0, 1], which cannot be told for certain, with a warning."""
+    judge = load_classifier(trained, CLASSES, "cpu")
+    eight_bit = ((bars().images + 1.0) * 127.5).round().to(torch.uint8)
+    floats = eight_bit.float() / 127.5 - 1.0
+    for found, expected in zip(judge.judge(eight_bit), judge.judge(floats), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.warns(UserWarning, match=r"in \[-1, 1\], and no value of .* is negative"):
+        judge.judge((floats + 1.0) / 2.0)
 
 
 @pytest.mark.parametrize(

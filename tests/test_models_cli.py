@@ -255,6 +255,26 @@ def test_evaluate_reads_pictures(out, capsys):
     assert "odd.png has 8 x 9 pixels" in line
 
 
+def test_evaluate_turns_photographs_and_names_files_that_it_cannot_read(tmp_path):
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(pixels).rotate(180).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    Image.fromarray(pixels).rotate(180).convert("CMYK").save(
+        tmp_path / "b.jpg", exif=exif, quality=95
+    )
+    images = commands._read_images(tmp_path, (1, 8, 8))
+    assert torch.all(images[:, :, :3] > 0.9) and torch.all(images[:, :, 5:] < -0.9)
+    assert commands._read_images(tmp_path, (3, 8, 8)).shape == (2, 3, 8, 8)
+    (tmp_path / "c.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"c\.png cannot be decoded"):
+        commands._read_images(tmp_path, (1, 8, 8))
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "c.png")
+    with pytest.raises(ValueError, match=r"8 bits a channel.*c\.png has mode 'I;16'"):
+        commands._read_images(tmp_path, (1, 8, 8))
+
+
 def test_a_sweep_prints_its_table_and_plot_draws_it(out, capsys):
     pytest.importorskip("matplotlib")
     arguments = ["sweep", "--rules", "none", "np", "--scale", "0.5", "--forget", "0", "3", "--each"]

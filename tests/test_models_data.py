@@ -15,7 +15,12 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 Image = pytest.importorskip("PIL.Image")
 
-from dng_models.class_removal.data import held_out_rows, load_dataset  # noqa: E402
+from dng_models.class_removal.data import (  # noqa: E402
+    Dataset,
+    held_out_rows,
+    load_dataset,
+    read_image,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def grey(n, side=4, seed=0):
 
 def parquet(path, images, **columns):
     """A plain file, as any program writes it: no word of the datasets library in it."""
-    cells = [{"bytes": image, "path": None} for image in images]
+    cells = [image and {"bytes": image, "path": None} for image in images]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     arrays = {"image": pa.array(cells, kind)} | {k: pa.array(v) for k, v in columns.items()}
     pq.write_table(pa.table(arrays), path)
@@ -179,6 +184,205 @@ def test_sizes_and_colours_are_made_alike_when_asked(tmp_path):
     assert load_dataset(path, image_size=4, channels=1).images.shape == (4, 1, 4, 4)
 
 
+# ---------------------------------------------------------------------- photographs
+
+
+BACK = {1: 0, 3: 180, 6: 90, 8: 270}  # how a camera was turned, in degrees to the left
+
+
+def photograph(orientation, kind="JPEG"):
+    """Bright above and dark below, once it is turned as its EXIF says."""
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    pixels[:8] = 255
+    buffer, exif = BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(pixels).rotate(BACK[orientation])
+    image.save(buffer, kind, exif=exif, quality=95)
+    return buffer.getvalue()
+
+
+def assert_upright(data):
+    assert torch.all(data.images[:, :, :7] > 0.9) and torch.all(data.images[:, :, 9:] < -0.9)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_photographs_are_upright_however_they_are_read(tmp_path, monkeypatch, kind):
+    """As the datasets library decodes them."""
+    images = [photograph(orientation, kind) for orientation in (1, 3, 6, 8)]
+    path = parquet(tmp_path / "a.parquet", images, label=[0, 1, 0, 1])
+    assert_upright(load_dataset(path))
+    folder = tmp_path / "photographs"
+    for row, image in enumerate(images):
+        inside = folder / "ab"[row % 2]
+        inside.mkdir(parents=True, exist_ok=True)
+        (inside / f"{row}.{kind.lower()}").write_bytes(image)
+    assert_upright(load_dataset(folder))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    cells = [{"bytes": image, "path": None} for image in images]
+    hub = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 0, 1]}, features)
+    for row in range(4):
+        decoded = np.asarray(hub[row]["image"].convert("L"))
+        assert decoded[:7].min() > 240 and decoded[9:].max() < 15
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    assert_upright(load_dataset("owner/photographs"))
+
+
+def test_a_photograph_is_cut_after_it_is_turned(tmp_path):
+    """Its middle is another one before, and its sides are exchanged."""
+    pixels = np.zeros((8, 16), dtype=np.uint8)
+    pixels[:, :8] = 255
+    exif, buffer = Image.Exif(), BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(buffer, "PNG", exif=exif)
+    image = read_image(BytesIO(buffer.getvalue()), "it")
+    assert image.size == (8, 16)
+    assert np.asarray(image)[0, 0] == 255 and np.asarray(image)[-1, -1] == 0
+    path = parquet(tmp_path / "a.parquet", [buffer.getvalue()] * 4, label=[0, 1, 0, 1])
+    data = load_dataset(path, image_size=8)
+    assert torch.all(data.images[:, :, 0] == 1.0) and torch.all(data.images[:, :, -1] == -1.0)
+
+
+GREYS = np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4)
+MODES = ("L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+@pytest.mark.parametrize("mode", [*MODES, "P with transparency", "L with transparency"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_mode_of_eight_bits_is_the_same_image(mode, channels):
+    buffer = BytesIO()
+    image = Image.fromarray(GREYS).convert(mode[:5].strip() if " " not in mode else mode[0])
+    more = {"transparency": b"\x00\xff\x80" if mode[0] == "P" else 16} if " " in mode else {}
+    kind = {"CMYK": "TIFF", "YCbCr": "TIFF", "PA": "TIFF"}.get(mode, "PNG")
+    if mode == "PA":
+        image.convert("LA").save(buffer, kind)
+    else:
+        image.save(buffer, kind, **more)
+    found = np.asarray(read_image(buffer, "it", channels))
+    assert found.shape == (4, 4) if channels == 1 else (4, 4, 3)
+    np.testing.assert_allclose(
+        found.reshape(4, 4, -1), GREYS[..., None].repeat(channels, 2), atol=1
+    )
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_sixteen_bits_are_refused_with_transparency_too(channels):
+    buffer = BytesIO()
+    image = Image.fromarray(np.arange(16, dtype=np.uint16).reshape(4, 4) * 4096)
+    image.save(buffer, "PNG", transparency=0)
+    with pytest.raises(ValueError, match="8 bits a channel.*but it has mode 'I;16'"):
+        read_image(buffer, "it", channels)
+
+
+# ---------------------------------------------------------------------- classes without images
+
+
+def labelled(path, labels, names):
+    """A file of the datasets library, with names for labels that no row may use."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
+    cells = [{"bytes": image, "path": None} for image in usable(len(labels))]
+    datasets.Dataset.from_dict({"image": cells, "label": labels}, features).to_parquet(path)
+    return path
+
+
+def test_a_subset_of_a_set_of_ten_classes(tmp_path):
+    """Names and numbers stay those of the set; its classes are those with images."""
+    path = labelled(tmp_path / "a.parquet", [7, 3, 7, 3], [f"n{i}" for i in range(10)])
+    data = load_dataset(path)
+    assert data.classes == ("n3", "n7") and data.labels.tolist() == [1, 0, 1, 0]
+    for asked, position in (("n3", 0), ("n7", 1), (3, 0), ("3", 0), (7, 1)):
+        assert data.index_of(asked) == data.only(asked).index_of(asked) == position
+        assert data.only(asked).labels.unique().tolist() == [position]
+    assert len(data.only(["n3", 7])) == 4 and len(data.without(7)) == 2
+    for empty in ("n0", 0, "0", 1):
+        for method in (data.index_of, data.only, data.without, data.train.only):
+            with pytest.raises(
+                ValueError, match=r"images of, n3, n7; got .*, and 'n[01]' has none"
+            ):
+                method(empty)
+    with pytest.raises(ValueError, match="n3, n7 or a number from 0 to 9; got 10"):
+        data.index_of(10)
+
+
+def test_names_that_are_numbers_stay_those_numbers(tmp_path):
+    """The digit 7 is no class of digits 1 and 7 by its position, nor is the first class a 0."""
+    path = labelled(tmp_path / "a.parquet", [7, 1, 7, 1], list("0123456789"))
+    data = load_dataset(path)
+    assert data.classes == ("1", "7")
+    assert [data.index_of(c) for c in ("1", 7)] == [0, 1]
+    with pytest.raises(ValueError, match="got '0', and '0' has none"):
+        data.index_of("0")
+    with pytest.raises(ValueError, match="got 0, and '0' has none"):
+        data.only(0)
+
+
+def test_a_class_of_one_image_is_still_refused(tmp_path):
+    path = labelled(tmp_path / "a.parquet", [0, 0, 1, 1, 2], list("abcd"))
+    with pytest.raises(ValueError, match="at least 2 images .* 'c' has 1 of 5"):
+        load_dataset(path)
+
+
+def test_a_data_set_made_by_hand_numbers_its_classes_itself():
+    data = Dataset(torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 0, 1]), ("a", "b"), "it")
+    assert [data.index_of(c) for c in ("b", 0)] == [1, 0]
+    assert data.train.source_classes == ("a", "b")
+
+
+# ---------------------------------------------------------------------- webdatasets
+
+
+@pytest.mark.parametrize("column", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("of_the_library", [True, False])
+def test_the_columns_of_a_webdataset(tmp_path, column, of_the_library):
+    path, cells = tmp_path / "shard.parquet", [encoded(image) for image in grey(4)]
+    columns = {"__key__": list("abcd"), "__url__": ["shard.tar"] * 4, "cls": [5, 3, 5, 3]}
+    if of_the_library:
+        kinds = dict.fromkeys(("__key__", "__url__"), datasets.Value("string"))
+        kinds |= {"cls": datasets.Value("int64"), column: datasets.Image()}
+        held = [{"bytes": cell, "path": None} for cell in cells]
+        table = datasets.Dataset.from_dict({**columns, column: held}, datasets.Features(kinds))
+        table.to_parquet(path)
+    else:
+        pq.write_table(pa.table({**columns, column: cells}), path)
+    for options in ({}, {"label_column": "cls"}, {"image_column": column}):
+        data = load_dataset(path, **options)
+        assert data.classes == ("3", "5") and data.labels.tolist() == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match="every class"):
+        load_dataset(path, label_column="__key__")
+
+
+def test_images_in_bytes_of_any_name_when_it_is_given(tmp_path):
+    cells = [encoded(image) for image in grey(4)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"blob": cells, "mask": cells, "label": [0, 1, 0, 1]}), path)
+    assert len(load_dataset(path, image_column="blob")) == 4
+    with pytest.raises(ValueError, match="one image column, .* found none"):
+        load_dataset(path)
+    pq.write_table(pa.table({"jpg": cells, "png": cells, "label": [0, 1, 0, 1]}), path)
+    with pytest.raises(ValueError, match="found several: jpg, png"):
+        load_dataset(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([2.0, 10.0, 2.0, 10.0], ("2", "10")),
+        ([2, 10, 2, 10], ("2", "10")),
+        (["2", "10", "2", "10"], ("10", "2")),
+        ([True, False, True, False], ("False", "True")),
+        (pa.array(["b", "a", "b", "a"]).dictionary_encode(), ("a", "b")),
+        (pa.array([7, 1, 7, 1], pa.uint8()), ("1", "7")),
+    ],
+)
+def test_labels_of_every_kind(tmp_path, labels, classes):
+    data = load_dataset(parquet(tmp_path / "a.parquet", usable(), label=labels))
+    assert data.classes == classes
+    assert data.labels.tolist()[:2] == [
+        data.index_of(str(data.classes[i])) for i in data.labels[:2]
+    ]
+
+
 # ---------------------------------------------------------------------- data that cannot be used
 
 
@@ -221,7 +425,16 @@ def test_images_that_cannot_be_used(tmp_path, message):
     [
         ({}, "must have one label column.* found none \\(columns: image\\)"),
         ({"a": [0, 1, 0, 1], "b": [0, 1, 0, 1]}, "found several: a, b"),
-        ({"label": [0.5, 1.0, 0.5, 1.0]}, "found none \\(columns: image, label\\)"),
+        ({"height": [4.0, 4.0, 4.0, 4.0]}, "found none \\(columns: image, height\\)"),
+        ({"label": [1.0, 0.5, 0.5, 1.0]}, "whole numbers, and row 1 of 'label' has 0.5"),
+        ({"label": [1.0, float("inf"), 0.0, 1.0]}, "row 1 of 'label' has inf"),
+        ({"label": [1.0, 0.0, 0.0, float("nan")]}, "row 3 of 'label' has none \\(nan\\)"),
+        ({"label": [1.0, 0.0, None, 1.0]}, "row 2 of 'label' has none"),
+        ({"label": [1, 0, -1, 1]}, "row 2 of 'label' has none \\(-1\\)"),
+        ({"label": [True, False, None, True]}, "row 2 of 'label' has none"),
+        ({"label": ["a", "b", "", "b"]}, "row 2 of 'label' has none"),
+        ({"label": [0, 1, 0, 1], "cls": [0, 0, 1, 1]}, "found several: label, cls"),
+        ({"__key__": list("abcd")}, "found none \\(columns: image, __key__\\)"),
         ({"label": [0, 0, 0, 1]}, "at least 2 images .* '1' has 1 of 4"),
         ({"label": [3, 3, 3, 3]}, "at least 2 classes, got \\['3'\\]"),
         ({"label": [0, 1, None, 1]}, "row 2 of 'label' has none"),
@@ -232,6 +445,29 @@ def test_labels_that_cannot_be_used(tmp_path, columns, message):
     path = parquet(tmp_path / "a.parquet", usable(), **columns)
     with pytest.raises(ValueError, match=message):
         load_dataset(path)
+
+
+def test_an_image_that_is_missing_is_named(tmp_path):
+    path = parquet(tmp_path / "a.parquet", [*usable(2), None, *usable(1)], label=[0, 1, 0, 1])
+    with pytest.raises(ValueError, match="every row must have an image, and row 2 has none"):
+        load_dataset(path)
+    kind = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    cells = [{"bytes": image, "path": None} for image in usable(3)]
+    table = datasets.Dataset.from_dict({"image": [*cells, None], "label": [0, 1, 0, 1]}, kind)
+    table.to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="every row must have an image, and row 3 has none"):
+        load_dataset(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animation_is_named(tmp_path, kind):
+    """Its first frame alone is not what was meant."""
+    buffer = BytesIO()
+    first, second = (Image.fromarray(image) for image in grey(2))
+    first.save(buffer, kind, save_all=True, append_images=[second], duration=100)
+    path = parquet(tmp_path / "a.parquet", [*usable(3), buffer.getvalue()], label=[0, 1, 0, 1])
+    with pytest.raises(ValueError, match="one frame, but image 3 has 2"):
+        load_dataset(path, channels=1)
 
 
 def test_one_image_is_not_a_data_set(tmp_path):

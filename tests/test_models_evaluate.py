@@ -121,6 +121,28 @@ def test_images_are_clamped_to_what_can_be_shown(reference):
     assert evaluate(images.clamp(-1, 1), reference, make_judge(), resamples=5) == first
 
 
+def test_images_of_eight_bits_are_measured_exactly(reference):
+    eight_bit = ((pictures(50, 2) + 1.0) * 127.5).round().to(torch.uint8)
+    floats = eight_bit.float() / 127.5 - 1.0
+    found = evaluate(eight_bit, reference, make_judge(), resamples=5)
+    assert found == evaluate(floats, reference, make_judge(), resamples=5)
+    halves = evaluate(floats.bfloat16(), reference, make_judge(), resamples=5)
+    assert halves == evaluate(floats.bfloat16().float(), reference, make_judge(), resamples=5)
+
+
+def test_images_in_another_range_are_not_measured_in_silence(reference):
+    images = pictures(50, 2)
+    with pytest.raises(ValueError, match=r"images must be in \[-1, 1\], got values from 0 to 255"):
+        evaluate((images + 1.0) * 127.5, reference, make_judge())
+    with pytest.raises(ValueError, match="images must be finite, but 1 of 50 are not"):
+        broken = images.clone()
+        broken[3, 0, 0, 0] = float("nan")
+        evaluate(broken, reference, make_judge())
+    with pytest.warns(UserWarning, match="no value of the 50 is negative") as caught:
+        evaluate((images + 1.0) / 2.0, reference, make_judge(), resamples=5)
+    assert len(caught) == 1
+
+
 def test_many_pixels_are_averaged_over_squares():
     images = pictures(5, 0, channels=3, side=32)
     averaged = module._pixels(images)

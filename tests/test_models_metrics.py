@@ -89,6 +89,13 @@ def test_kl_interval_covers_the_mean_of_repeated_experiments():
         (lambda: metrics.ideal_shares(3, [3]), ValueError, "forbidden .* from 0 to 2, got 3"),
         (lambda: metrics.class_kl([1, 2], [0], "laplace"), ValueError, "'none', 'jeffreys'"),
         (lambda: metrics.class_kl([0, 0], [0]), ValueError, "counts"),
+        (lambda: metrics.safety([0.2, 0.8], [0]), ValueError, "counts must be whole numbers"),
+        (lambda: metrics.safety([-1, 3], [0]), ValueError, "counts must be whole numbers"),
+        (lambda: metrics.safety([math.nan, 3], [0]), ValueError, "counts must be finite"),
+        (lambda: metrics.safety([0, 0], [0]), ValueError, "not all zero"),
+        (lambda: metrics.class_kl([0.5, 0.5], [0]), ValueError, "counts must be whole numbers"),
+        (lambda: metrics.class_kl([1, math.inf], [0]), ValueError, "counts must be finite"),
+        (lambda: metrics.class_kl_interval([0.5, 1], [0]), ValueError, "whole numbers"),
         (lambda: metrics.class_kl_interval([1, 2], [0], confidence=1.0), ValueError, "confidence"),
         (lambda: metrics.class_kl_interval([1, 2], [0], resamples=1), ValueError, "resamples"),
     ],
@@ -241,6 +248,34 @@ def test_wrong_features_for_precision_are_named():
         metrics.precision_recall(features(3, 3, 0), reference)
     with pytest.raises(ValueError, match=r"features must have shape \(N, 3\), got \(9, 2\)"):
         metrics.precision_recall(features(9, 2, 0), reference)
+    with pytest.raises(ValueError, match=r"features must have shape \(N, 3\), got \(9, 2\)"):
+        reference.covers(features(9, 2, 0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_are_refused_everywhere(value):
+    good = features(10, 3, 0)
+    bad = good.copy()
+    bad[4, 1] = value
+    manifold = Manifold.of(good)
+    for call in (
+        lambda: Moments.of(bad),
+        lambda: metrics.frechet_interval(bad, Moments.of(good)),
+        lambda: Manifold.of(bad),
+        lambda: metrics.precision_recall(bad, manifold),
+        lambda: manifold.covers(bad),
+    ):
+        with pytest.raises(ValueError, match=r"features must be finite, got .* at index \(4, 1\)"):
+            call()
+    broken = Moments(np.full(3, value), np.eye(3))
+    with pytest.raises(ValueError, match="finite"):
+        metrics.frechet_interval(good, broken)
+
+
+def test_similarities_in_percent_are_refused():
+    with pytest.raises(ValueError, match="unrelated must be similarities of at most 1, got 97"):
+        metrics.selectivity([[0.5, 0.7]], [[97.0, 90.0]])
+    metrics.selectivity([[0.5, 1.0 + 1e-7]], [[0.9, 0.9]])
 
 
 # ---------------------------------------------------------------------- FID
@@ -302,6 +337,57 @@ def test_every_image_is_seen_once_and_eight_bits_survive():
     seen = torch.cat(tiny.seen)
     assert sums.count == 64 and [len(batch) for batch in tiny.seen] == [30, 30, 4]
     np.testing.assert_array_equal(seen[:, 1:2].numpy(), levels.numpy())
+
+
+class TestTheRangeOfImages:
+    """What was NaN became black, and what was in another range a number without a word."""
+
+    fid = metrics.FrechetInception(Tiny())
+    images = torch.randint(256, (32, 3, 6, 6), generator=torch.Generator().manual_seed(0))
+
+    def distance(self, one, other):
+        with pytest.warns(UserWarning, match="mostly bias"):
+            return self.fid.distance(self.fid.sums(one), self.fid.sums(other))
+
+    def test_eight_bits_are_taken_as_they_are(self):
+        sums = self.fid.sums(self.images.to(torch.uint8))
+        floats = self.fid.sums(self.images.float() / 127.5 - 1.0)
+        np.testing.assert_array_equal(sums.products.numpy(), floats.products.numpy())
+
+    def test_an_overshoot_is_clamped(self):
+        floats = self.images.float() / 127.5 - 1.0
+        beyond = torch.where(floats == 1.0, 1.7, torch.where(floats == -1.0, -40.0, floats))
+        assert self.distance(beyond, floats) == pytest.approx(0.0, abs=1e-9)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    def test_what_is_not_finite_is_refused(self, value, dtype):
+        floats = (self.images / 127.5 - 1.0).to(dtype)
+        floats[3:10, 0, 1, 2] = value
+        with pytest.raises(ValueError, match="images must be finite, but 7 of 32 are not"):
+            self.fid.sums(floats)
+
+    def test_floats_up_to_255_are_refused(self):
+        with pytest.raises(ValueError, match=r"\[-1, 1\], got values from 0 to 255: .*uint8"):
+            self.fid.sums(self.images.float())
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
+    def test_other_numbers_are_refused(self, dtype):
+        with pytest.raises(TypeError, match=f"floating-point or uint8 tensor, got {dtype}"):
+            self.fid.sums(self.images.to(dtype))
+        with pytest.raises(TypeError, match="got ndarray"):
+            self.fid.sums(self.images.float().numpy())
+
+    def test_of_images_from_0_to_1_there_is_a_warning(self):
+        floats = self.images / 255.0
+        with pytest.warns(UserWarning, match="no value of the 32 is negative .*from 0 to 1"):
+            self.fid.sums(floats)
+        # Few images may be all bright.
+        self.fid.sums(floats[:8])
+
+    def test_features_that_are_not_finite_are_refused(self):
+        with pytest.raises(ValueError, match="must give finite features"):
+            metrics.FrechetInception(Tiny(gain=math.nan)).sums(self.images.to(torch.uint8))
 
 
 def test_sums_are_kept_for_the_same_images_and_network(tmp_path):

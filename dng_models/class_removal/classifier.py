@@ -25,6 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from dng_math import _checks
+from dng_models import metrics
 from dng_models.class_removal import files
 
 if TYPE_CHECKING:
@@ -347,7 +348,8 @@ class Judge:
         Parameters
         ----------
         images : Tensor, shape (N, C, H, W)
-            Finite; clamped to [-1, 1].
+            Floats in [-1, 1], clamped, or uint8, as a data set reads them.  What other ranges are
+            found out, :func:`dng_models.metrics.float_images` says.
         batch_size : int
 
         Returns
@@ -361,7 +363,7 @@ class Judge:
         TypeError, ValueError
             If images are no such tensor.
         """
-        self._check(images)
+        images = self._checked(images)
         batch_size = _checks.integer("batch_size", batch_size, 1)
         predicted, features = [], []
         for first in range(0, len(images), batch_size):
@@ -392,20 +394,14 @@ class Judge:
             misses=float(forbidden_rows[:, ~forbidden].sum() / forbidden_rows.sum()),
         )
 
-    def _check(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a floating-point tensor, got {got}")
-        if images.ndim != 4 or len(images) == 0:
-            raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
-        if self.image_shape is not None and tuple(images.shape[1:]) != self.image_shape:
+    def _checked(self, images: Tensor) -> Tensor:
+        floats = metrics.float_images("images", images)
+        if self.image_shape is not None and tuple(floats.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"images must have shape (N, *{self.image_shape}), as the classifier was trained "
-                f"on, got {tuple(images.shape)}"
+                f"on, got {tuple(floats.shape)}"
             )
-        broken = int((~torch.isfinite(images)).flatten(1).any(dim=1).sum())
-        if broken:
-            raise ValueError(f"images must be finite, but {broken} of {len(images)} are not")
+        return floats
 
 
 def load_classifier(

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from dng_models.class_removal.config import (
     RunFolder,
     settings,
 )
-from dng_models.class_removal.data import Dataset
+from dng_models.class_removal.data import Dataset, read_image
 from dng_models.class_removal.evaluate import evaluate
 from dng_models.class_removal.generate import Materials, generate, piece_count, trajectories
 from dng_models.class_removal.sweep import Row, keep_samples, label, sweep, without_broken
@@ -311,8 +310,7 @@ def _read_images(source: Path, shape: tuple[int, ...]) -> Tensor:
         )
     arrays = []
     for name in names:
-        with Image.open(name) as opened:
-            array = np.asarray(opened.convert("L" if channels == 1 else "RGB"))
+        array = np.asarray(read_image(name, str(name), channels))
         if array.shape[:2] != (height, width):
             raise ValueError(
                 f"{name} has {array.shape[1]} x {array.shape[0]} pixels, and images of the data "

@@ -8,11 +8,12 @@ are measured on it.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ HELD_OUT = 0.2
 SPLIT_SEED = 0
 HUB_NAMES = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
 SPLIT_NAMES = ("train", "test", "validation", "data")
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "target", "digit")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target", "digit")
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,8 @@ class Dataset:
         Of the data set.
     is_held_out : Tensor, shape (N,)
         bool; default a fifth of every class, by :func:`held_out_rows`.
+    source_classes : tuple of str
+        Names in the numbering of the source, where some may have no images; default ``classes``.
     """
 
     images: Tensor
@@ -56,8 +60,11 @@ class Dataset:
     classes: tuple[str, ...]
     name: str
     is_held_out: Tensor | None = None
+    source_classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.source_classes is None:
+            object.__setattr__(self, "source_classes", self.classes)
         if self.is_held_out is None:
             import torch
 
@@ -115,22 +122,30 @@ class Dataset:
         return self._where(~self._of(classes))
 
     def index_of(self, name_or_number: str | int) -> int:
-        """Number of a class, given by its name or by that number.
+        """Position of a class in ``classes``, given by its name or by its number in the source.
 
         Raises
         ------
         ValueError
-            If there is no such class; lists those that there are.
+            If there is no such class, or it has no images; lists those that there are.
         """
-        if name_or_number in self.classes:
-            return self.classes.index(name_or_number)
+        assert self.source_classes is not None
         text = str(name_or_number)
-        if text.isdecimal() and int(text) < len(self.classes):
-            return int(text)
-        raise ValueError(
-            f"class must be one of {', '.join(self.classes)} or a number from 0 to "
-            f"{len(self.classes) - 1}; got {name_or_number!r}"
-        )
+        if name_or_number in self.source_classes:
+            wanted = str(name_or_number)
+        elif text.isdecimal() and int(text) < len(self.source_classes):
+            wanted = self.source_classes[int(text)]
+        else:
+            raise ValueError(
+                f"class must be one of {', '.join(self.classes)} or a number from 0 to "
+                f"{len(self.source_classes) - 1}; got {name_or_number!r}"
+            )
+        if wanted not in self.classes:
+            raise ValueError(
+                f"class must be one of those that {self.name} has images of, "
+                f"{', '.join(self.classes)}; got {name_or_number!r}, and {wanted!r} has none"
+            )
+        return self.classes.index(wanted)
 
     def _of(self, classes: str | int | Iterable[str | int]) -> Tensor:
         import torch
@@ -190,9 +205,11 @@ def load_dataset(
     dataset : str or Path
         "digits", scikit-learn's 1,797 digits of 8 x 8 pixels; "mnist" or "cifar10", by their names
         on the Hugging Face hub; a parquet file; a folder with one sub-folder of images a class; or
-        any other name on the hub.
+        any other name on the hub.  Photographs are turned as their EXIF orientation says.
     image_column, label_column : str, optional
-        Where the data set has several columns of that kind; default the only one.
+        Where the data set has several columns of that kind; default the only one, or the only one
+        of a usual name ("label", or "cls" of a webdataset).  Labels are names, whole numbers, or
+        True and False.
     split : str
         Of a hub data set.
     held_out : float
@@ -202,11 +219,17 @@ def load_dataset(
     channels : {1, 3}, optional
         Grey or colour; default as they are.
 
+    Returns
+    -------
+    Dataset
+        Its classes are those that have images: of names that no row uses it only knows the number.
+
     Raises
     ------
     ValueError, TypeError
         If an argument is not allowed, or the data cannot be used: columns missing or ambiguous,
-        images of several sizes, not square or with transparency, classes of fewer than two images.
+        images missing, animated, of several sizes, not square or with transparency, labels missing,
+        classes of one image.
     FileNotFoundError, OSError
         If there is no such file, or the hub cannot be reached.
     """
@@ -248,11 +271,14 @@ def _dataset(
     name: str,
     held_out: float,
 ) -> Dataset:
-    """Check the classes, and split."""
+    """Check the classes, leave out those without images, and split."""
     import torch
 
-    counts = np.bincount(labels, minlength=len(classes))
-    for class_name, count in zip(classes, counts, strict=True):
+    source_classes = tuple(classes)
+    present, labels = np.unique(labels, return_inverse=True)
+    labels = labels.reshape(-1).astype(np.int64)
+    classes = [source_classes[number] for number in present]
+    for class_name, count in zip(classes, np.bincount(labels), strict=True):
         if count < 2:
             raise ValueError(
                 f"every class of {name} must have at least 2 images (one is held out), "
@@ -266,6 +292,7 @@ def _dataset(
         classes=tuple(classes),
         name=name,
         is_held_out=torch.from_numpy(held_out_rows(labels, held_out)),
+        source_classes=source_classes,
     )
 
 
@@ -324,7 +351,7 @@ def _columns(
     features = table.features
     listed = ", ".join(features)
 
-    def named(role: str, given: str | None, fitting: list[str]) -> str:
+    def named(role: str, given: str | None, fitting: list[str], usual: list[str]) -> str:
         if given is not None:
             if given not in features:
                 raise ValueError(
@@ -337,18 +364,27 @@ def _columns(
                     f"{features[given]}"
                 )
             return given
-        if len(fitting) != 1:
-            found = f"several: {', '.join(fitting)}" if fitting else "none"
+        if len(usual) != 1:
+            found = f"several: {', '.join(usual)}" if usual else "none"
             raise ValueError(
                 f"{dataset} must have one {role} column, or {role}_column must name it; "
                 f"found {found} (columns: {listed})"
             )
-        return fitting[0]
+        return usual[0]
 
-    image = named("image", image, [name for name in features if _is_image(features[name])])
+    images = [name for name in features if _is_image(features[name])]
+    # Bytes may be anything, unless a name says of what.
+    encoded = [name for name in features if _is_bytes(features[name])]
+    likely = images or [name for name in encoded if name.lower() in IMAGE_NAMES]
+    image = named("image", image, images + encoded, likely)
+
     labels = [name for name in features if name != image and _is_label(features[name])]
-    usual = [name for name in LABEL_NAMES if name in labels]
-    label = named("label", label, labels if label or not usual else usual[:1])
+    # Whole numbers beside nulls are floats to other programs; other floats are measurements.
+    floats = [name for name in features if _is_float(features[name])]
+    # Keys and addresses of a webdataset are of single rows.
+    likely = [name for name in labels if not (name.startswith("__") and name.endswith("__"))]
+    usual = [name for name in likely + floats if name.lower() in LABEL_NAMES]
+    label = named("label", label, labels + floats, usual or likely)
     return image, *_labels(table, label)
 
 
@@ -359,25 +395,52 @@ def _is_image(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
+def _holds(feature: Any, kinds: Sequence[str]) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.Value) and feature.dtype.rstrip("0123456789") in kinds
+
+
+def _is_bytes(feature: Any) -> bool:
+    return _holds(feature, ("binary", "large_binary"))
+
+
+def _is_float(feature: Any) -> bool:
+    return _holds(feature, ("float",))
+
+
 def _is_label(feature: Any) -> bool:
     import datasets
 
-    if isinstance(feature, datasets.ClassLabel):
-        return True
     kinds = ("int", "uint", "string", "large_string", "bool")
-    return isinstance(feature, datasets.Value) and feature.dtype.rstrip("0123456789") in kinds
+    return isinstance(feature, datasets.ClassLabel) or _holds(feature, kinds)
 
 
 def _labels(table: datasets.Dataset, column: str) -> tuple[NDArray[np.int64], list[str]]:
     import datasets
 
     values = table[column][:]
-    if any(value is None or value == -1 for value in values):
-        row = next(i for i, value in enumerate(values) if value is None or value == -1)
-        raise ValueError(f"every image must have a label, and row {row} of {column!r} has none")
+    for row, value in enumerate(values):
+        # -1 is how the hub writes that a label is withheld; NaN is not equal to itself.
+        if value is None or value != value or value in (-1, ""):
+            raise ValueError(
+                f"every image must have a label, and row {row} of {column!r} has none ({value!r})"
+            )
+        if isinstance(value, float) and not value.is_integer():
+            raise ValueError(
+                f"labels must be names or whole numbers, and row {row} of {column!r} has {value!r}"
+            )
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
+        for row, value in enumerate(values):
+            if not 0 <= value < len(feature.names):
+                raise ValueError(
+                    f"labels must be from 0 to {len(feature.names) - 1}, of the names of "
+                    f"{column!r}, and row {row} has {value}"
+                )
         return np.array(values, dtype=np.int64), list(feature.names)
+    if _is_float(feature):
+        values = [int(value) for value in values]
     names, labels = np.unique(np.array(values), return_inverse=True)
     return labels.reshape(-1).astype(np.int64), [str(name) for name in names]
 
@@ -414,20 +477,15 @@ def _shape(array: NDArray[np.uint8]) -> str:
 
 
 def _array(
-    item: dict[str, Any], row: int, image_size: int | None, channels: int | None
+    item: dict[str, Any] | None, row: int, image_size: int | None, channels: int | None
 ) -> NDArray[np.uint8]:
     """One decoded image, shape (H, W, C)."""
     from io import BytesIO
 
-    from PIL import Image
-
+    if item is None or (item["bytes"] is None and item["path"] is None):
+        raise ValueError(f"every row must have an image, and row {row} has none")
     source = item["path"] if item["bytes"] is None else BytesIO(item["bytes"])
-    try:
-        with Image.open(source) as opened:
-            opened.load()
-            image = _converted(opened, row, channels)
-    except OSError as error:
-        raise ValueError(f"image {row} cannot be decoded: {error}") from error
+    image = read_image(source, f"image {row}", channels)
     if image_size is not None:
         image = _resized(image, image_size)
     if image.width != image.height:
@@ -439,21 +497,60 @@ def _array(
     return array[..., None] if array.ndim == 2 else array
 
 
-def _converted(image: Image.Image, row: int, channels: int | None) -> Image.Image:
+def read_image(
+    source: str | Path | IO[bytes], name: str, channels: int | None = None
+) -> Image.Image:
+    """An image upright, in grey or colour, with 8 bits a channel.
+
+    Parameters
+    ----------
+    source : str, Path or binary file
+    name : str
+        What the image is called in messages.
+    channels : {1, 3}, optional
+        Grey or colour; default as it is.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be decoded, has several frames, more than 8 bits a channel, or, unless channels
+        are given, an alpha channel, which is dropped otherwise.
+    """
+    from PIL import Image, ImageOps
+
+    broken = OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError
+    try:
+        with Image.open(source) as opened:
+            # A camera's second frame is a preview or a depth map.
+            frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except broken as error:
+        raise ValueError(f"{name} cannot be decoded: {error}") from error
+    if frames > 1:
+        raise ValueError(f"images must have one frame, but {name} has {frames}")
+    return _converted(image, name, channels)
+
+
+def _converted(image: Image.Image, name: str, channels: int | None) -> Image.Image:
     """The image in grey or colour, 8 bits a channel."""
-    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
-        if channels is None:
-            raise ValueError(
-                f"images must not have an alpha channel, but image {row} is {image.mode}: "
-                "choose channels=1 or channels=3, which drops it"
-            )
-    elif image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
+    alpha = ("LA", "PA", "RGBA", "RGBa", "La")
+    if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", *alpha):
         raise ValueError(
-            f"images must have 8 bits a channel, grey or colour, but image {row} has mode "
-            f"{image.mode!r}"
+            f"images must have 8 bits a channel, grey or colour, but {name} has mode {image.mode!r}"
+        )
+    transparent = image.mode in alpha or "transparency" in image.info
+    if transparent and channels is None:
+        raise ValueError(
+            f"images must not have an alpha channel, but {name} is {image.mode}: "
+            "choose channels=1 or channels=3, which drops it"
         )
     if channels is None:
         channels = 1 if image.mode in ("1", "L") else 3
+    # Not all pairs of modes have a way that is direct, silent and right.
+    through = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}.get(image.mode)
+    if transparent and through is not None:
+        image = image.convert(through)
     return image.convert("L" if channels == 1 else "RGB")
 
 

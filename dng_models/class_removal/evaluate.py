@@ -145,7 +145,8 @@ def evaluate(
     Parameters
     ----------
     images : Tensor, shape (N, C, H, W)
-        Finite, N >= 4; clamped to [-1, 1].
+        Floats in [-1, 1], clamped, or uint8; N >= 4.  What other ranges are found out,
+        :func:`dng_models.metrics.float_images` says.
     reference : Reference
         Made with the same judge.
     judge : Judge
@@ -170,7 +171,8 @@ def evaluate(
     Raises
     ------
     TypeError, ValueError
-        If images are not finite, too few, or of another shape than the classifier's.
+        If images are not finite, too few, in [0, 255] as floats, or of another shape than the
+        classifier's.
     """
     if judge.classes != reference.classes:
         raise ValueError(
@@ -178,6 +180,7 @@ def evaluate(
             f"got one of {', '.join(judge.classes)}"
         )
     _checks.integer("the number of images", len(images), metrics.NEIGHBOURS + 1)
+    floats = metrics.float_images("images", images, warn=False)  # the judge looks again
     predicted, features = judge.judge(images)
     counts = metrics.class_counts(predicted, len(reference.classes))
     kl = metrics.class_kl(counts, reference.forbidden)
@@ -193,7 +196,7 @@ def evaluate(
         **_named(
             "frechet_pixels",
             metrics.frechet_interval(
-                _pixels(images.clamp(-1.0, 1.0)), reference.pixels, **bootstrap
+                _pixels(floats.clamp(-1.0, 1.0)), reference.pixels, **bootstrap
             ),
         ),
         **metrics.precision_recall(features, reference.manifold)._asdict(),
