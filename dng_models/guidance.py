@@ -1,18 +1,18 @@
 """A guided run of somebody else's sampler: what the hook and the guider share.
 
-A pipeline owns the loop, the network and the scheduler.  Whoever sits in the loop shows
-:class:`GuidedChain` the network's input at every step (:meth:`GuidedChain.observe`) and the
-predictions (:meth:`GuidedChain.guide`), and gives the pipeline the guided prediction instead.
-What the sampler did with it is seen at the next step, whose input is the x_next of this one: there
-the posteriors are updated, with no scheduler wrapped (DNG Algorithm 2, a step late).
+A pipeline owns the loop, the network and the scheduler.  Whoever sits in the loop gives
+:class:`GuidedChain` the predictions of a step (:meth:`GuidedChain.guide`), and the pipeline the
+guided prediction instead.  What the sampler did with it updates the posteriors (DNG Algorithm 2).
+Who sees the scheduler's step says so at once (:meth:`GuidedChain.begin`,
+:meth:`GuidedChain.took`); who sees only the latents of every step shows those
+(:meth:`GuidedChain.observe`), and the update comes a step late.
 
-Everything is said in the coordinates of the network's input: that is the x of the schedule
+Inside, everything is in the coordinates of the network's input: that is the x of the schedule
 (alpha, sigma) whatever the scheduler keeps for itself (:mod:`dng_models.transition`).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,8 +49,6 @@ from dng_models.transition import SchedulerRun, advice, scheduler_run
 # and after how many steps one looks in any case.
 BOUND_DEVIATIONS = 3.0
 LONGEST_SKIP = 8
-# How far a measured eta may lie from 0, 1 or what was said, beside its standard error.
-ETA_TOLERANCE = 0.05
 SAME_TIMESTEP = 1e-5  # float32 keeps seven digits of a timestep
 
 Network = Callable[[Tensor], Sequence[Tensor]]
@@ -97,6 +95,13 @@ class DynamicNegative(DynamicNegativeGuidance):
         tracker: Literal["paper", "log_odds"] = "paper",
         variance: TrackerVariance = "matched",
     ) -> None:
+        if isinstance(prior, Sequence) or isinstance(guidance_scale, Sequence):
+            raise TypeError(
+                "guidance_scale and prior must be numbers, got "
+                f"{guidance_scale!r} and {prior!r}; for unwanted concepts with priors or scales of "
+                "their own give apply_guidance a rule for each: [DynamicNegative(18, 0.01), "
+                "DynamicNegative(9, 0.1)]"
+            )
         _checks.choice("tracker", tracker, ("paper", "log_odds"))
         _checks.real("prior", prior, "in (0, 1)", 0.0, 1.0, closed="()")
         kind = PaperTracker if tracker == "paper" else LogOddsTracker
@@ -133,12 +138,13 @@ class _Run:
     scheduler: Any
     timesteps: Any  # the scheduler's own tensor: every call of a pipeline makes a new one
     steps: SchedulerRun
-    plan: StepPlan
-    update_plan: StepPlan
-    eta_is_assumed: bool
+    plans: list[StepPlan]  # to guide with, and to track each concept with: one for all, or each
+    update_plans: list[StepPlan]  # to update posteriors with
     record: RunTrace
     step: int
-    x: Tensor
+    # The network's input, where it was shown.
+    x: Tensor | None = None
+    batch: int = 0
     begun: bool = False
     state: Tensor | None = None
     momentum: Tensor | None = None
@@ -156,9 +162,14 @@ class _Run:
     evaluated: Tensor | None = None
     skipped: Tensor | None = None
 
-    def column(self, name: str, step: int | None = None) -> float:
-        """A number of the plan's table."""
-        row = self.plan.table64[self.step if step is None else step]
+    @property
+    def plan(self) -> StepPlan:
+        """What the steps of the first rule, or of the only one, are guided with."""
+        return self.plans[0]
+
+    def column(self, name: str, plan: StepPlan | None = None) -> float:
+        """A number of a plan's table at this step."""
+        row = (self.plan if plan is None else plan).table64[self.step]
         return float(row[COLUMNS.index(name)])
 
     def x0(self, x: Tensor, prediction: Tensor) -> Tensor:
@@ -181,15 +192,18 @@ class GuidedChain:
 
     Parameters
     ----------
-    rule : Rule
-        From :mod:`dng_math.guidance`; posteriors are tracked, with a given prior.
+    rule : Rule or sequence of Rule
+        From :mod:`dng_math.guidance`; posteriors are tracked, with a given prior.  A sequence has
+        one :class:`DynamicNegative` for each of ``concepts``, with its own prior and scale:
+        ``base - sum_k g_k p_k (eps_k - eps)/(1 - sum_j p_j)``.
     concepts : int, optional
-        Number of unwanted concepts, each with its own posterior; None: one.
+        Number of unwanted concepts, each with its own posterior; None: one.  Rules other than DNG
+        take at most one.
     cfg_scale : float, optional
         Classifier-free guidance beneath the rule: base = unconditional + cfg_scale (positive -
         unconditional).  None: base = positive.
     eta : float, optional
-        Of a DDIM scheduler, as given to the pipeline; None: it is measured on the first step.
+        Of a DDIM scheduler, as its step is given it; None: what :meth:`begin` is told, or 0.
     divergence_probes : int
         Random vectors for Hutchinson's estimate of the divergence that a sampler with eta < 1
         needs; 0: none is made, and such a sampler warns.
@@ -199,6 +213,10 @@ class GuidedChain:
     mask : Tensor, optional
         1 where the sampler's steps decide the latents, 0 where something else overwrites them;
         broadcasts to them.  Only the former count in the posterior.
+    initial_log_posterior : Tensor, optional
+        log p(c | x) at the first step, shape (B,), or (M, B) for M concepts, in place of the
+        prior: for a chain that goes on where another one stopped.  With one more dimension in
+        front, as in :attr:`RunTrace.log_posterior`, the last step's is taken.
     trace : Trace, optional
         Where to record; default: a new one.
     has_network : bool
@@ -212,7 +230,7 @@ class GuidedChain:
 
     def __init__(
         self,
-        rule: Rule,
+        rule: Rule | Sequence[Rule],
         *,
         concepts: int | None = None,
         cfg_scale: float | None = None,
@@ -220,20 +238,25 @@ class GuidedChain:
         divergence_probes: int = 0,
         skip_below: float | None = None,
         mask: Tensor | None = None,
+        initial_log_posterior: Tensor | None = None,
         trace: Trace | None = None,
         has_network: bool = True,
     ) -> None:
-        if not hasattr(rule, "guide"):
-            raise TypeError(f"rule must be one of dng_math.guidance, got {rule!r}")
-        inner = innermost(rule)
+        rules = _rules(rule, concepts)
+        inner = innermost(rules[0])
         if concepts is not None:
             _checks.integer("concepts", concepts, 1)
-            if not isinstance(inner, DynamicNegativeGuidance | Unguided):
+            if concepts > 1 and not isinstance(inner, DynamicNegativeGuidance | Unguided):
                 raise ValueError(
-                    f"concepts must be None for {rule!r}, got {concepts}: only DNG gives each its "
+                    f"concepts must be 1 for {rule!r}, got {concepts}: only DNG gives each its "
                     "own posterior"
                 )
         self.leads = isinstance(inner, ClassifierFreeGuidance | FeedbackGuidance)
+        if concepts is not None and self.leads:
+            raise ValueError(
+                f"concepts must be None for {rule!r}, which leads to the positive prompt and away "
+                f"from nothing; got {concepts}"
+            )
         if cfg_scale is not None:
             _checks.finite("cfg_scale", cfg_scale)
             if self.leads or isinstance(inner, PerpNeg):
@@ -248,11 +271,12 @@ class GuidedChain:
             _checks.positive("skip_below", skip_below)
         if mask is not None and not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a tensor, got {mask!r}")
-        posterior = getattr(inner, "posterior", None)
-        if getattr(posterior, "divergence", False) and not divergence_probes:
-            raise ValueError(
-                "divergence_probes must be at least 1 for a tracker with divergence=True, got 0"
-            )
+        for each in rules:
+            posterior = getattr(innermost(each), "posterior", None)
+            if getattr(posterior, "divergence", False) and not divergence_probes:
+                raise ValueError(
+                    "divergence_probes must be at least 1 for a tracker with divergence=True, got 0"
+                )
         self.rule = rule
         self.concepts = concepts
         self.cfg_scale = cfg_scale
@@ -265,11 +289,40 @@ class GuidedChain:
         self.needs_negative = not (self.leads or isinstance(inner, Unguided))
         self.needs_unconditional = self.leads or isinstance(inner, PerpNeg) or cfg_scale is not None
         self.tracks = isinstance(inner, FeedbackGuidance) or isinstance(
-            posterior, PaperTracker | LogOddsTracker
+            getattr(inner, "posterior", None), PaperTracker | LogOddsTracker
         )
+        self._initial = self._first_log_posterior(initial_log_posterior)
+        self._rules = rules
         # Where the scale is one number a sample, and 0 means that the prediction is the base's.
         self._plain = not (self.leads or isinstance(inner, PerpNeg | SafeLatentDiffusion))
         self._run: _Run | None = None
+
+    def _first_log_posterior(self, given: Tensor | None) -> Tensor | None:
+        """What a chain begins with in place of the prior, (B,) or (M, B)."""
+        if given is None:
+            return None
+        if not self.tracks:
+            raise ValueError(
+                f"initial_log_posterior must be None for {self.rule!r}, which tracks none"
+            )
+        if not isinstance(given, Tensor) or not given.is_floating_point():
+            raise TypeError(
+                f"initial_log_posterior must be a tensor of floating-point numbers, got {given!r}"
+            )
+        wanted = 1 if self.concepts is None else 2
+        last = given[-1] if given.ndim == wanted + 1 and len(given) else given
+        if last.ndim != wanted or (self.concepts is not None and len(last) != self.concepts):
+            shape = "(B,)" if self.concepts is None else f"({self.concepts}, B)"
+            raise ValueError(
+                f"initial_log_posterior must have shape {shape}, of B images, got "
+                f"{tuple(given.shape)}"
+            )
+        if not self.leads and not bool((last <= 0).all()):
+            raise ValueError(
+                "initial_log_posterior must be at most 0, logarithms of probabilities, got up to "
+                f"{float(last.max()):g}"
+            )
+        return last.detach()
 
     # ------------------------------------------------------------------ the loop's side
 
@@ -277,11 +330,123 @@ class GuidedChain:
         """Forget the run; the next step begins one."""
         self._run = None
 
+    @property
+    def step(self) -> int | None:
+        """The scheduler's step that is being guided, 0 the noisiest; None between runs."""
+        return None if self._run is None else self._run.step
+
+    @property
+    def timesteps(self) -> Any:
+        """The scheduler's timesteps of the run under way; None between runs."""
+        return None if self._run is None else self._run.timesteps
+
+    @property
+    def input_scale(self) -> float:
+        """What the network is shown, over the scheduler's latents, at this step."""
+        run = self._shown()
+        return float(run.steps.input_scale[run.step])
+
+    def belongs_to(self, scheduler: Any) -> bool:
+        """Whether the run under way is over this scheduler's present timesteps.
+
+        Every call of a pipeline sets its timesteps anew.
+        """
+        run = self._run
+        return (
+            run is not None
+            and scheduler is run.scheduler
+            and scheduler.timesteps is run.timesteps
+            and run.step < len(run.steps)
+        )
+
+    def begin(
+        self,
+        scheduler: Any,
+        step: int,
+        *,
+        eta: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Begin a run whose steps :meth:`took` will be told of.
+
+        Parameters
+        ----------
+        scheduler : SchedulerMixin
+            With its timesteps set.
+        step : int
+            Of the scheduler's timesteps, where the run begins.
+        eta : float, optional
+            That the scheduler's step will be given, of DDIM.
+        device : torch.device
+            Of the predictions.
+
+        Raises
+        ------
+        ValueError
+            If the scheduler cannot be described, or eta is not what the chain was told.
+        """
+        if eta is not None and self.eta is not None and abs(eta - self.eta) > 1e-6:
+            raise ValueError(
+                f"eta must be what the pipeline's call is given, {eta:g}, got {self.eta:g}"
+            )
+        steps = scheduler_run(scheduler, eta=self.eta if eta is None else eta)
+        _checks.integer("step", step, 0, len(steps) - 1)
+        record = RunTrace(steps.scheduler, self.concepts)
+        if isinstance(innermost(self._rules[0]), FeedbackGuidance):
+            record.quantity = "ratio of conditional to base"
+        plans, update_plans = self._plans(steps, torch.device("cpu" if device is None else device))
+        run = _Run(scheduler, scheduler.timesteps, steps, plans, update_plans, record, step)
+        self._run = run
+        self._warn(run)
+        self._warn_of_blindness(run)
+
+    @torch.no_grad()
+    def took(self, x: Tensor, x_next: Tensor) -> None:
+        """Say what the sampler's step did with the guided prediction.
+
+        Parameters
+        ----------
+        x, x_next : Tensor, shape (B, ...)
+            The scheduler's latents at the noisier and at the cleaner end of the step.
+
+        Raises
+        ------
+        ValueError
+            If their shape is not the predictions'.
+        """
+        run = self._shown()
+        if run.base is None:
+            raise ValueError(f"took() must come after guide(), at step {run.step}")
+        if x.shape != run.base.shape or x_next.shape != run.base.shape:
+            raise ValueError(
+                f"x and x_next must have the shape of the predictions, {tuple(run.base.shape)}, "
+                f"got {tuple(x.shape)} and {tuple(x_next.shape)}"
+            )
+        self.check_mask(x)
+        before, after = run.steps.input_scale[run.step], run.steps.input_scale[run.step + 1]
+        self._update(run, x * float(before), x_next * float(after))
+        self._advance(run, None)
+
+    def _advance(self, run: _Run, x: Tensor | None) -> None:
+        run.step, run.x = run.step + 1, x
+        run.base, run.guided, run.others, run.gaps = None, None, [], []
+        if run.state is not None:
+            run.record.final = self._log_posterior(run, run.state)
+
     @torch.no_grad()
     def observe(
-        self, scheduler: Any, x: Tensor, timestep: Tensor | float, *, scaled: bool = True
+        self,
+        scheduler: Any,
+        x: Tensor,
+        timestep: Tensor | float,
+        *,
+        scaled: bool = True,
+        eta: float | None = None,
     ) -> int:
         """Show it a step: what the network is about to see.
+
+        A run begins with a scheduler whose timesteps were set anew.  The step before is updated
+        here, from x, so that nothing but the sampler may have changed the latents in between.
 
         Parameters
         ----------
@@ -290,7 +455,9 @@ class GuidedChain:
         x : Tensor, shape (B, ...)
             The network's input, one row an image; with ``scaled=False`` the scheduler's latents.
         timestep : Tensor or float
-            As the network is given it, of one element or the same for all.
+            The scheduler's, of one element or the same for all.
+        eta : float, optional
+            That the scheduler's step is given, of DDIM; read at the first step.
 
         Returns
         -------
@@ -306,24 +473,31 @@ class GuidedChain:
         t = float(value)
         run = self._run
         if run is None or not self._follows(run, scheduler, x, t):
-            run = self._run = self._begin(scheduler, x, t)
-            if not scaled:
-                run.x = run.x * float(run.steps.input_scale[run.step])
+            self.begin(scheduler, position(scheduler, t), eta=eta, device=x.device)
+            run = self._shown()
+            self.check_mask(x)
+            run.x = x if scaled else x * float(run.steps.input_scale[run.step])
             return run.step
-        step = run.step + 1
-        if not scaled:
-            x = x * float(run.steps.input_scale[step])
         if run.base is None:
             raise ValueError(
                 f"step {run.step} was shown but not guided: guide() must be called at every step"
             )
-        self._update(run, x)
-        run.step, run.x = step, x
-        run.base, run.guided, run.others, run.gaps = None, None, [], []
-        return step
+        if not scaled:
+            x = x * float(run.steps.input_scale[run.step + 1])
+        assert run.x is not None
+        self._update(run, run.x, x)
+        self._advance(run, x)
+        return run.step
 
-    def to_evaluate(self) -> Tensor | None:
+    def to_evaluate(self, batch: int | None = None, *, together: bool = False) -> Tensor | None:
         """Images whose unwanted concepts must be predicted at this step.
+
+        Parameters
+        ----------
+        batch : int
+            Number of images; not needed after :meth:`observe`.
+        together : bool
+            Whether the images can only be evaluated all or none.
 
         Returns
         -------
@@ -333,13 +507,19 @@ class GuidedChain:
         run = self._shown()
         if self.skip_below is None or not self.needs_negative:
             return None
-        evaluated = self._bound(run) >= self.skip_below
+        if batch is None:
+            if run.x is None:
+                raise ValueError("batch must be given where the latents were not shown")
+            batch = len(run.x)
+        evaluated = self._bound(run, batch) >= self.skip_below
         if run.skipped is not None:
             evaluated |= run.skipped >= LONGEST_SKIP
         if run.gap_sq is None:
             evaluated = torch.ones_like(evaluated)
         if not self._matters(run):
             evaluated = torch.zeros_like(evaluated)
+        if together:
+            evaluated = evaluated.any().expand_as(evaluated).clone()
         # The posterior stays what it was: evidence that nobody saw changes nothing on average, for
         # p is a martingale.  Only the bound counts it.
         run.evaluated = evaluated
@@ -353,19 +533,22 @@ class GuidedChain:
         unconditional: Tensor | None = None,
         *,
         network: Network | None = None,
+        x: Tensor | None = None,
     ) -> Tensor:
         """The guided prediction.
 
         Parameters
         ----------
         positive : Tensor, shape (B, ...)
-            Prediction for what is wanted, as the network gives it.
+            Prediction for what is wanted, as the scheduler's step would be given it.
         negatives : Tensor or sequence of Tensor, shape (B, ...) each
             Of what is unwanted, one a concept.
         unconditional : Tensor, shape (B, ...), optional
             For ``cfg_scale``, Perp-Neg, CFG and FBG.
         network : callable, optional
             From x (B, ...) to the positive prediction and the concepts', for the divergence.
+        x : Tensor, shape (B, ...), optional
+            What the network was shown, for the divergence; not needed after :meth:`observe`.
 
         Returns
         -------
@@ -389,28 +572,30 @@ class GuidedChain:
             )
         if not self.needs_unconditional:
             unconditional = None
-        shape = tuple(run.x.shape)
+        if x is not None:
+            run.x = x
+        shape = tuple(positive.shape if run.x is None else run.x.shape)
         for name, tensor in (("positive", positive), *(("negatives", o) for o in others)):
             if tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"{name} must have the shape of the latents, {shape}, got {tuple(tensor.shape)}"
                 )
+        if run.begun and len(positive) != run.batch:
+            raise ValueError(
+                f"the batch must stay the same during a run: it began with {run.batch} images, "
+                f"step {run.step} has {len(positive)}"
+            )
         if run.evaluated is not None:
             keep = _per_image(run.evaluated.to(positive.device), positive)
             others = [torch.where(keep, other, positive) for other in others]
-        if not run.begun:
-            self._first(run, positive)
-        result, scale = self._guided(run, positive, others, unconditional)
-        log_posterior = None if run.state is None else run.plan.log_posterior(run.state)
-        run.record.add(
-            run.step,
-            float(run.steps.timesteps[run.step]),
-            float(run.steps.coefficients.time[run.step]),
-            log_posterior,
-            scale,
-        )
-        self._count(run, len(others), len(positive))
-        self._remember(run, positive, others, unconditional, result, network)
+        # What adds up over an image is no network's: autocast would do it in sixteen bits.
+        with torch.autocast(positive.device.type, enabled=False):
+            if not run.begun:
+                self._first(run, positive)
+            result, scale = self._guided(run, positive, others, unconditional)
+            self._record(run, scale)
+            self._count(run, len(others), len(positive))
+            self._remember(run, positive, others, unconditional, result, network)
         return result
 
     # ------------------------------------------------------------------ runs
@@ -420,13 +605,40 @@ class GuidedChain:
             raise ValueError(
                 "the latents of this step were not shown: observe() must come before guide()"
             )
+        if self._run.step >= len(self._run.steps):
+            raise ValueError(
+                f"the run is over: its {self._run.steps.scheduler} has {len(self._run.steps)} steps"
+            )
         return self._run
+
+    def _record(self, run: _Run, scale: Tensor) -> None:
+        if run.record not in self.trace.runs:
+            self.trace.runs.append(run.record)
+        run.record.add(
+            run.step,
+            float(run.steps.timesteps[run.step]),
+            float(run.steps.coefficients.time[run.step]),
+            None if run.state is None else self._log_posterior(run, run.state),
+            scale,
+        )
+
+    def _log_posterior(self, run: _Run, state: Tensor) -> Tensor:
+        if len(run.plans) == 1:
+            return run.plan.log_posterior(state)
+        return torch.stack([p.log_posterior(own) for p, own in zip(run.plans, state, strict=True)])
+
+    def forget_unconfirmed(self) -> None:
+        """Take a run of which no step was completed out of the trace."""
+        run = self._run
+        if run is not None and run.record.unconfirmed and run.record in self.trace.runs:
+            self.trace.runs.remove(run.record)
 
     def _follows(self, run: _Run, scheduler: Any, x: Tensor, t: float) -> bool:
         """Whether a step continues the run, rather than beginning one."""
         known = run.steps.timesteps
         following = run.step + 1
         expected = following < len(known) and _same(known[following], t)
+        assert run.x is not None
         if scheduler is not run.scheduler:
             if expected and x.shape == run.x.shape:
                 raise ValueError(
@@ -438,82 +650,73 @@ class GuidedChain:
         if scheduler.timesteps is not run.timesteps:
             return False
         if not expected:
-            if any(_same(value, t) for value in known[:following]):
-                return False
             raise ValueError(
                 f"timestep must be {known[following] if following < len(known) else 'none'} at "
                 f"step {following} of this run, got {t}: a step was left out or is not the "
-                "scheduler's"
+                "scheduler's (a new run sets the scheduler's timesteps anew, or calls reset())"
             )
         if x.shape != run.x.shape:
             raise ValueError(
                 f"the batch must stay the same during a run: step {run.step} had latents of shape "
-                f"{tuple(run.x.shape)}, step {following} has {tuple(x.shape)}. A callback that "
-                "cuts guidance off (sets the pipeline's guidance scale to 0 and drops the negative "
-                "prompt) cannot be used: limit the rule to an interval instead "
-                "(dng_math.LimitedInterval)"
+                f"{tuple(run.x.shape)}, step {following} has {tuple(x.shape)}"
             )
         return True
 
-    def _begin(self, scheduler: Any, x: Tensor, t: float) -> _Run:
-        steps = scheduler_run(scheduler, eta=self.eta)
-        at = [i for i, value in enumerate(steps.timesteps) if _same(value, t)]
-        if not at:
-            raise ValueError(f"timestep must be one of the scheduler's, {steps.timesteps}, got {t}")
-        if self.mask is not None:
-            self._check_mask(self.mask, x)
-        record = RunTrace(steps.scheduler, self.concepts)
-        if isinstance(innermost(self.rule), FeedbackGuidance):
-            record.quantity = "ratio of conditional to base"
-        self.trace.runs.append(record)
-        # DDIM's eta is said in each call of its step, where only the pipeline sees it.
-        assumed = "eta" in inspect.signature(scheduler.step).parameters
-        plans = self._plans(steps, x.device)
-        run = _Run(scheduler, scheduler.timesteps, steps, *plans, assumed, record, at[0], x)
-        if not assumed:
-            self._warn(run)
-        self._warn_of_blindness(plans[0])
-        return run
-
-    def _warn_of_blindness(self, plan: StepPlan) -> None:
-        if self.skip_below is None or not isinstance(plan.tracker, PaperTracker | LogOddsTracker):
+    def _warn_of_blindness(self, run: _Run) -> None:
+        if self.skip_below is None:
             return
-        odds = plan.tracker.odds(plan.tracker.init(np.array(plan.tracker.prior)))
-        start = abs(getattr(innermost(self.rule), "guidance_scale", 0.0)) * float(odds)
-        if self.skip_below > start / 2.0:
-            warnings.warn(
-                "skip_below should be well below the scale that guidance starts with, "
-                f"g prior / (1 - prior) = {start:.3g} (a tenth costs nothing), got "
-                f"{self.skip_below:g}: what is hardly looked at is hardly tracked",
-                stacklevel=2,
-            )
+        for rule, plan in zip(self._rules, run.plans, strict=True):
+            if not isinstance(plan.tracker, PaperTracker | LogOddsTracker):
+                return
+            odds = plan.tracker.odds(plan.tracker.init(np.array(plan.tracker.prior)))
+            start = abs(getattr(innermost(rule), "guidance_scale", 0.0)) * float(odds)
+            if self.skip_below > start / 2.0:
+                warnings.warn(
+                    "skip_below should be well below the scale that guidance starts with, "
+                    f"g prior / (1 - prior) = {start:.3g} (a tenth costs nothing), got "
+                    f"{self.skip_below:g}: a posterior is only updated where predictions are made",
+                    stacklevel=2,
+                )
+                return
 
-    def _check_mask(self, mask: Tensor, x: Tensor) -> None:
+    def check_mask(self, x: Tensor) -> None:
+        """Raise a ValueError if there is a mask that does not broadcast to latents x."""
+        if self.mask is None:
+            return
         try:
-            fits = np.broadcast_shapes(mask.shape, x.shape) == tuple(x.shape)
+            fits = np.broadcast_shapes(self.mask.shape, x.shape) == tuple(x.shape)
         except ValueError:
             fits = False
         if not fits:
             raise ValueError(
-                f"mask must broadcast to the latents, {tuple(x.shape)}, got {tuple(mask.shape)}"
+                "mask must broadcast to the latents, "
+                f"{tuple(x.shape)}, got {tuple(self.mask.shape)}"
             )
 
-    def _plans(self, steps: SchedulerRun, device: torch.device) -> tuple[StepPlan, StepPlan]:
-        """To guide with, and to update posteriors with."""
+    def _plans(
+        self, steps: SchedulerRun, device: torch.device
+    ) -> tuple[list[StepPlan], list[StepPlan]]:
+        """To guide with, and to update posteriors with; one for all rules or one for each."""
         noiseless = bool(np.any(steps.coefficients.eta[:-1] < 1.0 - 1e-6))
-        rule = _with_divergence(self.rule, self.divergence_probes > 0 and noiseless)
-        plan = StepPlan(
-            steps.coefficients,
-            rule,
-            prediction=steps.prediction,
-            cfg_scale=self.cfg_scale,
-            clip=steps.limit.clip,
-            device=device,
-        )
+        probed = self.divergence_probes > 0 and noiseless
+        rules = [_with_divergence(rule, probed) for rule in self._rules]
+        plans = [
+            StepPlan(
+                steps.coefficients,
+                rule,
+                prediction=steps.prediction,
+                cfg_scale=self.cfg_scale,
+                clip=steps.limit.clip,
+                device=device,
+            )
+            for rule in rules
+        ]
         if steps.limit.quantile is None and not (steps.limit and steps.limit.keeps_noise):
-            return plan, plan
+            return plans, plans
         # Such limits belong to no table: the images themselves are compared.
-        return plan, StepPlan(steps.coefficients, rule, prediction="sample", device=device)
+        return plans, [
+            StepPlan(steps.coefficients, rule, prediction="sample", device=device) for rule in rules
+        ]
 
     def _warn(self, run: _Run) -> None:
         eta = run.steps.coefficients.eta[:-1]
@@ -522,14 +725,15 @@ class GuidedChain:
         if run.plan.needs_divergence:
             return
         advised = advice(run.scheduler)
-        way_out = (
-            f"Set {advised}"
-            if not self.has_network
-            else (
-                f"Either set {advised}, or give divergence_probes=1, which estimates the missing "
-                "term with one more evaluation a step"
+        ways = [] if advised is None else [f"set {advised}"]
+        if self.has_network:
+            ways.append(
+                "give divergence_probes=1, which estimates the missing term with one more "
+                "evaluation a step"
             )
-        )
+        way_out = ", or ".join(ways)
+        way_out = f"{'Either ' if len(ways) > 1 else ''}{way_out}"
+        way_out = f"{way_out[:1].upper()}{way_out[1:]}"
         warnings.warn(
             f"{run.steps.scheduler} adds {'no' if eta.min() == 0 else 'too little'} noise "
             f"(eta = {eta.min():g}, and the tracker takes it to be 1): the tracked posterior is "
@@ -539,12 +743,38 @@ class GuidedChain:
 
     def _first(self, run: _Run, positive: Tensor) -> None:
         dtype = torch.float64 if positive.dtype == torch.float64 else torch.float32
-        state = run.plan.init_state(len(positive), dtype)
+        run.batch = len(positive)
+        states = [plan.init_state(run.batch, dtype) for plan in run.plans]
+        state = states[0]
         if state is not None and self.concepts is not None:
-            state = state.expand(self.concepts, -1).contiguous()
+            each = [own for own in states if own is not None]
+            state = torch.stack([each[min(k, len(each) - 1)] for k in range(self.concepts)])
+        if state is not None and self._initial is not None:
+            if self._initial.shape != state.shape:
+                raise ValueError(
+                    f"initial_log_posterior must have shape {tuple(state.shape)} in this run, got "
+                    f"{tuple(self._initial.shape)}"
+                )
+            state = self._state_of(run, self._initial.to(state))
         run.state = state
         run.momentum = run.plan.init_momentum(positive)
         run.begun = True
+
+    def _state_of(self, run: _Run, log_posterior: Tensor) -> Tensor:
+        """The trackers' states at a log posterior, (B,) or (M, B)."""
+
+        def of(plan: StepPlan, own: Tensor) -> Tensor:
+            if not isinstance(plan.tracker, PaperTracker | LogOddsTracker):
+                return own  # FBG's log ratio is its own state
+            low, high = math.log(plan.tracker.p_min), math.log(plan.tracker.p_max)
+            own = own.clamp(low, high)
+            if isinstance(plan.tracker, LogOddsTracker):
+                return own - torch.log1p(-torch.exp(own))
+            return own
+
+        if len(run.plans) == 1:
+            return of(run.plan, log_posterior)
+        return torch.stack([of(p, own) for p, own in zip(run.plans, log_posterior, strict=True)])
 
     # ------------------------------------------------------------------ a step
 
@@ -557,13 +787,15 @@ class GuidedChain:
         if self.leads:
             assert unconditional is not None
             base, other, third = unconditional, positive, None
-        elif isinstance(innermost(self.rule), PerpNeg):
+        elif isinstance(innermost(self._rules[0]), PerpNeg):
             assert unconditional is not None
             base, other, third, along = unconditional, others[0], None, positive
         elif not others:
             other = positive
         elif self.concepts is None or state is None:
             other = others[0]
+        elif len(run.plans) > 1:
+            return self._guided_by_each(run, positive, others, unconditional)
         else:
             joint, state = union_of_concepts(run.plan, torch.stack(others), state)
             other = joint.to(positive.dtype)
@@ -582,11 +814,43 @@ class GuidedChain:
         assert taken.eps_guided is not None and taken.scale is not None
         result = taken.eps_guided
         if third is not None and self._plain:
-            # Where nothing is avoided the prediction is that of diffusers, to the last bit.
+            # Where nothing is avoided the prediction is that of diffusers' own combination.
             assert self.cfg_scale is not None
             combined = third + self.cfg_scale * (positive - third)
             result = torch.where(_per_image(taken.scale == 0, result), combined, result)
         return result, taken.scale
+
+    def _guided_by_each(
+        self, run: _Run, positive: Tensor, others: list[Tensor], unconditional: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each concept by its own rule: base - sum_k g_k p_k (eps_k - eps)/(1 - sum_j p_j)."""
+        assert run.state is not None
+        trackers = [plan.tracker for plan in run.plans]
+        highest = max(t.p_max for t in trackers if isinstance(t, PaperTracker | LogOddsTracker))
+        # As in union_of_concepts: each is capped by its own tracker, and the sum like one.
+        log_p = torch.stack(
+            [
+                plan.log_posterior(own).clamp(max=math.log(plan.tracker.p_max))  # type: ignore[union-attr]
+                for plan, own in zip(run.plans, run.state, strict=True)
+            ]
+        )
+        total = torch.logsumexp(log_p, dim=0)
+        capped = total.clamp(max=math.log(highest))
+        rest = -torch.expm1(capped)
+        strengths = [
+            run.column("guidance_scale", plan) * run.column("active", plan) for plan in run.plans
+        ]
+        scales = torch.tensor(strengths, dtype=log_p.dtype, device=log_p.device)[:, None]
+        scales = scales * torch.exp(log_p + (capped - total)) / rest
+        wide = torch.promote_types(positive.dtype, torch.float32)
+        result = positive.to(wide)
+        if unconditional is not None:
+            assert self.cfg_scale is not None
+            result = unconditional.to(wide) + self.cfg_scale * (result - unconditional.to(wide))
+        for scale, other in zip(scales, others, strict=True):
+            gap = other.to(wide) - positive.to(wide)
+            result = result - _per_image(scale.to(wide), gap) * gap
+        return result.to(positive.dtype), scales.sum(0)
 
     def _remember(
         self,
@@ -598,35 +862,34 @@ class GuidedChain:
         network: Network | None,
     ) -> None:
         """What the update needs of this step; copies, for a network may reuse its memory."""
+        run.guided = result
         if run.plan.tracker is None:
-            run.base, run.guided = positive, result
+            run.base = positive
             return
         if self.leads:
             assert unconditional is not None
             run.base, run.others = unconditional.clone(), [positive.clone()]
         else:
             run.base, run.others = positive.clone(), [other.clone() for other in others]
-        run.guided = result
         run.gaps = [None] * len(run.others)
         if run.plan.needs_divergence:
-            if network is None:
+            if network is None or run.x is None:
                 raise ValueError(
                     "divergence_probes must be 0 here: the network itself is not at hand, only "
                     "its predictions"
                 )
-            run.gaps = list(self._divergence_gaps(run, network))
+            run.gaps = list(self._divergence_gaps(run, run.x, network))
         if run.evaluated is not None:
             self._expect(run)
 
-    def _update(self, run: _Run, x_next: Tensor) -> None:
+    def _update(self, run: _Run, x: Tensor, x_next: Tensor) -> None:
         """The posteriors at the cleaner end of the step that was taken."""
+        run.record.unconfirmed = False
         if run.plan.tracker is None or run.state is None:
             return
-        if run.eta_is_assumed:
-            self._measure(run, x_next)
         assert run.base is not None
-        plan, base, x, others = run.update_plan, run.base, run.x, run.others
-        if plan is not run.plan:
+        base, others = run.base, run.others
+        if run.update_plans is not run.plans:
             base, *others = (run.x0(x.float(), p) for p in (base, *others))
             x, x_next = x.float(), x_next.float()
         if self.mask is not None:
@@ -636,57 +899,18 @@ class GuidedChain:
             base, x, x_next = base.double(), x.double(), x_next.double()
             others = [other.double() for other in others]
         states = run.state if self.concepts is not None else run.state[None]
-        gaps: list[Tensor | None] = run.gaps if plan.needs_divergence else [None] * len(others)
-        following = [
-            update_posterior(plan, run.step, x, x_next, base, other, own, divergence_gap=gap)
-            for other, own, gap in zip(others, states, gaps, strict=True)
-        ]
+        plans = run.update_plans * (len(states) // len(run.update_plans))
+        gaps: list[Tensor | None] = run.gaps if plans[0].needs_divergence else [None] * len(others)
+        with torch.autocast(base.device.type, enabled=False):
+            following = [
+                update_posterior(plan, run.step, x, x_next, base, other, own, divergence_gap=gap)
+                for plan, other, own, gap in zip(plans, others, states, gaps, strict=True)
+            ]
         run.state = torch.stack(following) if self.concepts is not None else following[0]
 
     # ------------------------------------------------------------------ samplers without noise
 
-    def _measure(self, run: _Run, x_next: Tensor) -> None:
-        """How much noise the first step really had.
-
-        DDIM's eta is an argument of its step, which a hook does not see.  With
-        ``y = x_next - alpha_s x0 = c eps + sqrt(V) z`` the part of y that is not along eps is the
-        noise, whose size is known to 1 / sqrt(2 D).
-        """
-        assert run.guided is not None
-        c, i = run.steps.coefficients, run.step
-        small = float(c.tracker_variance("small")[i])
-        if small == 0:
-            return  # a last step: nothing to tell from
-        x = run.x.double()
-        raw = run.unlimited_x0(x, run.guided)
-        eps = (x - c.alpha_t[i] * raw) / c.sigma_t[i]
-        y = x_next.double() - c.alpha_s[i] * run.steps.limit(raw)
-        counts = torch.isfinite(y) & torch.isfinite(eps)  # an image may have broken
-        if self.mask is not None:
-            counts &= self.mask.to(y.device) > 0.5
-        y, eps = y[counts], eps[counts]
-        if not y.numel():
-            return
-        along = float((y * eps).sum() / (eps * eps).sum())
-        elements = y.numel()
-        measured = math.sqrt(float((y - along * eps).square().mean()) / small)
-        tolerance = ETA_TOLERANCE + 6.0 / math.sqrt(2.0 * elements)
-        nearest = next((e for e in (0.0, 1.0) if abs(measured - e) < tolerance), None)
-        eta = round(min(measured, 1.0), 2) if nearest is None else nearest
-        if self.eta is not None:
-            if abs(measured - self.eta) > tolerance:
-                raise ValueError(
-                    f"eta must be what the pipeline's call is given, {measured:.2f} by the noise "
-                    f"of its first step, got {self.eta}"
-                )
-            eta = self.eta
-        run.eta_is_assumed = False
-        if eta != float(c.eta[i]):
-            run.steps = scheduler_run(run.scheduler, eta=eta)
-            run.plan, run.update_plan = self._plans(run.steps, run.x.device)
-        self._warn(run)
-
-    def _divergence_gaps(self, run: _Run, network: Network) -> Tensor:
+    def _divergence_gaps(self, run: _Run, x: Tensor, network: Network) -> Tensor:
         """Hutchinson's estimate of div s_c - div s, one a concept and image, (M, B).
 
         The score is (alpha x0 - x) / sigma^2, so its divergence differs by alpha / sigma^2 times
@@ -694,9 +918,9 @@ class GuidedChain:
         function of the image's first latents: were they the same for all images, all estimates of
         a run would be wrong in the same direction.
         """
-        x = run.x.float()
+        x = x.float()
         if run.keys is None:
-            run.keys = sample_keys(run.x).to(x.device)
+            run.keys = sample_keys(x).to(x.device)
         c, i = run.steps.coefficients, run.step
 
         def images(at: Tensor) -> Tensor:
@@ -720,27 +944,27 @@ class GuidedChain:
 
     def _matters(self, run: _Run) -> bool:
         """Whether what is unwanted can still change anything: not after the rule's interval."""
-        active = run.plan.table64[:, COLUMNS.index("active")].cpu()
+        active = torch.stack([p.table64[:, COLUMNS.index("active")].cpu() for p in run.plans])
         if run.plan.tracker is None:
-            return bool(active[run.step] > 0)
-        return bool((active[run.step :] > 0).any())
+            return bool((active[:, run.step] > 0).any())
+        return bool((active[:, run.step :] > 0).any())
 
-    def _bound(self, run: _Run) -> Tensor:
+    def _bound(self, run: _Run, batch: int) -> Tensor:
         """An upper bound of the scale of every image, (B,).
 
         The state, and what the steps that were not looked at may have added under either
         hypothesis: their log ratios have mean at most tau q / 2 and variance tau^2 q, with
         q = |gap|^2 / v of the gap last seen.
         """
-        batch = len(run.x)
         if run.state is None or run.plan.tracker is None:
-            return torch.full((batch,), math.inf, device=run.x.device)
+            return torch.full((batch,), math.inf, device=run.plan.device)
         bound = run.state
         if run.unseen_mean is not None and run.unseen_var is not None:
             bound = bound + run.unseen_mean + BOUND_DEVIATIONS * run.unseen_var.sqrt()
-        p = run.plan.log_posterior(bound).exp()
+        p = self._log_posterior(run, bound).exp()
         total = (p.sum(0) if self.concepts is not None else p).clamp(max=1.0 - 1e-6)
-        return abs(run.column("guidance_scale")) * total / (1.0 - total)
+        strongest = max(abs(run.column("guidance_scale", plan)) for plan in run.plans)
+        return strongest * total / (1.0 - total)
 
     def _expect(self, run: _Run) -> None:
         """After the predictions of a step: sizes that were seen, evidence that was not."""
@@ -762,7 +986,8 @@ class GuidedChain:
         factor = run.column("kernel_factor")
         if run.plan.clip is not None:
             factor *= run.column("x0_factor")
-        variance, temperature = run.column("variance"), run.column("temperature")
+        variance = run.column("variance")
+        temperature = max(run.column("temperature", plan) for plan in run.plans)
         q = run.gap_sq * (factor * factor / variance) if variance > 0 else 0.0 * run.gap_sq
         zero = torch.zeros_like(q)
         run.unseen_mean = torch.where(seen, zero, run.unseen_mean + temperature * q / 2.0)
@@ -773,6 +998,59 @@ class GuidedChain:
         made = batch if run.evaluated is None else int(run.evaluated.sum())
         run.record.evaluations += concepts * made
         run.record.evaluations_saved += concepts * (batch - made)
+
+
+def position(scheduler: Any, t: float) -> int:
+    """Where in a scheduler's timesteps a run begins that is shown the timestep t first.
+
+    Parameters
+    ----------
+    scheduler : SchedulerMixin
+        With its timesteps set; one that keeps count knows it.
+    t : float
+        One of its timesteps.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        If t is none of the timesteps, or not the one that the scheduler is at.
+    """
+    timesteps = np.asarray(torch.as_tensor(scheduler.timesteps).detach().double().cpu())
+    at = [i for i, value in enumerate(timesteps) if _same(value, t)]
+    if not at:
+        raise ValueError(f"timestep must be one of the scheduler's, {timesteps}, got {t}")
+    for counted in ("step_index", "begin_index"):
+        index = getattr(scheduler, counted, None)
+        if index is not None and int(index) in at:
+            return int(index)
+    return at[0]
+
+
+def _rules(rule: Any, concepts: int | None) -> list[Rule]:
+    """The rules that were given, each checked."""
+    several = isinstance(rule, Sequence) and not isinstance(rule, str)
+    rules = list(rule) if several else [rule]
+    for each in rules:
+        if not hasattr(each, "guide"):
+            raise TypeError(f"rule must be one of dng_math.guidance, got {each!r}")
+    if not several:
+        return rules
+    if concepts is None or len(rules) != concepts:
+        raise ValueError(
+            f"rule must be one rule, or one for each unwanted concept, {concepts or 1}, got "
+            f"{len(rules)}"
+        )
+    for each in rules:
+        if not isinstance(innermost(each), DynamicNegativeGuidance):
+            raise ValueError(
+                "rule must be DynamicNegative for each concept where several are given, got "
+                f"{each!r}: only DNG gives each its own posterior"
+            )
+    return rules
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class _Shown:
     latents: Tensor
     timestep: Tensor | float
     mask: Tensor | None
+    eta: float | None
 
 
 class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
@@ -291,6 +292,7 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
         timestep: Tensor | float,
         *,
         mask: Tensor | None = None,
+        eta: float | None = None,
     ) -> None:
         """Show a step, before its predictions; :class:`ShowLatents` does.
 
@@ -305,8 +307,10 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
         mask : Tensor, optional
             1 where the scheduler's steps decide the latents, 0 where something overwrites them;
             broadcasts to the latents.  Read at the first step of a run.
+        eta : float, optional
+            That the scheduler's step is given, of DDIM; read at the first step of a run.
         """
-        self._shown = _Shown(scheduler, latents, timestep, mask)
+        self._shown = _Shown(scheduler, latents, timestep, mask, eta)
 
     @property
     def needs_negative_prompt(self) -> bool:
@@ -454,7 +458,9 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
                 trace=self.trace,
                 has_network=False,
             )
-        self._chain.observe(shown.scheduler, shown.latents, shown.timestep, scaled=False)
+        self._chain.observe(
+            shown.scheduler, shown.latents, shown.timestep, scaled=False, eta=shown.eta
+        )
         # Networks that also read tokens of an image predict something for these too.
         own = slice(None)
         if positive.ndim == shown.latents.ndim == 3:
@@ -554,7 +560,8 @@ class ShowLatents(ModularPipelineBlocks):  # type: ignore[misc]
             return components, block_state
         if guider.needs_negative_prompt:
             _check_negative_prompt(components, block_state)
-        guider.show_latents(scheduler, latents, t, mask=_mask(components, block_state, latents))
+        mask = _mask(components, block_state, latents)
+        guider.show_latents(scheduler, latents, t, mask=mask, eta=_eta(scheduler, block_state))
         return components, block_state
 
 
@@ -653,6 +660,14 @@ def _leaves(blocks: Any) -> Iterator[ModularPipelineBlocks]:
         yield blocks
     for block in blocks.sub_blocks.values():
         yield from _leaves(block)
+
+
+def _eta(scheduler: Any, block_state: BlockState) -> float | None:
+    """What the loop gives its scheduler's step; None where that takes none."""
+    if "eta" not in inspect.signature(scheduler.step).parameters:
+        return None
+    eta = getattr(block_state, "eta", None)
+    return 0.0 if eta is None else float(eta)
 
 
 def _mask(components: Any, block_state: BlockState, latents: Tensor) -> Tensor | None:

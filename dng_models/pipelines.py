@@ -1,15 +1,14 @@
-"""Pipelines with guidance as an argument of their call: diffusers' own, wrapped in apply_guidance.
+"""Pipelines with guidance as an argument of their call: diffusers' own, guided for its length.
 
-Nothing of diffusers is copied: a call with ``guidance=`` puts the hook of :mod:`dng_models.hook` on
-the network, calls the parent class and takes the hook off again.  ``from_pretrained`` loads what
+Nothing of diffusers is copied: a call with ``guidance=`` is the parent class's, guided as by
+:func:`dng_models.apply_guidance`.  ``from_pretrained`` loads what
 the parent class loads, ``from_pipe`` takes over its parts.
 """
 
 # No `from __future__ import annotations`: diffusers reads the classes of a pipeline's components
 # from the annotations of its __init__, and text is none.
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers import (
@@ -21,7 +20,7 @@ from diffusers import (
 )
 
 from dng_math.guidance import Rule
-from dng_models.hook import apply_guidance
+from dng_models.hook import guided_calls
 from dng_models.sampling import Denoiser
 from dng_models.trace import Trace
 
@@ -76,19 +75,8 @@ class _Prompted:
             _refuse_options(options)
             self.trace = None
             return parent.__call__(*args, **kwargs)
-        call = inspect.signature(parent.__call__).bind(*args, **kwargs)
-        call.apply_defaults()
-        with apply_guidance(
-            self,
-            guidance,
-            negative_prompts=negative_prompts,
-            cfg_scale=cfg_scale,
-            eta=call.arguments["eta"] if _takes_eta(self) else None,
-            divergence_probes=divergence_probes,
-            skip_below=skip_below,
-        ) as trace:
-            self.trace = trace
-            return parent.__call__(*args, **kwargs)
+        options["divergence_probes"] = divergence_probes
+        return _guided(self, guidance, options, parent.__call__, args, kwargs)
 
 
 class DNGStableDiffusionPipeline(_Prompted, StableDiffusionPipeline):  # type: ignore[misc]
@@ -199,21 +187,27 @@ class DNGDDPMPipeline(DDPMPipeline):  # type: ignore[misc]
             _refuse_options(options)
             self.trace = None
             return super().__call__(*args, **kwargs)
-        with apply_guidance(
-            self,
-            guidance,
-            forgetful=self.forgetful_unet if forgetful is None else forgetful,
-            eta=0.0 if _takes_eta(self) else None,  # DDPMPipeline gives its scheduler none
-            divergence_probes=divergence_probes,
-            skip_below=skip_below,
-        ) as trace:
-            self.trace = trace
-            return super().__call__(*args, **kwargs)
+        options["forgetful"] = self.forgetful_unet if forgetful is None else forgetful
+        options["divergence_probes"] = divergence_probes
+        return _guided(self, guidance, options, super().__call__, args, kwargs)
 
 
-def _takes_eta(pipe: Any) -> bool:
-    """Whether the scheduler's eta is an argument of its step, as DDIM's."""
-    return "eta" in inspect.signature(pipe.scheduler.step).parameters
+def _guided(
+    pipe: Any,
+    rule: Rule,
+    options: dict[str, Any],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a pipeline under guidance, and leave what it did in its ``trace``."""
+    pipe.trace = Trace()
+    calls = guided_calls(pipe, rule, trace=pipe.trace, **options)
+    calls.attach()
+    try:
+        return calls.run(call, args, kwargs)
+    finally:
+        calls.detach()
 
 
 def _refuse_options(options: dict[str, Any]) -> None:

@@ -373,9 +373,19 @@ class Predictor:
             elif evaluation == "stacked":
                 raise ValueError(f"evaluation='stacked' needs networks of one shape: {obstacle}")
 
-    def __call__(self, x: Tensor, t: int) -> list[Tensor]:
-        """One prediction of the shape of x from each denoiser, at a training timestep."""
-        times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+    def __call__(self, x: Tensor, t: int | Tensor) -> list[Tensor]:
+        """One prediction of the shape of x from each denoiser.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, ...)
+        t : int or Tensor, shape (B,)
+            A training timestep, or the time of every image as networks are to be given it.
+        """
+        if isinstance(t, Tensor):
+            times = t
+        else:
+            times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
         context = (
             nullcontext()
             if self.autocast is None

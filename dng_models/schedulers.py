@@ -35,7 +35,8 @@ class EtaDDIMScheduler(DDIMScheduler):  # type: ignore[misc]
     Pipelines pass ``eta=0`` to every scheduler whose ``step`` takes one; this one keeps its own.
     Beyond that it differs from diffusers' in two ways: the noise direction of a step belongs to the
     clipped x0 (``use_clipped_model_output=True`` there), so that eta = 1 is DDPM with or without
-    clipping, and a run of zero terminal signal-to-noise ratio gives numbers where that gives NaN.
+    clipping, and a run of zero terminal signal-to-noise ratio gives numbers where that, on some
+    CPUs, gives NaN.
 
     Parameters
     ----------
@@ -209,6 +210,10 @@ class PosteriorFlowScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[m
         """As of FlowMatchEulerDiscreteScheduler; a new run begins."""
         super().set_timesteps(*args, **kwargs)
         self.noise_keys = None
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample itself: pipelines ask every scheduler but diffusers' own flow-matching one."""
+        return sample
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
         """As of FlowMatchEulerDiscreteScheduler; the first noise of a run is its samples' key."""

@@ -44,6 +44,10 @@ class RunTrace:
     steps: list[int] = field(default_factory=list)
     evaluations: int = 0
     evaluations_saved: int = 0
+    # Nothing is known yet of what the sampler did with the first guided prediction.
+    unconfirmed: bool = field(default=True, repr=False)
+    # log p(c | x) after the last step that is known of.
+    final: Tensor | None = field(default=None, repr=False)
     _timesteps: list[float] = field(default_factory=list, repr=False)
     _time: list[float] = field(default_factory=list, repr=False)
     # Left on the device until somebody looks: a copy would wait for the network.
@@ -78,6 +82,18 @@ class RunTrace:
         Shape (S, B), or (S, M, B) for several concepts; None for rules that track nothing.
         """
         return torch.stack(self._log_posterior).float().cpu() if self._log_posterior else None
+
+    @property
+    def final_log_posterior(self) -> Tensor | None:
+        """log p(c | x) after the last step, float32 on the CPU; for FBG the log ratio L.
+
+        Shape (B,), or (M, B) for several concepts: what a run that goes on with these latents
+        takes as its ``initial_log_posterior``.  None for rules that track nothing.
+        """
+        if not self._log_posterior:
+            return None
+        last = self._log_posterior[-1] if self.final is None else self.final
+        return last.detach().float().cpu()
 
     @property
     def scale(self) -> Tensor:
@@ -152,6 +168,11 @@ class Trace:
     def log_posterior(self) -> Tensor | None:
         """See :attr:`RunTrace.log_posterior`."""
         return self.last.log_posterior
+
+    @property
+    def final_log_posterior(self) -> Tensor | None:
+        """See :attr:`RunTrace.final_log_posterior`."""
+        return self.last.final_log_posterior
 
     @property
     def scale(self) -> Tensor:

@@ -338,7 +338,7 @@ def transition(scheduler: Any, step: int, *, eta: float | None = None) -> Transi
     )
 
 
-def advice(scheduler: Any) -> str:
+def advice(scheduler: Any) -> str | None:
     """How to give a pipeline a scheduler with eta = 1 like this one.
 
     Parameters
@@ -348,11 +348,15 @@ def advice(scheduler: Any) -> str:
 
     Returns
     -------
-    str
+    str or None
         A line of Python, such as
-        ``pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)``.
+        ``pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)``; None where diffusers
+        has none (CogVideoX, whose shifted schedule no other scheduler builds).
     """
-    name, options = _NOISY[_family(scheduler)[0]]
+    family = _family(scheduler)[0]
+    if family not in _NOISY:
+        return None
+    name, options = _NOISY[family]
     return f"pipe.scheduler = {name}.from_config(pipe.scheduler.config{options})"
 
 
@@ -432,9 +436,13 @@ def _read(scheduler: Any, eta: float | None) -> _Steps:
         if family == "DDIMScheduler" and not ours:
             own_eta = eta
         elif eta != own_eta:
+            advised = advice(scheduler)
+            cure = (
+                "" if advised is None else f". For steps with the DDPM posterior's noise: {advised}"
+            )
             raise ValueError(
                 f"eta must be {own_eta:g} or None for this {name}, got {eta:g}: its steps do not "
-                f"take one. For steps with the DDPM posterior's noise: {advice(scheduler)}"
+                f"take one{cure}"
             )
     prediction = _prediction(scheduler, reading, timesteps)
     _check_ends(name, reading.ends)
@@ -541,7 +549,7 @@ def _ddpm(scheduler: Any, timesteps: Array) -> _Reading:
     return _Reading(time, ends, _PREDICTED, 1.0, limit, factors)
 
 
-def _ddim(scheduler: Any, timesteps: Array) -> _Reading:
+def _ddim(scheduler: Any, timesteps: Array, *, clips: bool = True) -> _Reading:
     at_t, time = _discrete(scheduler, timesteps)
     # Its next timestep is a fixed stride away, which is not the next of the run in all spacings.
     alpha_bar = _numbers(scheduler.alphas_cumprod)
@@ -549,8 +557,13 @@ def _ddim(scheduler: Any, timesteps: Array) -> _Reading:
     following = timesteps.astype(np.int64) - stride
     final = float(scheduler.final_alpha_cumprod)
     at_s = np.where(following >= 0, alpha_bar[np.maximum(following, 0)], final)
-    limit = replace(_limit(scheduler.config, clips=True), keeps_noise=True)
+    limit = replace(_limit(scheduler.config, clips=True), keeps_noise=True) if clips else NO_LIMIT
     return _Reading(time, (*_roots(at_t), *_roots(at_s)), _PREDICTED, 0.0, limit)
+
+
+def _cogvideox_ddim(scheduler: Any, timesteps: Array) -> _Reading:
+    # DDIM with another schedule, which neither clips nor adds noise whatever it is told.
+    return _ddim(scheduler, timesteps, clips=False)
 
 
 def _roots(alpha_bar: Array) -> tuple[Array, Array]:
@@ -671,6 +684,7 @@ _PREDICTED = ("epsilon", "v_prediction", "sample")
 _READERS: dict[str, Callable[[Any, Array], _Reading]] = {
     "DDPMScheduler": _ddpm,
     "DDIMScheduler": _ddim,
+    "CogVideoXDDIMScheduler": _cogvideox_ddim,
     "EulerDiscreteScheduler": _euler,
     "EulerAncestralDiscreteScheduler": _euler_ancestral,
     "DPMSolverMultistepScheduler": _dpm_solver,
@@ -737,6 +751,27 @@ _REFUSED = {
     "DPMSolverMultistepInverseScheduler": (
         "it adds noise to an image instead of removing it",
         "DPMSolverMultistepScheduler",
+    ),
+    "CogVideoXDPMScheduler": (
+        _HISTORY,
+        "CogVideoXDDIMScheduler, with divergence_probes=1 where a posterior is tracked",
+    ),
+    "FlowMapEulerDiscreteScheduler": (
+        "its network predicts the mean velocity between two times, not the one at a time",
+        "PosteriorFlowScheduler, for networks that predict the latter",
+    ),
+    "HeliosScheduler": (
+        "its stages have noise levels of their own, and its solver combines earlier predictions",
+        "PosteriorFlowScheduler",
+    ),
+    "DDPMWuerstchenScheduler": (
+        "its timesteps are ratios, of which it makes noise levels itself",
+        "DDPMScheduler",
+    ),
+    "UnCLIPScheduler": ("its step is told the next timestep by its pipeline", "DDPMScheduler"),
+    "CosineDPMSolverMultistepScheduler": (
+        "its network's output is mixed with its input by EDM's preconditioning",
+        "DPMSolverMultistepScheduler, for networks with noise or velocity output",
     ),
     "DDPMParallelScheduler": ("it takes all steps of a run at once", "DDPMScheduler"),
     "DDIMParallelScheduler": ("it takes all steps of a run at once", "DDIMScheduler"),

@@ -43,6 +43,7 @@ from dng_models.guidance import DynamicNegative, GuidedChain  # noqa: E402
 from dng_models.hook import apply_guidance, remove_guidance  # noqa: E402
 from dng_models.schedulers import PosteriorFlowScheduler  # noqa: E402
 from tests import textbook  # noqa: E402
+from tests.families.base import attends_in_bfloat16  # noqa: E402
 
 PROMPT, NEGATIVE = "A classic British breakfast", "egg, sausage"
 STEPS = 6
@@ -126,7 +127,7 @@ def apart(a: Any, b: Any) -> float:
 
 
 @pytest.mark.parametrize("name", [n for n in BUILD if n != "v"])
-def test_scale_0_is_plain_classifier_free_guidance_bit_for_bit(
+def test_scale_0_is_plain_classifier_free_guidance(
     pipe_of: Callable[[str], Any], name: str
 ) -> None:
     pipe = pipe_of(name)
@@ -134,7 +135,7 @@ def test_scale_0_is_plain_classifier_free_guidance_bit_for_bit(
     for rule in (DynamicNegative(0.0), Unguided()):
         with apply_guidance(pipe, rule, cfg_scale=6.5):
             # The pipeline's own scale is without effect.
-            assert torch.equal(run(pipe, guidance_scale=2.0), plain)
+            assert apart(run(pipe, guidance_scale=2.0), plain) < CLOSE
     assert torch.equal(run(pipe, negative_prompt=None, guidance_scale=6.5), plain)
 
 
@@ -401,7 +402,8 @@ def test_a_broken_image_breaks_no_other(pipe_of: Callable[[str], Any]) -> None:
 
     with apply_guidance(pipe, DynamicNegative(4, prior=0.05), **options):
         expected = run(pipe)
-        found = run(pipe, callback_on_step_end=spoil)
+        with pytest.warns(UserWarning, match="the latents were changed before step 2"):
+            found = run(pipe, callback_on_step_end=spoil)
     assert found[0].isnan().all()
     assert torch.equal(found[1], expected[1])
 
@@ -435,6 +437,8 @@ def test_nothing_is_left_behind(pipe: Any, tmp_path: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:DDIMScheduler adds no noise")
 def test_networks_in_half_precision(pipe: Any) -> None:
+    if not attends_in_bfloat16():
+        pytest.skip("this torch cannot attend in bfloat16 on this CPU")
     # Noise is drawn in the latents' precision, and otherwise in each: so there is none here.
     ode = copy.deepcopy(pipe)
     ode.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -574,8 +578,9 @@ def test_a_transformer_that_predicts_variances_too() -> None:
     with apply_guidance(pipe, DynamicNegative(300, prior=0.01)) as trace:
         assert apart(run(pipe, **picture), stock) > 100 * CLOSE
     assert trace.log_posterior is not None and trace.log_posterior.std() > 0
-    with pytest.raises(ValueError, match="cfg_scale must be None for a pipeline that does not"):
-        apply_guidance(pipe, DynamicNegative(300), cfg_scale=2.0)
+    stock = run(pipe, negative_prompt="", guidance_scale=2.0, **picture)
+    with apply_guidance(pipe, DynamicNegative(0.0), cfg_scale=2.0):
+        assert apart(run(pipe, **picture), stock) < CLOSE
 
 
 # ---------------------------------------------------------------------- inpainting
@@ -604,7 +609,7 @@ def test_a_network_for_inpainting_sees_more_than_latents(pipe: Any) -> None:
     }
     plain = run(painter, negative_prompt=None, guidance_scale=3.0, **picture)
     with apply_guidance(painter, DynamicNegative(0.0), cfg_scale=3.0) as trace:
-        assert torch.equal(run(painter, **picture), plain)
+        assert apart(run(painter, **picture), plain) < CLOSE
         assert trace.log_posterior is not None and trace.log_posterior.std() > 0
     painter.scheduler = DDIMScheduler.from_config(painter.scheduler.config)
     with apply_guidance(painter, DynamicNegative(1.0), divergence_probes=1) as probed:
@@ -627,10 +632,16 @@ def test_what_the_pipeline_overwrites_is_no_evidence(pipe: Any) -> None:
     mask = torch.zeros(1, 1, 2 * side, 2 * side)
     mask[..., :side] = 1.0
     traces = {}
-    for name, chosen in {"half": mask, "none": 0 * mask, "all": torch.ones_like(mask)}.items():
+    for name, chosen in {"half": mask, "none": 0 * mask}.items():
         with apply_guidance(painter, rule, mask=chosen) as trace:
             run(painter, **picture)
         traces[name] = trace.log_posterior
+    with (
+        apply_guidance(painter, rule, mask=torch.ones_like(mask)) as trace,
+        pytest.warns(UserWarning, match="the latents were changed before step 1"),
+    ):
+        run(painter, **picture)
+    traces["all"] = trace.log_posterior
     np.testing.assert_allclose(traces["none"], np.log(0.05), rtol=1e-6)
     assert (traces["half"] - traces["none"]).abs().max() > 0.01
     assert (traces["half"] - traces["all"]).abs().max() > 0.01
@@ -692,7 +703,10 @@ def test_the_eta_of_a_pipelines_call_is_found_out(pipe: Any) -> None:
                 kwargs["latents"][0] = np.nan
             return kwargs
 
-        with apply_guidance(pipe, rule) as broken:
+        with (
+            apply_guidance(pipe, rule) as broken,
+            pytest.warns(UserWarning, match="the latents were changed before step 1"),
+        ):
             run(pipe, eta=1.0, callback_on_step_end=spoil)
         np.testing.assert_allclose(broken.log_posterior[:, 1], trace.log_posterior[:, 1], atol=1e-6)
         with (
@@ -889,14 +903,14 @@ def swap(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]
                 "callback_on_step_end": cut_off,
                 "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
             },
-            "guidance_scale of the pipeline's call must be > 1.*LimitedInterval",
+            "guidance_scale must switch the negative prompt on.*LimitedInterval",
         ),
         (
             {
                 "callback_on_step_end": halve,
                 "callback_on_step_end_tensor_inputs": ["prompt_embeds", "latents"],
             },
-            "the batch must stay the same during a run: step 2",
+            "the batch must stay the same during a run: step 3",
         ),
         ({"callback_on_step_end": swap}, "pipe.scheduler must stay the same during a run: at step"),
     ],
@@ -913,18 +927,18 @@ def test_calls_that_cannot_be_guided(pipe: Any, options: dict[str, Any], message
     assert len(trace.last.steps) == STEPS
 
 
-def test_added_prompts_are_encoded_as_the_others(pipe_of: Callable[[str], Any]) -> None:
-    pipe = pipe_of("xl")
-    rule = DynamicNegative(1.0)
-    for options in ({"negative_prompts": ["egg"]}, {"cfg_scale": 2.0}):
-        with (
-            apply_guidance(pipe, rule, **options),
-            pytest.raises(ValueError, match="clip_skip of the pipeline's call must be None"),
-        ):
-            run(pipe, clip_skip=1)
-    with apply_guidance(pipe, rule) as trace:
-        run(pipe, clip_skip=1)
-    assert len(trace.last.steps) == STEPS
+def test_added_prompts_are_encoded_with_the_options_of_the_call(
+    pipe_of: Callable[[str], Any],
+) -> None:
+    pipe, rule = pipe_of("xl"), DynamicNegative(40, prior=0.05)
+    with apply_guidance(pipe, rule):
+        plain, expected = run(pipe), run(pipe, clip_skip=1)
+    with apply_guidance(pipe, rule, negative_prompts=[NEGATIVE]):
+        assert apart(run(pipe, negative_prompt="tea", clip_skip=1), expected) < CLOSE
+    assert apart(plain, expected) > 100 * CLOSE
+    stock = run(pipe, negative_prompt=None, guidance_scale=3.0, clip_skip=1)
+    with apply_guidance(pipe, DynamicNegative(0.0), cfg_scale=3.0):
+        assert apart(run(pipe, clip_skip=1), stock) < CLOSE
 
 
 def test_no_negative_prompt_for_sdxl_and_sd3(pipe_of: Callable[[str], Any]) -> None:
@@ -983,7 +997,7 @@ def test_hyperparameters_out_of_range(hyperparameters: dict[str, Any], message: 
 
 
 def test_pipelines_that_cannot_be_guided(pipe: Any) -> None:
-    with pytest.raises(ValueError, match=r"pipe must be a diffusers pipeline .*got a Linear"):
+    with pytest.raises(ValueError, match="pipe must be a diffusers pipeline, got a Linear"):
         apply_guidance(torch.nn.Linear(1, 1), DynamicNegative())
     with (
         apply_guidance(pipe, DynamicNegative()),
@@ -994,15 +1008,6 @@ def test_pipelines_that_cannot_be_guided(pipe: Any) -> None:
     without.text_encoder = None
     with pytest.raises(ValueError, match="pipe must have its text encoder"):
         apply_guidance(without, DynamicNegative(), cfg_scale=3.0)
-    twice = copy.copy(pipe)
-    with (
-        apply_guidance(twice, DynamicNegative()),
-        pytest.raises(ValueError, match="with every latent twice, but a Stable.* batch of 4"),
-    ):
-        twice.scheduler.set_timesteps(3)
-        shown = {"encoder_hidden_states": torch.zeros(4, 77, 32)}
-        twice._guidance_scale = 2.0
-        twice.unet(torch.randn(4, 4, 8, 8), twice.scheduler.timesteps[0], **shown)
     plain = tiny.tiny_ddpm(0)
     with pytest.raises(TypeError, match="forgetful must be a network"):
         apply_guidance(plain, DynamicNegative())

@@ -373,8 +373,9 @@ def test_ddim_with_noise_from_pure_noise_is_finite() -> None:
     at = transition(scheduler, 0, eta=1.0)
     assert at.alpha_t == 0
     x, prediction = state_of(at, 0, torch.float32)
-    stock, noise = own_step(scheduler, 0, x, prediction, eta=1.0)
-    assert stock.isnan().any()  # the root of 1 - alpha_bar - std^2, a rounding below zero
+    # Of diffusers' own step nothing is asked: it takes the root of 1 - alpha_bar - std^2, which is
+    # a rounding below zero on some CPUs and not on others.
+    _, noise = own_step(scheduler, 0, x, prediction, eta=1.0)
     ours = at.step(x, prediction, noise)
     expected = at.alpha_s * -prediction + at.sigma_s * noise
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)

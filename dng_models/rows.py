@@ -1,0 +1,154 @@
+"""The arguments of a network as tensors under dotted names, and their rows.
+
+In a doubled batch of B images the rows of an argument are those of the first prompt, then those of
+the second; an argument with m rows an image (the frames of a video) has m together for each.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in arguments, with its dotted name.
+
+    Parameters
+    ----------
+    value : mapping, sequence, Tensor or anything
+    path : str
+        Name of the value itself.
+    """
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from leaves(item, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{path}.{index}" if path else str(index))
+
+
+def mapped(value: Any, function: Callable[[str, Tensor], Any], path: str = "") -> Any:
+    """The same arguments with another value in place of every tensor.
+
+    Parameters
+    ----------
+    value : mapping, sequence, Tensor or anything
+    function : callable
+        From a dotted name and a tensor.
+    path : str
+        Name of the value itself.
+    """
+    if isinstance(value, Tensor):
+        return function(path, value)
+    if isinstance(value, Mapping):
+        return {
+            name: mapped(item, function, f"{path}.{name}" if path else str(name))
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        items = [
+            mapped(item, function, f"{path}.{index}" if path else str(index))
+            for index, item in enumerate(value)
+        ]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
+
+
+def at(value: Any, path: str) -> Tensor:
+    """The tensor with a dotted name in arguments."""
+    for name in path.split("."):
+        value = value[int(name)] if isinstance(value, list | tuple) else value[name]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def with_text(value: Any, other: Any, patterns: Sequence[str], path: str = "") -> Any:
+    """The same arguments with those of another call wherever a name is one of the patterns.
+
+    Parameters
+    ----------
+    value, other : mapping, sequence, Tensor or anything
+        Of the two calls; what matches is left out where the other call has none.
+    patterns : sequence of str
+    path : str
+        Name of the value itself.
+    """
+    if path and matches(path, patterns):
+        return other
+    if not isinstance(value, Mapping) and not (value is None and isinstance(other, Mapping)):
+        return value
+    own, given = value or {}, other if isinstance(other, Mapping) else {}
+    found = {}
+    for name in {**own, **given}:
+        full = f"{path}.{name}" if path else str(name)
+        if name in given if matches(full, patterns) else name in own:
+            found[name] = with_text(own.get(name), given.get(name), patterns, full)
+    return found if found or value is not None else None
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name is one of the patterns, or inside of one."""
+    return any(fnmatchcase(path, p) or path.startswith(f"{p}.") for p in patterns)
+
+
+def of_images(part: int, images: Tensor, batch: int, each: int) -> Tensor:
+    """Rows of some images in one part of a batch that has ``each`` rows an image.
+
+    Parameters
+    ----------
+    part : int
+        Which part of the batch: 0 the first prompt, 1 the second ...
+    images : Tensor, shape (n,), int64
+    batch : int
+        Images in a part.
+    each : int
+
+    Returns
+    -------
+    Tensor, shape (n * each,), int64
+    """
+    first = (part * batch + images) * each
+    return (first[:, None] + torch.arange(each)[None]).reshape(-1)
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(kind: Any) -> tuple[tuple[str, ...], bool]:
+    """Names of a network's arguments, and whether it takes any number of unnamed ones."""
+    found = list(inspect.signature(kind.forward).parameters.values())[1:]
+    names = [p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(names), any(p.kind is p.VAR_POSITIONAL for p in found)
+
+
+def named(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], usual: Sequence[str]
+) -> dict[str, Any]:
+    """All arguments of a network by their names.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The network; one around it that hands all arguments on (PEFT's, DDP) is looked through with
+        the help of ``usual``.
+    args, kwargs
+        What it is called with.
+    usual : sequence of str
+        What its unnamed arguments are where its signature does not say so.
+    """
+    kind: Any = type(getattr(module, "_orig_mod", module))
+    names, unnamed = _parameters(kind)
+    if unnamed and len(args) > len(names):
+        names = tuple(usual)
+    if len(args) > len(names):
+        raise ValueError(
+            f"pipe must call its network with arguments that have names: a "
+            f"{type(module).__name__} got {len(args)}, of which {list(names)} are known"
+        )
+    return dict(zip(names, args, strict=False)) | kwargs

@@ -1,0 +1,137 @@
+"""What a family's own call must be asked for, to be compared with guidance.
+
+A pipeline that combines its two predictions as n + w (p - n) is asked for w = 3.  Some write
+another formula, do more to the combination (which guidance makes the identity, for it puts one
+prediction in place of both), or show their network something else with the negative prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from dng_models.layouts import LAYOUTS, Layout
+from tests.families.base import PROMPT, Family
+
+# Their scale w is w + 1 in the formula above.
+SCALE_PLUS_ONE = (
+    "Cosmos2_5_PredictBasePipeline",
+    "Cosmos2_5_TransferPipeline",
+    "Kandinsky3",
+    "Krea2Pipeline",
+    "ZImage",
+)
+# What more their call takes for a plain combination at that scale.
+PLAIN: dict[str, dict[str, Any]] = {
+    "Lumina2Pipeline": {"cfg_normalization": False},
+    "LongCatImagePipeline": {"enable_cfg_renorm": False},
+    "WanPipeline (two networks)": {"guidance_scale_2": 3.0},
+    "WanImageToVideoPipeline (two networks)": {"guidance_scale_2": 3.0},
+}
+# They rescale the combination, token by token, to the norm of the positive prediction.
+RESCALED = ("QwenImage", "NucleusMoE", "JoyImage")
+# Their call evaluates no negative prompt where none is given.
+UNPROMPTED_IS_EMPTY = (
+    "EasyAnimate",
+    "Flux",
+    "HunyuanSkyreels",
+    "HunyuanVideoFramepack",
+    "HunyuanVideoPipeline",
+    "HunyuanVideoImageToVideo",
+    "QwenImage",
+)
+# Why the positive prompt as the negative one is not shown to their network alike.
+NOT_ALIKE = {
+    "StableDiffusion3ControlNet": "each half of the control image's latents is drawn anew",
+    "HunyuanDiTControlNet": "each half of the control image's latents is drawn anew",
+    "KandinskyPipeline": "the negative half has an image embedding of its own",
+    "KandinskyImg2Img": "the negative half has an image embedding of its own",
+    "StableUnCLIP": "the negative half has no image embedding",
+    "KandinskyInpaint": "the negative half has an image embedding of its own",
+}
+# What is to be said as the negative prompt to be told the positive one.
+AS_POSITIVE = {"Lumina2Pipeline": f" <Prompt Start> {PROMPT}"}
+
+
+def layout(name: str) -> Layout:
+    """Of a family, whose name may say in brackets which of the class's networks it has."""
+    return LAYOUTS[name.split(" (")[0]]
+
+
+def first_frame(frames: int) -> Tensor:
+    """A mask of videos whose first frame is given."""
+    mask = torch.ones(1, 1, frames, 1, 1)
+    mask[:, :, 0] = 0.0
+    return mask
+
+
+def mask(name: str) -> dict[str, Any]:
+    """What apply_guidance must be told of overwritten latents."""
+    if name == "Cosmos2_5_PredictBasePipeline" or name.endswith("(a time per token)"):
+        if "WanPipeline" not in name:
+            return {"mask": first_frame(2)}
+    # Everything counts: a tracker that is told so is warned of what is overwritten.
+    return {"mask": torch.ones(())} if layout(name).overwrites else {}
+
+
+def scale(name: str, wanted: float) -> dict[str, Any]:
+    """Arguments of the call for a combination n + wanted (p - n)."""
+    argument = layout(name).guidance
+    given = wanted - 1.0 if name.startswith(SCALE_PLUS_ONE) else wanted
+    return {**({} if argument is None else {argument: given}), **PLAIN.get(name, {})}
+
+
+def unprompted(name: str, pipe: Any, family: Family) -> dict[str, Any]:
+    """Arguments of a call without a negative prompt."""
+    if not family.prompted:
+        return {}
+    if name.startswith(UNPROMPTED_IS_EMPTY):
+        return {"negative_prompt": ""}
+    default = inspect.signature(type(pipe).__call__).parameters["negative_prompt"].default
+    return {"negative_prompt": default}
+
+
+@contextmanager
+def plainly(name: str, pipe: Any, *, keeps_face: bool = False) -> Iterator[None]:
+    """Have the pipeline's own call do nothing but its combination, at scale 3.
+
+    ``keeps_face``: WanAnimate blanks the face in its negative's call, which a negative that is
+    unwanted is shown.
+    """
+    undo: list[Callable[[], Any]] = []
+    if name.startswith(RESCALED):
+        norm = torch.norm
+
+        def ones(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args or not kwargs.get("keepdim"):
+                return norm(x, *args, **kwargs)
+            return torch.ones_like(x.select(kwargs["dim"], 0).unsqueeze(kwargs["dim"]))
+
+        torch.norm = ones
+        undo.append(lambda: setattr(torch, "norm", norm))
+    for part in ("guider", "ocr_guider"):
+        if hasattr(pipe, part):
+            undo.append(partial(setattr, pipe, part, getattr(pipe, part)))
+            setattr(pipe, part, diffusers.ClassifierFreeGuidance(guidance_scale=3.0))
+    if keeps_face and name.startswith("WanAnimate"):
+        faces: list[Tensor] = []
+
+        def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            if len(faces) % 2:
+                kwargs["face_pixel_values"] = faces[-1]
+            faces.append(kwargs["face_pixel_values"])
+            return args, kwargs
+
+        undo.append(pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+    try:
+        yield
+    finally:
+        for each in undo:
+            each()
