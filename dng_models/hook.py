@@ -19,8 +19,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dng_math.guidance import Rule
+from dng_models.call_begun import Concept, maskless
 from dng_models.guidance import GuidedChain
-from dng_models.guided_call import Concept, GuidedCalls, maskless
+from dng_models.guided_call import GuidedCalls
 from dng_models.layouts import Layout, layout_of
 from dng_models.sampling import Denoiser
 from dng_models.trace import Trace

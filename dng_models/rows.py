@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# How far two tensors may be apart to be the same, relative to their size: in 32 bits and in 16.
+SAME_32, SAME_16 = 1e-4, 2e-2
+
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor in arguments, with its dotted name.
@@ -152,3 +155,44 @@ def named(
             f"{type(module).__name__} got {len(args)}, of which {list(names)} are known"
         )
     return dict(zip(names, args, strict=False)) | kwargs
+
+
+def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in containers of their own."""
+    found: dict[str, Any] = mapped(arguments, lambda path, value: value)
+    return found
+
+
+def prediction(output: Any) -> Tensor:
+    """What a network predicts, in whatever it returns."""
+    found = output if isinstance(output, Tensor) else output[0]
+    if isinstance(found, list):
+        found = torch.stack(found)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def replaced(output: Any, other: Tensor) -> Any:
+    """The network's output with another prediction in its place."""
+    if isinstance(output, Tensor):
+        return other
+    own: Any = list(other) if isinstance(output[0], list) else other
+    if isinstance(output, tuple):
+        return (own, *output[1:])
+    first = next(iter(output))
+    return type(output)(**{**output, first: own})
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding of the coarser of two tensors."""
+    if a is b:
+        return True
+    coarse = min(a.element_size(), b.element_size()) < 4 and a.is_floating_point()
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b.to(a.device, a.dtype)))
+    one, other = a.detach().float(), b.detach().to(a.device).float()
+    finite = torch.isfinite(one) & torch.isfinite(other)
+    same = torch.where(finite, one - other, (one.isnan() != other.isnan()).float() * 1e30)
+    size = torch.where(finite, other, 0.0).abs().max() if other.numel() else 0.0
+    bound = (SAME_16 if coarse else SAME_32) * size
+    return bool((same.abs() <= bound).all())

@@ -1,0 +1,514 @@
+"""The beginning of a guided call: its arguments are checked, and added prompts encoded.
+
+A prompt that is added is encoded by the pipeline itself: its call is begun once more with that as
+its negative prompt, and stopped where it first calls its network, so that all options of the call
+hold for it too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dng_models import rows
+from dng_models.guidance import GuidedChain
+from dng_models.layouts import Layout
+from dng_models.network_hook import NetworkHook
+from dng_models.sampling import Denoiser
+
+# Parts of a batch; 2, 3 ... are what is added.
+PERTURBED, NEGATIVE, POSITIVE = -1, 0, 1
+# Whatever a negative prompt says, this is another one: longer, so that masks differ too.
+ANOTHER_PROMPT = "two red apples on a wooden table beside a window in the morning"
+# How near to the empty prompt's embedding one is the empty prompt: bfloat16 rounds by 2^-8.
+EMPTY_TOLERANCE = 1e-2
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """Something unwanted: a text, embeddings by the names of the call's arguments, or a class."""
+
+    text: str | None = None
+    embeddings: Mapping[str, Tensor] | None = None
+    label: int | None = None
+
+
+class Parts:
+    """What stands in which part of a batch: 0 the negative, 1 the positive, 2 ... added prompts.
+
+    Parameters
+    ----------
+    chain : GuidedChain
+        Which predictions its rule needs.
+    concepts : sequence of Concept, optional
+        What is unwanted beside the pipeline's own negative prompt.
+
+    Attributes
+    ----------
+    added : list of Concept
+        Encoded anew in every call; one without anything is the empty prompt.
+    negatives : list of int
+        Parts with what is unwanted, one a concept.
+    unconditional : int or None
+        Part of the unconditional prediction.
+    """
+
+    def __init__(self, chain: GuidedChain, concepts: Sequence[Concept] | None) -> None:
+        self.added: list[Concept] = []
+        self.negatives: list[int] = []
+        self.unconditional: int | None = None
+        if concepts is not None and chain.needs_negative:
+            self.added = list(concepts)
+            self.negatives = list(range(2, 2 + len(concepts)))
+        elif chain.needs_negative:
+            self.negatives = [NEGATIVE]
+        if chain.needs_unconditional:
+            self.unconditional = NEGATIVE
+            if concepts is None and not chain.leads:
+                # The pipeline's own negative is unwanted: that of no prompt at all comes beside it.
+                self.unconditional = 2
+                self.added.append(Concept())
+
+    @property
+    def avoids_own(self) -> bool:
+        """Whether the pipeline's own negative prompt is what is unwanted."""
+        return NEGATIVE in self.negatives
+
+    @property
+    def used(self) -> list[int]:
+        """Parts of the batch that are evaluated."""
+        found = {POSITIVE, *self.negatives}
+        if self.unconditional is not None:
+            found.add(self.unconditional)
+        return sorted(found)
+
+
+class Stop(BaseException):
+    """Ends a call that was only begun.  Not an Exception, which pipelines may catch."""
+
+
+@dataclass(eq=False)
+class Beginning:
+    """What a pipeline showed its networks in the first step of a call that was stopped there."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    control: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shape: torch.Size | None = None  # of the scheduler's latents, where that was asked for
+
+
+class BegunCall(ABC):
+    """A call of a pipeline: its arguments, and the prompts that are added to it.
+
+    Parameters
+    ----------
+    pipe : DiffusionPipeline
+    layout : Layout
+        Of its class.
+    chain : GuidedChain
+    parts : Parts
+        What stands in which part of a batch.
+    denoisers : sequence of callable
+        What learned only the unwanted, for pipelines without prompts.
+    function : callable
+        The pipeline's own call.
+    args, kwargs
+        Its arguments.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        layout: Layout,
+        chain: GuidedChain,
+        parts: Parts,
+        denoisers: Sequence[Denoiser],
+        function: Run,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.pipe, self.layout, self.chain = pipe, layout, chain
+        self.parts, self.denoisers = parts, denoisers
+        self.function = function
+        self.scheduler = pipe.scheduler
+        self.arguments = _by_name(function, args, kwargs)
+        self.beginning: Beginning | None = None
+        self.outputs: list[Any] = []
+        # Of the parts of the batch that are added; with one call a prompt, of all.
+        self.encoded: dict[int, Beginning] = {}
+        self.probe: Beginning | None = None
+        # How many calls of networks a call that is only begun may make.
+        self._wanted = 0
+
+    @abstractmethod
+    def watching_the_scheduler(self) -> AbstractContextManager[None]:
+        """See every step of the pipeline's scheduler, for the length of a block."""
+
+    # ------------------------------------------------------------------ before the call
+
+    def prepare(self, *, verify: bool) -> None:
+        """Check the call's arguments, and encode what is added to it."""
+        self._check_arguments()
+        if self.layout.calls == "alone":
+            return
+        if self.parts.avoids_own:
+            self._check_negative()
+        for part, concept in enumerate(self.parts.added, start=2):
+            if concept.label is None:
+                self.encoded[part] = self._encode(concept, part)
+        if self.layout.labels is not None:
+            return
+        if self.layout.calls == "batch" and self.layout.kept is not None:
+            self.encoded[POSITIVE] = self._begin({}, 3)
+        if self.layout.calls == "separate":
+            # The third time it is the scheduler's turn, which is shown the latents alone.
+            self.encoded[NEGATIVE] = self._begin({}, 2 if self.layout.kept is None else 3)
+            self.encoded[POSITIVE] = self.encoded[NEGATIVE]
+        another = self._another_negative()
+        if verify and (another or self.layout.calls == "batch"):
+            self.probe = self._begin(another, 2)
+
+    def _check_arguments(self) -> None:
+        name, chain, layout = type(self.pipe).__name__, self.chain, self.layout
+        device = getattr(self.pipe, "_execution_device", torch.device("cpu"))
+        if chain.divergence_probes and torch.is_autocast_enabled(device.type):
+            raise ValueError(
+                "divergence_probes must be 0 under torch.autocast, whose casts have no forward "
+                f"derivative, got {chain.divergence_probes}: call the pipeline outside of it, with "
+                "its networks in the precision that they are to have"
+            )
+        for network in layout.network:
+            module = getattr(self.pipe, network, None)
+            if getattr(module, "is_cache_enabled", False):
+                raise ValueError(
+                    f"pipe.{network} must have no cache of its blocks (FirstBlockCache, "
+                    "PyramidAttentionBroadcast ...), which would hand one prompt's to another: "
+                    f"call pipe.{network}.disable_cache()"
+                )
+        for argument, allowed in layout.fixed.items():
+            value = self.arguments.get(argument, allowed[0])
+            if not any(value is a or value == a for a in allowed):
+                raise ValueError(
+                    f"{argument} of the pipeline's call must be "
+                    f"{' or '.join(map(repr, allowed))}, for with it a {name} changes the "
+                    f"prediction beyond what guidance knows of, got {value!r}"
+                )
+        given = any(self.arguments.get(name) is not None for name in layout.overwrites_with)
+        if given and chain.tracks and chain.mask is None:
+            raise maskless(self.pipe)
+        if layout.guidance is not None:
+            self._check_guidance_scale()
+
+    def _check_guidance_scale(self) -> None:
+        layout, name = self.layout, self.layout.guidance
+        assert name is not None
+        value = self.arguments.get(name)
+        least: Any = min(value) if isinstance(value, list | tuple) and value else value
+        if least is None or not float(least) > layout.above:
+            raise ValueError(
+                f"{name} of the pipeline's call must be > {layout.above:g}, which makes it "
+                f"evaluate the negative prompt (its value has no other effect), got {value}. To "
+                "guide at some times only, limit the rule: dng_math.LimitedInterval(rule, t_lo, "
+                "t_hi)"
+            )
+
+    # ------------------------------------------------------------------ prompts
+
+    def _negative_names(self) -> tuple[list[str], list[str]]:
+        """Arguments of the call that say its negative prompt: as text, and as embeddings."""
+        if self.layout.negatives is not None:
+            return [], list(self.layout.negatives)
+        named = [p for p in _parameters_of(self.function) if p.startswith("negative_")]
+        said = [p for p in named if "prompt" in p or p.endswith("attention_mask")]
+        texts = [p for p in said if p.removeprefix("negative_prompt").strip("_23456") == ""]
+        return texts, [p for p in said if p not in texts]
+
+    def _prompts_of_the_call(self) -> int | None:
+        """How many prompts the call has, None for a single one that is no list."""
+        for name in ("prompt", "prompt_embeds"):
+            value = self.arguments.get(name)
+            if isinstance(value, list | tuple | Tensor):
+                return len(value)
+        return None
+
+    def _without_negative(self) -> dict[str, Any]:
+        texts, embeddings = self._negative_names()
+        return dict.fromkeys([*texts, *embeddings])
+
+    def _as_negative(self, text: str) -> dict[str, Any]:
+        """Arguments that say a text where the call says its negative prompt, in the same form."""
+        texts, _ = self._negative_names()
+        if not texts:
+            raise ValueError(
+                f"negative_prompts must be given as embeddings: a {type(self.pipe).__name__} takes "
+                "no negative prompt as text"
+            )
+        number = self._prompts_of_the_call()
+        return self._without_negative() | {texts[0]: text if number is None else [text] * number}
+
+    def _another_negative(self) -> dict[str, Any]:
+        """Another negative prompt than the call's, to see what changes with it."""
+        texts, embeddings = self._negative_names()
+        given = {
+            name: self.arguments[name]
+            for name in embeddings
+            if isinstance(self.arguments.get(name), Tensor)
+        }
+        if given:
+            return {
+                name: -1.5 * value if value.is_floating_point() else value
+                for name, value in given.items()
+            }
+        return self._as_negative(ANOTHER_PROMPT) if texts else {}
+
+    def _encode(self, concept: Concept, part: int) -> Beginning:
+        if concept.embeddings is not None:
+            number = self._prompts_of_the_call() or 1
+            given: dict[str, Any] = self._without_negative()
+            for name, value in concept.embeddings.items():
+                if len(value) not in (1, number):
+                    raise ValueError(
+                        f"negative_prompts as embeddings must have 1 row, or {number}, one for "
+                        f"each prompt of the call, got {len(value)} for {name!r}"
+                    )
+                given[name] = value.expand(number, *value.shape[1:])
+        elif concept.text is not None:
+            given = self._as_negative(concept.text)
+        else:
+            given = self._unprompted()
+        try:
+            if concept.text is None and concept.embeddings is None:
+                return self._begin_unprompted(given)
+            return self._begin(given, 2)
+        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+            what = (
+                "cfg_scale, which adds the empty prompt,"
+                if concept.text is None and concept.embeddings is None
+                else f"negative_prompts[{part - 2}]"
+            )
+            raise ValueError(
+                f"{what} cannot be part of this call: {type(self.pipe).__name__} says "
+                f"{type(error).__name__}: {error}. Where the call's prompts are embeddings, give "
+                "embeddings of the same length"
+            ) from error
+
+    def _begin_unprompted(self, given: dict[str, Any]) -> Beginning:
+        """Without a negative prompt; with an empty one where the pipeline cannot do without."""
+        separate = self.layout.calls == "separate"
+        try:
+            found = self._begin(given, 2)
+            if not separate or len(found.calls) > 1:
+                return found
+        except (ValueError, TypeError, AttributeError):
+            if not self._negative_names()[0]:
+                raise
+        return self._begin(self._as_negative(""), 2)
+
+    def _unprompted(self) -> dict[str, Any]:
+        """What a pipeline takes as its negative prompt where its user gives none."""
+        given = self._without_negative()
+        texts, _ = self._negative_names()
+        default = _parameters_of(self.function)[texts[0]].default if texts else None
+        if isinstance(self.arguments.get("prompt_embeds"), Tensor) and texts:
+            return self._as_negative("")
+        if isinstance(default, str):
+            return self._as_negative(default)
+        return given
+
+    def _check_negative(self) -> None:
+        """The negative prompt of the call says something, for every image."""
+        if self.layout.labels is not None:
+            return
+        texts, embeddings = self._negative_names()
+        given = [self.arguments[n] for n in texts if self.arguments.get(n) is not None]
+        embedded = [
+            self.arguments[n] for n in embeddings if isinstance(self.arguments.get(n), Tensor)
+        ]
+        if embedded:
+            self._check_embeddings(next(e for e in embedded if e.is_floating_point()))
+            return
+        for value in given:
+            each = value if isinstance(value, list | tuple) else [value]
+            blank = [i for i, t in enumerate(each) if not (isinstance(t, str) and t.strip())]
+            if not blank:
+                return
+            raise self._says_nothing(f"prompt {blank[0]} has none")
+        raise self._says_nothing("it has none")
+
+    def _says_nothing(self, detail: str) -> ValueError:
+        return ValueError(
+            "negative_prompt of the pipeline's call must be given, and not be empty: it is what "
+            f"{self.chain.rule!r} avoids ({detail})"
+        )
+
+    def _check_embeddings(self, negative: Tensor) -> None:
+        """Given embeddings are not those of the empty prompt, scaled, padded or repeated."""
+        empty = self._empty_embeddings()
+        for image, tokens in enumerate(negative):
+            if not bool(tokens.any()):
+                raise self._says_nothing(f"embeddings {image} are zero")
+            if empty is not None and _says_what(tokens, empty) < EMPTY_TOLERANCE:
+                raise self._says_nothing(f"embeddings {image} are those of the empty prompt")
+
+    def _empty_embeddings(self) -> Tensor | None:
+        """Those of the empty prompt, by token; None if the pipeline cannot encode one."""
+        encode = getattr(self.pipe, "encode_prompt", None)
+        names = [n for n in self.pipe.components if n.startswith("text_encoder")]
+        if encode is None or not any(getattr(self.pipe, n, None) is not None for n in names):
+            return None
+        _, embeddings = self._negative_names()
+        positive = [name.removeprefix("negative_") for name in embeddings]
+        given = dict.fromkeys([*positive, *embeddings]) | {"prompt": ""}
+        texts, _ = self._negative_names()
+        given |= {texts[0]: ""} if texts else {}
+        given = {n: v for n, v in given.items() if n in _parameters_of(self.function)}
+        try:
+            found = self._begin(given, 2)
+        except Exception:  # what the call has besides may not go with one prompt
+            return None
+        part = self._part(found, NEGATIVE)
+        for path, value in rows.leaves(found.calls[part]):
+            if rows.matches(path, self.layout.text[:1]) and value.ndim >= 2:
+                start = 0 if self.layout.calls == "separate" else self._half(NEGATIVE)
+                whole = value if self.layout.calls == "separate" else value.chunk(2)[start]
+                return whole[0]
+        return None
+
+    def _part(self, found: Beginning, part: int) -> int:
+        """Which call of the network has a prompt."""
+        if self.layout.calls != "separate":
+            return 0
+        return self._half(part) if len(found.calls) > 1 else 0
+
+    def _half(self, part: int) -> int:
+        """Where the negative or the positive prompt stands, 0 or 1."""
+        return part if self.layout.first == "negative" else 1 - part
+
+    # ------------------------------------------------------------------ calls that are only begun
+
+    def _begin(self, given: Mapping[str, Any], networks: int) -> Beginning:
+        """What the pipeline shows its networks at first, with other arguments in its call."""
+        found = self.beginning = Beginning()
+        wanted = networks - (self.layout.calls == "batch")
+        arguments = {**self.arguments, **given}
+        try:
+            with (
+                _random_numbers_kept(self.arguments),
+                _no_progress_bar(self.pipe),
+                self.watching_the_scheduler(),
+            ):
+                self._wanted = wanted
+                self.function(**arguments)
+        except Stop:
+            pass
+        finally:
+            self.beginning = None
+        if not found.calls:
+            raise ValueError(
+                f"pipe must call its pipe.{' or pipe.'.join(self.layout.network)} in every call, "
+                "and this one did not"
+            )
+        return found
+
+    def _seen(self, hook: NetworkHook, module: nn.Module, arguments: dict[str, Any]) -> Any:
+        """A call of a network in a beginning."""
+        assert self.beginning is not None
+        if hook.control is not None:
+            self.beginning.control.setdefault(hook.control.name, arguments)
+            return hook.call(module, (), arguments)
+        # A pipeline may fill a container anew for its next call, and networks take things out.
+        self.beginning.calls.append(rows.copied(arguments))
+        if len(self.beginning.calls) >= self._wanted:
+            raise Stop
+        # Any answer of the right kind does: nobody looks at what becomes of it.
+        if not self.outputs:
+            with torch.no_grad():
+                self.outputs.append(hook.call(module, (), rows.copied(arguments)))
+        return self.outputs[0]
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def maskless(pipe: Any) -> ValueError:
+    """What is said where latents are overwritten and no mask tells where."""
+    return ValueError(
+        f"mask must be given: this {type(pipe).__name__} overwrites a part of the latents after "
+        "every step; give a tensor that is 1 where it paints and broadcasts to the scheduler's "
+        "latents: (1, 1, height, width), (1, 1, frames, 1, 1) or, of tokens, (1, tokens, 1)"
+    )
+
+
+def _by_name(function: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names, with the defaults of those that were left out."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    found: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found |= value
+        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            found[name] = value
+    return found
+
+
+def _parameters_of(function: Run) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def _says_what(tokens: Tensor, empty: Tensor) -> float:
+    """How much of embeddings (L, D) is not along the empty prompt's (E, D), relative to their size.
+
+    Tools for long and weighted prompts scale embeddings, and chain several of the empty prompt's
+    length.
+    """
+    length = len(empty)
+    if tokens.ndim != empty.ndim or tokens.shape[1:] != empty.shape[1:] or len(tokens) % length:
+        return 1.0
+    found = tokens.detach().float().reshape(-1, length, *tokens.shape[1:]).flatten(1)
+    along = empty.detach().float().to(found.device).flatten()
+    along = along / along.norm()
+    rest = found - (found @ along)[:, None] * along
+    return float(rest.norm() / found.norm())
+
+
+@contextmanager
+def _random_numbers_kept(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Leave every generator as it was: the call's own, and the global ones."""
+    given = arguments.get("generator")
+    generators = given if isinstance(given, list | tuple) else [given]
+    states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _no_progress_bar(pipe: Any) -> Iterator[None]:
+    """Show no bar of a call that is only begun."""
+    before = pipe.__dict__.get("_progress_bar_config")
+    pipe.__dict__["_progress_bar_config"] = {**(before or {}), "disable": True}
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe.__dict__["_progress_bar_config"]
+        else:
+            pipe.__dict__["_progress_bar_config"] = before

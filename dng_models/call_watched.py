@@ -1,0 +1,480 @@
+"""A guided call under way: its scheduler's steps, and what stands between network and chain.
+
+What a run is comes from the pipeline that calls and from its scheduler, not from the contents of
+tensors: a run begins with a call, a step with the network's call and ends with the scheduler's, and
+what the scheduler is given is compared with what guidance made.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dng_models import rows
+from dng_models.call_begun import POSITIVE, BegunCall, Stop
+from dng_models.guidance import position
+from dng_models.layouts import Control
+from dng_models.network_hook import NetworkHook
+
+# 16-bit networks are told times of three digits.
+SAME_TIME = 1e-2
+
+_UNITS = {
+    "timestep": "the scheduler's timestep t",
+    "fraction": "t over the number of training timesteps T",
+    "reversed": "T - t",
+    "reversed fraction": "1 - t/T",
+}
+
+
+@dataclass(eq=False)
+class Pending:
+    """A guided prediction on its way to the scheduler."""
+
+    guided: Tensor  # as the scheduler is to be given it
+    x: Tensor | None  # what the network was shown, where that is the scheduler's latents
+    perturbed: Tensor | None = None  # what PAG adds its scale times
+    calls: int = 1  # of the network in this step
+
+
+class WatchedCall(BegunCall):
+    """A call whose network and scheduler are watched; arguments as for :class:`BegunCall`."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # While guidance evaluates networks itself, which may call each other.
+        self.inside = False
+        self.pending: Pending | None = None
+        # What the last step made, and torch's count of changes to its memory then.
+        self.last_next: Tensor | None = None
+        self.last_version = 0
+        self.images: int | None = None
+        self.told_of_changes = False
+        # What the network is called with at this step.
+        self.shown: dict[str, Any] = {}
+        # While the network is differentiated, at a step whose predictions are made.
+        self.probing = False
+
+    # ------------------------------------------------------------------ the scheduler
+
+    @contextmanager
+    def watching_the_scheduler(self) -> Iterator[None]:
+        """See every step of the pipeline's scheduler, for the length of a block."""
+        scheduler = self.scheduler
+        step = scheduler.step
+        signature = inspect.signature(step)
+
+        @functools.wraps(step)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            sample = given.arguments["sample"]
+            if self.beginning is not None:
+                self.beginning.shape = sample.shape
+                raise Stop
+            self._check_step(given.arguments, sample)
+            output = step(*args, **kwargs)
+            self._took(sample, output[0])
+            return output
+
+        already = scheduler.__dict__.get("step")
+        scheduler.step = watched
+        try:
+            yield
+        finally:
+            if already is None:
+                del scheduler.step
+            else:
+                scheduler.step = already
+
+    def _eta(self) -> float | None:
+        """What the scheduler's step will be given, of DDIM."""
+        parameter = inspect.signature(self.scheduler.step).parameters.get("eta")
+        if parameter is None:
+            return None
+        value = self.arguments.get("eta", parameter.default)
+        return 0.0 if value is None else float(value)
+
+    def _check_step(self, given: Mapping[str, Any], sample: Tensor) -> None:
+        """What the scheduler is given is what guidance made."""
+        pending, name = self.pending, type(self.pipe).__name__
+        step = self.chain.step
+        if pending is None or step is None:
+            raise ValueError(
+                f"the {name} took a step of its scheduler without a guided prediction: the network "
+                "that it calls is not the one that it had when its call began"
+            )
+        if self.layout.calls == "separate" and pending.calls < 2:
+            raise ValueError(
+                f"pipe must call its network once for each prompt at every step, and this {name} "
+                f"did not at step {step}: {self.layout.guidance or 'its call'} must switch the "
+                "negative prompt on, throughout (dng_math.LimitedInterval(rule, t_lo, t_hi) guides "
+                "at some times only)"
+            )
+        timesteps = self.scheduler.timesteps
+        at = given["timestep"]
+        at = float(at.reshape(-1)[0]) if isinstance(at, Tensor) else float(at)
+        if abs(float(timesteps[step]) - at) > 1e-4 * max(1.0, abs(at)):
+            raise ValueError(
+                f"timestep must be {float(timesteps[step]):g} at step {step} of this run, got "
+                f"{at:g}: a step was left out"
+            )
+        eta = self._eta()
+        told = given.get("eta")
+        if eta is not None and told is not None and abs(float(told) - eta) > 1e-6:
+            raise ValueError(
+                f"eta must be the same in the pipeline's call and its scheduler's step, got "
+                f"{eta:g} and {float(told):g}"
+            )
+        self._check_prediction(given["model_output"], pending)
+        if self.last_next is not None:
+            self._check_changes(self._of_images(sample))
+        if pending.x is not None and self.chain.divergence_probes:
+            scale = float(self.chain.input_scale)
+            if not rows.near(pending.x, self._of_images(sample) * scale):
+                raise ValueError(
+                    f"divergence_probes must be 0 for a {name}: what its network is shown is not "
+                    "the scheduler's latents"
+                )
+
+    def _of_images(self, sample: Tensor) -> Tensor:
+        """The rows of images, where a scheduler steps the doubled batch."""
+        return sample.chunk(2)[0] if self.layout.doubled_step else sample
+
+    def _check_prediction(self, output: Tensor, pending: Pending) -> None:
+        expected = pending.guided
+        if pending.perturbed is not None:
+            scale = self.pipe._get_pag_scale(self.scheduler.timesteps[self.chain.step])
+            expected = expected + float(scale) * pending.perturbed
+        output = self._of_images(output)
+        if output.shape != expected.shape:
+            raise ValueError(
+                f"pipe must hand its scheduler the prediction that its network made, of shape "
+                f"{tuple(expected.shape)}, but this {type(self.pipe).__name__} gave it one of "
+                f"{tuple(output.shape)}"
+            )
+        mask = self.chain.mask
+        if mask is not None:
+            # What is overwritten anyway may be replaced here already.
+            self.chain.check_mask(output)
+            counts = mask.to(output.device) > 0.5
+            output, expected = output * counts, expected * counts
+        if not rows.near(output, expected):
+            raise ValueError(
+                "pipe must hand its scheduler the guided prediction as it is, but this "
+                f"{type(self.pipe).__name__} changed it, by up to "
+                f"{float((output.float() - expected.float()).abs().max()):.3g} of "
+                f"{float(expected.float().abs().max()):.3g}: leave out what does more in its call "
+                "than guidance with the negative prompt (rescaling, perturbed attention, skipped "
+                "layers), or, where it replaces a part of the prediction by what it was given "
+                "(frames of a video), give a mask= that is 0 there"
+            )
+
+    def _check_changes(self, sample: Tensor) -> None:
+        """Whether the latents are what the last step made of them."""
+        last = self.last_next
+        assert last is not None
+        untouched = _version(last) == self.last_version
+        if self.told_of_changes or not self.chain.tracks or (sample is last and untouched):
+            return
+        if sample.shape != last.shape:
+            raise ValueError(
+                f"the batch must stay the same during a run: step {self.chain.step} has latents "
+                f"of shape {tuple(sample.shape)}, the step before made {tuple(last.shape)}"
+            )
+        coarser = sample.dtype if sample.element_size() <= last.element_size() else last.dtype
+        same = torch.isclose(
+            sample.to(coarser).float(), last.to(coarser).float(), 1e-5, 1e-6, equal_nan=True
+        )
+        if self.chain.mask is not None:
+            same |= self.chain.mask.to(same.device) <= 0.5
+        if bool(same.all()) and (untouched or self.chain.mask is not None):
+            return
+        self.told_of_changes = True
+        warnings.warn(
+            f"the latents were changed before step {self.chain.step}, by a callback or by the "
+            "pipeline itself: what the change says of the unwanted is not in the tracked posterior",
+            stacklevel=3,
+        )
+
+    def _took(self, sample: Tensor, x_next: Tensor) -> None:
+        sample, x_next = self._of_images(sample), self._of_images(x_next)
+        self.pending, self.last_next, self.last_version = None, x_next, _version(x_next)
+        self.chain.took(sample, x_next)
+
+    def check_end(self) -> None:
+        """No prediction is left over."""
+        if self.pending is not None:
+            raise ValueError(
+                f"the last guided prediction of this {type(self.pipe).__name__} never reached its "
+                "scheduler"
+            )
+
+    # ------------------------------------------------------------------ the network
+
+    @contextmanager
+    def evaluating_itself(self) -> Iterator[None]:
+        """While guidance evaluates networks itself, which may call each other."""
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
+    def network(self, hook: NetworkHook, module: nn.Module, arguments: dict[str, Any]) -> Any:
+        """A call of the pipeline's network: the guided prediction for every prompt in it."""
+        if self.beginning is not None:
+            return self._seen(hook, module, arguments)
+        if self.pipe.scheduler is not self.scheduler:
+            raise ValueError(
+                "pipe.scheduler must stay the same during a run: at step "
+                f"{self.chain.step} a {type(self.pipe.scheduler).__name__} stands where the run "
+                f"began with a {type(self.scheduler).__name__}"
+            )
+        if self.pending is not None:
+            return self.again(arguments)
+        latents = self._latents(module, arguments)
+        self.shown = arguments
+        return self.evaluate(hook, module, arguments, latents)
+
+    def control(
+        self, hook: NetworkHook, module: nn.Module, control: Control, arguments: dict[str, Any]
+    ) -> Any:
+        """A call of a control network."""
+        if self.beginning is not None:
+            return self._seen(hook, module, arguments)
+        return self.evaluate_control(hook, module, control, arguments)
+
+    @abstractmethod
+    def evaluate(
+        self, hook: NetworkHook, module: nn.Module, arguments: dict[str, Any], latents: Tensor
+    ) -> Any:
+        """Evaluate all prompts at the first call of a step; the network's answer, guided."""
+
+    def again(self, arguments: dict[str, Any]) -> Any:
+        """The answer to a further call of the network in the same step."""
+        raise ValueError(
+            f"pipe must call its network once a step and prompt, but this "
+            f"{type(self.pipe).__name__} called it once more at step {self.chain.step}: "
+            "leave out what does more in its call than guidance with the negative prompt "
+            "(skipped layers, self-attention guidance)"
+        )
+
+    def evaluate_control(
+        self, hook: NetworkHook, module: nn.Module, control: Control, arguments: dict[str, Any]
+    ) -> Any:
+        """Evaluate a control network for all prompts; its answer."""
+        return hook.call(module, (), arguments)
+
+    def _latents(self, module: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        found = arguments.get(self.layout.latents)
+        if isinstance(found, list) and found:
+            # Of a row that is a list itself the last entry: pictures stand before it.
+            found = torch.stack([row[-1] if isinstance(row, list) else row for row in found])
+        if not isinstance(found, Tensor):
+            raise ValueError(
+                f"pipe must call its {type(module).__name__} with a tensor {self.layout.latents}, "
+                f"got {sorted(arguments)}"
+            )
+        return found
+
+    def _arrive(self, arguments: dict[str, Any], device: torch.device) -> None:
+        """A step begins: the first of a run, or the next."""
+        chain, scheduler = self.chain, self.scheduler
+        told = self._time(arguments)
+        if not chain.belongs_to(scheduler):
+            if chain.step is not None and scheduler.timesteps is chain.timesteps:
+                raise ValueError(
+                    f"the run is over: its {type(scheduler).__name__} has "
+                    f"{len(scheduler.timesteps)} steps"
+                )
+            self.last_next = None
+            chain.begin(scheduler, _first_step(scheduler, told), eta=self._eta(), device=device)
+        step = chain.step
+        assert step is not None
+        expected = float(scheduler.timesteps[step])
+        training = float(getattr(scheduler.config, "num_train_timesteps", 1000))
+        if told is not None and abs(told - expected) > SAME_TIME * max(expected, 0.01 * training):
+            raise ValueError(
+                f"timestep must be {expected:g} at step {step} of this run, got {told:g}: a step "
+                f"was left out, or {self.layout.time} of the network is not "
+                f"{_UNITS[self.layout.time_unit]}, as the layout of {type(self.pipe).__name__} says"
+            )
+
+    def _time(self, arguments: dict[str, Any]) -> float | None:
+        """The timestep that the network is told, in the scheduler's unit."""
+        if self.layout.time_unit == "other":
+            return None
+        value = arguments.get(self.layout.time)
+        if value is None:
+            raise ValueError(
+                f"pipe must tell its network the time as {self.layout.time}, as the layout of "
+                f"{type(self.pipe).__name__} says, got {sorted(arguments)}"
+            )
+        if isinstance(value, Tensor):
+            flat = value.reshape(-1)
+            if self.layout.times:
+                least = self.layout.time_unit in ("reversed", "reversed fraction")
+                flat = (flat.min() if least else flat.max()).reshape(1)
+            if len(flat) > 1 and bool((flat != flat[0]).any()):
+                raise ValueError(
+                    f"pipe must tell its network one time for all images, got {self.layout.time} "
+                    f"from {float(flat.min()):g} to {float(flat.max()):g}"
+                )
+            value = flat[0]
+        t = float(value)
+        training = float(getattr(self.scheduler.config, "num_train_timesteps", 1000))
+        unit = self.layout.time_unit
+        if unit in ("reversed", "reversed fraction"):
+            t = (training if unit == "reversed" else 1.0) - t
+        return t * training if unit.endswith("fraction") else t
+
+    # ------------------------------------------------------------------ between network and chain
+
+    def _channels(self, prediction: Tensor) -> int:
+        """How many channels of an output the scheduler is given."""
+        channels = prediction.shape[1]
+        if not self.layout.variance:
+            return channels
+        if self.layout.variance == "always":
+            return channels // 2
+        # The network's own numbers, of channels or of the patches that they are folded into.
+        known = (getattr(self.pipe, name, None) for name in self.layout.network)
+        config = next(c for c in (getattr(n, "config", None) for n in known) if c is not None)
+        return channels // 2 if config.out_channels == 2 * config.in_channels else channels
+
+    def _kept(self, dimensions: int) -> tuple[slice, ...]:
+        """Where in a tensor of all tokens or frames those are that the scheduler steps."""
+        assert self.layout.kept is not None
+        axis, place = self.layout.kept
+        shape = self.encoded[POSITIVE].shape
+        if shape is None or len(shape) != dimensions:
+            raise ValueError(
+                f"pipe must step latents of {dimensions} dimensions, like its network's output, "
+                f"but those of this {type(self.pipe).__name__} are {shape}"
+            )
+        size = shape[axis]
+        return (*[slice(None)] * axis, slice(size) if place == "first" else slice(-size, None))
+
+    def _latents_in(self, shown: Tensor, like: Tensor) -> tuple[slice, ...] | None:
+        """Where in what the network is shown the scheduler's latents are, beside conditions."""
+        sizes = zip(shown.shape, like.shape, strict=False)
+        if shown.ndim != like.ndim or any(whole < part for whole, part in sizes):
+            return None
+        found = [slice(n) for n in like.shape]
+        if self.layout.kept is not None and self.layout.kept[1] == "last":
+            axis = self.layout.kept[0]
+            found[axis] = slice(-like.shape[axis], None)
+        return tuple(found)
+
+    def _arranged(self, value: Tensor) -> Tensor:
+        """What the pipeline makes of an output or an input of its network for its scheduler."""
+        arrange = self.layout.arranged
+        return value if arrange is None else arrange(self.pipe, value, self.shown)
+
+    def _as_before(self, arranged: Tensor, like: Tensor) -> Tensor:
+        """Of such an arrangement, what the network gave or was shown; the rest is like that."""
+        if self.layout.arranged is None:
+            return arranged
+        places = torch.arange(like.numel(), device=like.device).reshape(like.shape)
+        flat = like.reshape(-1).clone()
+        flat[self._arranged(places).reshape(-1)] = arranged.reshape(-1)
+        return flat.reshape(like.shape)
+
+    def _showing(self, shown: Tensor, x: Tensor) -> Tensor:
+        """What the network is shown, with other latents in it."""
+        whole = self._arranged(shown).clone()
+        place = self._latents_in(whole, x)
+        assert place is not None
+        whole[place] = x.to(whole.dtype)
+        return self._as_before(whole, shown)
+
+    def _to_step(self, prediction: Tensor) -> Tensor:
+        """As the scheduler is given it."""
+        prediction = self._arranged(prediction)
+        if self.layout.kept is not None:
+            prediction = prediction[self._kept(prediction.ndim)]
+        own = prediction[:, : self._channels(prediction)]
+        return own if self.layout.sign > 0 else -own
+
+    def _from_step(self, guided: Tensor, like: Tensor) -> Tensor:
+        """As the network would have returned it."""
+        own = guided if self.layout.sign > 0 else -guided
+        whole = self._arranged(like).clone()
+        part = whole if self.layout.kept is None else whole[self._kept(whole.ndim)]
+        part[:, : own.shape[1]] = own
+        return self._as_before(whole, like)
+
+    def _guide(
+        self, predictions: Mapping[int, Tensor], network: Callable[[Tensor], list[Tensor]], x: Any
+    ) -> Tensor:
+        """The guided prediction, as the scheduler is given it."""
+        unconditional = self.parts.unconditional
+        positive = self._to_step(predictions[POSITIVE])
+        x = None if x is None else self._arranged(x)
+        at = None if x is None else self._latents_in(x, positive)
+        x = None if at is None else x[at].contiguous()
+        self.probing = True
+        try:
+            guided = self.chain.guide(
+                positive,
+                [self._to_step(predictions[part]) for part in self.parts.negatives],
+                None if unconditional is None else self._to_step(predictions[unconditional]),
+                network=None if x is None else network,
+                x=x,
+            )
+        finally:
+            self.probing = False
+        if self.layout.guided is not None:
+            rest = positive[:, self.layout.guided :]
+            guided = torch.cat([guided[:, : self.layout.guided], rest], dim=1)
+        self.pending = Pending(guided, x)
+        return guided
+
+    def _to_evaluate(self, batch: int, *, together: bool) -> Tensor | None:
+        """Images whose unwanted concepts are predicted at this step; None for all."""
+        return None if self.probing else self.chain.to_evaluate(batch, together=together)
+
+    def _not_doubled(self, size: int) -> ValueError:
+        return ValueError(
+            "pipe must call its network once a step with every latent twice, but this "
+            f"{type(self.pipe).__name__} called it with a batch of {size}: "
+            f"{self.layout.guidance or 'its call'} must switch the negative prompt on, throughout "
+            "(dng_math.LimitedInterval(rule, t_lo, t_hi) guides at some times only)"
+        )
+
+    def _other_batch(self, batch: int, size: int) -> ValueError:
+        if not getattr(self.pipe, "do_classifier_free_guidance", True):
+            return self._not_doubled(size)
+        return ValueError(
+            f"the batch must stay the same during a run: step {self.chain.step} has {batch} "
+            f"images, the step before had {self.images}. A callback that cuts guidance off must "
+            "be replaced by dng_math.LimitedInterval(rule, t_lo, t_hi)"
+        )
+
+
+def _version(x: Tensor) -> int:
+    """How often the memory of a tensor was written to; inference tensors do not count."""
+    return 0 if x.is_inference() else x._version
+
+
+def _first_step(scheduler: Any, told: float | None) -> int:
+    """Where in its timesteps a run begins."""
+    for counted in ("step_index", "begin_index"):
+        index = getattr(scheduler, counted, None)
+        if index is not None:
+            return int(index)
+    if told is None:
+        return 0
+    timesteps = scheduler.timesteps.detach().double().cpu()
+    nearest = float(timesteps[(timesteps - told).abs().argmin()])
+    return position(scheduler, nearest)
