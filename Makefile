@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help figures class-removal test test-lowest benchmark lint clean
+.PHONY: help figures class-removal test test-cpus test-lowest benchmark lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -19,6 +19,20 @@ class-removal: $(VENV)/models.stamp ## train networks on digits, sweep and plot 
 
 test: $(VENV)/test.stamp ## run the tests (PYTEST_ARGS="-m slow" runs the long ones)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# What ATEN_CPU_CAPABILITY can make of this CPU, other than what it is; matrix products of an older
+# one have other last bits.
+OLDER_CPUS = from torch.backends.cpu import get_cpu_capability as own; \
+	known = ["default", "avx2", "avx512"]; own = own().lower(); \
+	print(*(known[: known.index(own)] if own in known else []))
+
+test-cpus: $(VENV)/test.stamp ## run the tests of networks as on each older kind of CPU
+	for cpu in $$($(BIN)/python -c '$(OLDER_CPUS)'); do \
+		echo "ATEN_CPU_CAPABILITY=$$cpu"; \
+		ATEN_CPU_CAPABILITY=$$cpu $(BIN)/python -m pytest -n 2 --dist loadfile -q \
+			tests/test_models_*.py tests/test_figure_*.py tests/test_step.py $(PYTEST_ARGS) \
+			|| exit 1; \
+	done
 
 test-lowest: ## run the tests on the lowest supported versions, in .venv-lowest (Python 3.11)
 	$(PYTHON) -m venv --clear $(VENV)-lowest

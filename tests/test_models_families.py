@@ -8,9 +8,11 @@ predictions that are told apart by the stock combination itself, not by the layo
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dng_math import ClassifierFreeGuidance, NegativePrompting
-from dng_models import DynamicNegative, apply_guidance
+from dng_math import ClassifierFreeGuidance, NegativePrompting, Unguided
+from dng_models import DynamicNegative, apply_guidance, tiny
 from dng_models.layouts import LAYOUTS, REFUSED, Layout, standing
 from tests.families import FAMILIES, Family, final_latents, stock
 from tests.families.base import NEGATIVE, PROMPT, attends_in_bfloat16
+from tests.families.walk import pipeline_classes
 
 # What diffusers, transformers and torch say of their own old and new ways, and of tiny sizes.
 pytestmark = [
@@ -64,7 +67,7 @@ ALWAYS = (
 )
 GUIDED = [name for name in FAMILIES if isinstance(LAYOUTS.get(name.split(" (")[0]), Layout)]
 # Without a negative prompt: what is unwanted is said in another way, tested below.
-CLASSES, EMBEDDINGS = ("DiTPipeline",), ("Flux2Klein", "KandinskyV22")
+CLASSES = ("DiTPipeline",)
 
 
 def families(*without: str) -> list[Any]:
@@ -123,7 +126,7 @@ def test_a_constant_push_is_the_stock_call(name: str) -> None:
     assert apart(found, plain) < CLOSE
 
 
-@pytest.mark.parametrize("name", families(*CLASSES, *EMBEDDINGS))
+@pytest.mark.parametrize("name", families(*CLASSES, *stock.EMBEDDINGS))
 def test_negatives_in_a_list_are_the_pipelines_own(name: str) -> None:
     family, pipe = built(name)
     rule, mask = RULE, stock.mask(name)
@@ -143,7 +146,7 @@ def test_negatives_in_a_list_are_the_pipelines_own(name: str) -> None:
     assert any(not torch.equal(t[:, 0], t[:, 1]) for t in trajectories)
 
 
-@pytest.mark.parametrize("name", families(*CLASSES, *EMBEDDINGS))
+@pytest.mark.parametrize("name", families(*CLASSES, *stock.EMBEDDINGS))
 def test_cfg_beneath_is_the_stock_call_without_a_negative(name: str) -> None:
     family, pipe = built(name)
     options = {"cfg_scale": 3.0, **stock.mask(name)}
@@ -154,7 +157,7 @@ def test_cfg_beneath_is_the_stock_call_without_a_negative(name: str) -> None:
     assert apart(found, plain) < CLOSE
 
 
-@pytest.mark.parametrize("name", families(*CLASSES, *EMBEDDINGS, *stock.NOT_ALIKE))
+@pytest.mark.parametrize("name", families(*CLASSES, *stock.EMBEDDINGS, *stock.NOT_ALIKE))
 def test_the_positive_prompt_as_unwanted_keeps_the_prior(name: str) -> None:
     family, pipe = built(name)
     wanted = stock.AS_POSITIVE.get(name) or family.call().get("prompt") or PROMPT
@@ -262,19 +265,7 @@ def by_hand(
     return found, states
 
 
-# Whose network's output is not, element by element, what the scheduler is given; or whose call has
-# several runs.
-REARRANGED = (
-    *(n for n, row in LAYOUTS.items() if row.arranged or row.kept or row.guided),
-    "Cosmos2_5_PredictBasePipeline",
-    "HeliosPipeline",
-    "HunyuanVideoFramepackPipeline",
-    "WanAnimatePipeline",
-    "WanImageToVideoPipeline (a time per token)",
-)
-
-
-@pytest.mark.parametrize("name", families(*CLASSES, *REARRANGED))
+@pytest.mark.parametrize("name", families(*CLASSES, *stock.REARRANGED))
 def test_it_is_what_one_writes_by_hand(name: str) -> None:
     family, pipe = built(name)
     expected, states = by_hand(name, family, pipe, RULE)
@@ -329,28 +320,37 @@ def test_embeddings_of_what_is_unwanted() -> None:
         guided(family, pipe, rule, {"negative_prompts": ["egg"]})
 
 
-# ---------------------------------------------------------------------- all of diffusers
+# ---------------------------------------------------------------------- no prompts
 
 
-def classes() -> dict[str, type]:
-    """Every pipeline class that the installed diffusers exports."""
+@pytest.mark.parametrize("name", ["DDPMPipeline", "DDIMPipeline"])
+def test_pipelines_that_know_of_no_prompt(name: str) -> None:
     import diffusers
 
-    found = {}
-    for name in sorted(dir(diffusers)):
-        try:
-            kind = getattr(diffusers, name)
-        except (ImportError, RuntimeError):
-            continue  # needs something that is not installed
-        if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline):
-            found[name] = kind
-    return found
+    unet, scheduler = tiny.tiny_unet(0), diffusers.DDPMScheduler(clip_sample=False)
+    pipe = getattr(diffusers, name)(unet=unet, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"batch_size": 2, **({"eta": 1.0} if name == "DDIMPipeline" else {})}
+    family = Family(name, lambda: pipe, lambda: call, prompted=False)
+    plain = final_latents(pipe, family, output_type="np")
+    rule, unwanted = DynamicNegative(3.0, prior=0.1, temperature=0.5), tiny.tiny_unet(1)
+    with apply_guidance(pipe, Unguided()):
+        assert apart(final_latents(pipe, family, output_type="np"), plain) < CLOSE
+    with apply_guidance(pipe, rule, forgetful=copy.deepcopy(unet)) as same:
+        assert apart(final_latents(pipe, family, output_type="np"), plain) < CLOSE
+    np.testing.assert_allclose(same.log_posterior.exp(), 0.1, atol=1e-4)
+    with apply_guidance(pipe, rule, forgetful=unwanted) as trace:
+        assert apart(final_latents(pipe, family, output_type="np"), plain) > 10 * CLOSE
+    assert trace.log_posterior.std() > 0
+
+
+# ---------------------------------------------------------------------- all of diffusers
 
 
 def test_every_class_of_diffusers_is_guided_or_refused_for_a_reason() -> None:
     import diffusers
 
-    known = {name: standing(kind) for name, kind in classes().items()}
+    known = {name: standing(kind) for name, kind in pipeline_classes().items()}
     unknown = [name for name, found in known.items() if found is None]
     if diffusers.__version__ >= "0.42":
         assert not unknown, f"neither guided nor refused, because: {unknown}"
@@ -370,6 +370,21 @@ def test_reasons_name_classes_that_can_be_guided() -> None:
         nearest = reason.rpartition("The nearest that can be is ")[2].split()[0].rstrip(",;.")
         if nearest.endswith("Pipeline"):
             assert nearest in LAYOUTS, (name, nearest)
+
+
+def test_the_page_of_pipelines_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    import diffusers
+
+    from tests.families.__main__ import main
+
+    page = (Path(__file__).resolve().parent.parent / "docs" / "pipelines.md").read_text("utf-8")
+    if f"diffusers {diffusers.__version__}:" not in page:
+        pytest.skip(f"docs/pipelines.md is of another diffusers than {diffusers.__version__}")
+    main()
+    assert capsys.readouterr().out == page, "renew: python -m tests.families > docs/pipelines.md"
+    prompted = sum(layout.calls != "alone" for layout in LAYOUTS.values())
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text("utf-8")
+    assert f"{prompted} pipeline classes of diffusers" in readme
 
 
 # ---------------------------------------------------------------------- layouts of one's own

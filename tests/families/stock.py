@@ -56,6 +56,18 @@ NOT_ALIKE = {
     "StableUnCLIP": "the negative half has no image embedding",
     "KandinskyInpaint": "the negative half has an image embedding of its own",
 }
+# Whose network's output is not, element by element, what the scheduler is given; or whose call has
+# several runs: no loop is written by hand for them.
+REARRANGED = (
+    *(n for n, row in LAYOUTS.items() if row.arranged or row.kept or row.guided),
+    "Cosmos2_5_PredictBasePipeline",
+    "HeliosPipeline",
+    "HunyuanVideoFramepackPipeline",
+    "WanAnimatePipeline",
+    "WanImageToVideoPipeline (a time per token)",
+)
+# Their negative is given as embeddings only.
+EMBEDDINGS = ("Flux2Klein", "KandinskyV22")
 # What is to be said as the negative prompt to be told the positive one.
 AS_POSITIVE = {"Lumina2Pipeline": f" <Prompt Start> {PROMPT}"}
 
@@ -63,6 +75,11 @@ AS_POSITIVE = {"Lumina2Pipeline": f" <Prompt Start> {PROMPT}"}
 def layout(name: str) -> Layout:
     """Of a family, whose name may say in brackets which of the class's networks it has."""
     return LAYOUTS[name.split(" (")[0]]
+
+
+def only_embeddings(name: str) -> bool:
+    """Whether a family takes no negative prompt as text."""
+    return name.startswith(EMBEDDINGS)
 
 
 def first_frame(frames: int) -> Tensor:
