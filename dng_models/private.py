@@ -20,9 +20,11 @@ HOOK = (
     "diffusers.hooks.hooks:HookFunctionReference().original_forward",
     "diffusers:StableDiffusionPipeline._execution_device",
     "diffusers:StableDiffusionPipeline.do_classifier_free_guidance",
-    "diffusers:StableDiffusionPipeline.guidance_rescale",
+    "diffusers:StableDiffusionPAGPipeline._get_pag_scale",
+    "diffusers:StableDiffusionPAGPipeline.do_perturbed_attention_guidance",
     "diffusers:StableDiffusion3Pipeline.do_classifier_free_guidance",
     "diffusers:StableDiffusionXLPipeline.do_classifier_free_guidance",
+    "diffusers:LTXPipeline._unpack_latents",
     "torch.nn:Module._compiled_call_impl",
 )
 # Of diffusers 0.36 and newer; the guiders before had another interface.
