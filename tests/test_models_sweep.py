@@ -352,7 +352,7 @@ import sys
 from accelerate import PartialState
 from dng_models.class_removal.__main__ import main
 status = main(sys.argv[1:])
-print("processes:", PartialState().num_processes)
+sys.stdout.write("processes: %d\\n" % PartialState().num_processes)
 sys.exit(status)
 """
 

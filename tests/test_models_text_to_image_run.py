@@ -549,7 +549,7 @@ import sys
 from accelerate import PartialState
 from dng_models.text_to_image.__main__ import main
 status = main(sys.argv[1:])
-print("processes:", PartialState().num_processes)
+sys.stdout.write("processes: %d\\n" % PartialState().num_processes)
 sys.exit(status)
 """
 

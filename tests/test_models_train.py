@@ -501,14 +501,14 @@ def test_the_loss_is_the_same_in_any_batch(finished, digits):
 
 
 TWO = """
-import os, sys, torch
+import sys, torch
 torch.set_num_threads(1)
 from accelerate import PartialState
 from dng_models.class_removal.data import load_dataset
 from dng_models.class_removal.train import TrainConfig, train_diffusion
 train_diffusion(load_dataset(), sys.argv[1], {config!r}, conditional=True, device="cpu")
-# In one write: what print writes in two another process may write into.
-os.write(1, f"processes: {{PartialState().num_processes}}\n".encode())
+# In one write: print makes two, and another process may write in between.
+sys.stdout.write("processes: %d\\n" % PartialState().num_processes)
 """
 
 
