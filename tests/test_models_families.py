@@ -157,6 +157,40 @@ def test_cfg_beneath_is_the_stock_call_without_a_negative(name: str) -> None:
     assert apart(found, plain) < CLOSE
 
 
+@pytest.mark.parametrize("name", families(*stock.NO_LORA))
+def test_with_a_lora(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    family, pipe = built(name)
+    networks = [getattr(pipe, n, None) for n in stock.layout(name).network]
+    network: Any = next(n for n in networks if n is not None)
+    kinds: dict[str, set[type]] = {}
+    for path, module in network.named_modules():
+        kinds.setdefault(path.rpartition(".")[2], set()).add(type(module))
+    linear = sorted(n for n, kind in kinds.items() if kind == {torch.nn.Linear})
+    torch.manual_seed(1)
+    before = final_latents(pipe, family, **stock.scale(name, 3.0))
+    network.add_adapter(
+        peft.LoraConfig(
+            r=2,
+            init_lora_weights=False,
+            target_modules=[n for n in ("to_q", "to_k", "to_v") if n in linear] or linear[:2],
+        )
+    )
+    with stock.plainly(name, pipe, keeps_face=True):
+        plain = final_latents(pipe, family, **stock.scale(name, 3.0))
+    assert apart(plain, before) > 10 * CLOSE
+    found, _ = guided(family, pipe, NegativePrompting(2.0), stock.mask(name))
+    assert apart(found, plain) < CLOSE
+
+
+def test_networks_without_adapters_are_listed() -> None:
+    for name in GUIDED:
+        if name.startswith(stock.NO_LORA) and name in ALWAYS:
+            _, pipe = built(name)
+            networks = [getattr(pipe, n, None) for n in stock.layout(name).network]
+            assert not any(hasattr(n, "add_adapter") for n in networks)
+
+
 @pytest.mark.parametrize("name", families(*CLASSES, *stock.EMBEDDINGS, *stock.NOT_ALIKE))
 def test_the_positive_prompt_as_unwanted_keeps_the_prior(name: str) -> None:
     family, pipe = built(name)

@@ -36,8 +36,8 @@ random weights:
 *calls*: whether the network sees both prompts in one batch or is called once for each. *control*:
 a control network that sees added prompts too. *mask*: the pipeline overwrites a part of the
 latents, so that `mask=` must say where a tracked posterior is to look (where it says "own", only
-if the network was not made for inpainting). Image to image, inpainting, control networks and
-video have classes of their own, as their names say.
+if the network was not made for inpainting). *LoRA*: the network with an adapter (PEFT's); – is a
+network of diffusers that takes none. *IP*: an IP-Adapter was tried.
 """
 
 OWN_LAYOUT = """
@@ -71,8 +71,9 @@ def main() -> None:
             refused=len(REFUSED),
         )
     )
-    print("| class | calls | stock | CFG | list | prior | by hand | control | mask |")
-    print("|---|---|:-:|:-:|:-:|:-:|:-:|:-:|:-:|")
+    columns = "calls", "stock", "CFG", "list", "prior", "by hand", "control", "mask", "LoRA", "IP"
+    print(f"| class | makes | {' | '.join(columns)} |")
+    print(f"|---|---|{'|'.join([':-:'] * len(columns))}|")
     for name in sorted(LAYOUTS):
         print(f"| {' | '.join((name, *row(name, LAYOUTS[name])))} |")
     print("\n`forgetful=` takes the place of prompts for classes that know of none (calls: alone).")
@@ -100,13 +101,32 @@ def main() -> None:
     )
 
 
+# What a class makes of what, as its name says; the first that fits.
+MAKES = {
+    "video of an image": "ImageToVideo Image2Video I2V TI2VA ConsisID Framepack",
+    "video of a video": "VideoToVideo VACE WanAnimate FunControl LucyEdit Transfer",
+    "inpainting": "Inpaint",
+    "image of an image": "Img2Img Edit Kontext Refiner I2I Upscale SuperRes Depth2Img ChronoEdit",
+    "video": "Video AnimateDiff Latte Allegro Mochi LTX Wan SkyReels Helios Cosmos EasyAnimate T2V "
+    "AnyFlow",
+    "sound": "Audio",
+}
+
+
+def makes(name: str) -> str:
+    """What a class makes of what."""
+    found = (what for what, words in MAKES.items() if any(w in name for w in words.split()))
+    return next(found, "image")
+
+
 def row(name: str, layout: Layout) -> tuple[str, ...]:
     """Marks of a class."""
     yes, no = "✓", "–"
     if layout.calls == "alone":
-        return (layout.calls, yes, no, no, yes, yes, no, no)
+        return (makes(name), layout.calls, yes, no, no, yes, yes, no, no, no, no)
     by_text = layout.negatives is None and layout.labels is None and not stock.only_embeddings(name)
     return (
+        makes(name),
         layout.calls,
         yes,
         yes if by_text or layout.labels else no,
@@ -115,6 +135,8 @@ def row(name: str, layout: Layout) -> tuple[str, ...]:
         no if layout.labels or name in stock.REARRANGED else yes,
         yes if layout.control else no,
         {False: no, True: "own", "always": "always"}[layout.overwrites],
+        no if name.startswith(stock.NO_LORA) else yes,
+        yes if name in stock.IP_ADAPTER else no,
     )
 
 

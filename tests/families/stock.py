@@ -66,6 +66,26 @@ REARRANGED = (
     "WanAnimatePipeline",
     "WanImageToVideoPipeline (a time per token)",
 )
+# Their network takes no adapters (it has no add_adapter).
+NO_LORA = (
+    "AllegroPipeline",
+    "AudioLDM2Pipeline",
+    "CogView3PlusPipeline",
+    "DDIMPipeline",
+    "DDPMPipeline",
+    "DiTPipeline",
+    "EasyAnimate",
+    "HunyuanDiT",
+    "JoyImageEdit",
+    "Kandinsky3",
+    "LattePipeline",
+    "LuminaPipeline",
+    "PRXPipeline",
+    "PixArt",
+    "StableAudio3Pipeline",
+)
+# Where an IP-Adapter was tried (tests/test_models_calls.py).
+IP_ADAPTER = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 # Their negative is given as embeddings only.
 EMBEDDINGS = ("Flux2Klein", "KandinskyV22")
 # What is to be said as the negative prompt to be told the positive one.
