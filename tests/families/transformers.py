@@ -65,9 +65,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
-    Siglip2ImageProcessor,
-    Siglip2VisionConfig,
-    Siglip2VisionModel,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -682,8 +679,8 @@ def zimage_controlnet_inpaint() -> Any:
 def zimage_omni() -> Any:
     parts = _zimage(siglip=16)
     parts["vae"].to(torch.bfloat16)  # which the pipeline encodes its pictures in
-    siglip = Siglip2VisionModel(
-        Siglip2VisionConfig(
+    siglip = transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(
             hidden_size=16,
             intermediate_size=16,
             num_hidden_layers=1,
@@ -692,7 +689,7 @@ def zimage_omni() -> Any:
             patch_size=4,
         )
     )
-    images = Siglip2ImageProcessor(patch_size=4, max_num_patches=16)
+    images = transformers.Siglip2ImageProcessor(patch_size=4, max_num_patches=16)
     return silent(diffusers.ZImageOmniPipeline(**parts, siglip=siglip, siglip_processor=images))
 
 
