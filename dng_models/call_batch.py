@@ -24,6 +24,8 @@ class BatchCall(WatchedCall):
         # outputs are for an added part.
         self.grown: set[str] = set()
         self.controlled: dict[int, dict[str, Tensor]] = {}
+        # Where added prompts come with the positive one: the text of the first step.
+        self.first_text: dict[str, Tensor] = {}
 
     def evaluate(
         self, hook: NetworkHook, module: nn.Module, arguments: dict[str, Any], latents: Tensor
@@ -31,17 +33,21 @@ class BatchCall(WatchedCall):
         """All prompts in one batch, or in several of its size."""
         layout = self.layout
         parts = self._parts
-        if len(latents) % parts:
+        if len(latents) % parts or (self.images is None and self._cuts_off()):
             raise self._not_doubled(len(latents))
         batch = len(latents) // parts
         if self.images is None:
             self._check_rows(arguments, batch, parts)
+            if self.parts.avoids_own:
+                self._check_shown(arguments, parts)
             if self.probe is not None:
                 self._check_against_probe(arguments, batch * parts, parts)
         elif batch != self.images:
             raise self._other_batch(batch, len(latents))
         self.images = batch
         self._arrive(arguments, latents.device)
+        if layout.whole and self.parts.added:
+            self._check_same_text(arguments)
         predict = self._by_growing if self._grows else self._by_replacing
         whole, output = predict(hook, module, arguments, batch, parts)
         first = self._half(POSITIVE)
@@ -95,14 +101,15 @@ class BatchCall(WatchedCall):
         if list(members) == [NEGATIVE, POSITIVE] and whole and not self.grown:
             output = hook.call(module, (), arguments)
             halves = rows.prediction(output).chunk(2)
-            return {part: halves[self._half(part)] for part in (NEGATIVE, POSITIVE)}, output
-        assert self.layout.batched is not None
-        grown = self._grown(
-            arguments, batch, members, self.layout, lambda part: self.encoded[part].calls[0]
-        )
-        output = hook.call(module, (), grown)
-        sizes = [len(images) for images in members.values()]
-        found = dict(zip(members, torch.split(rows.prediction(output), sizes), strict=True))
+            found = {part: halves[self._half(part)] for part in (NEGATIVE, POSITIVE)}
+        else:
+            assert self.layout.batched is not None
+            grown = self._grown(
+                arguments, batch, members, self.layout, lambda part: self.encoded[part].calls[0]
+            )
+            output = hook.call(module, (), grown)
+            sizes = [len(images) for images in members.values()]
+            found = dict(zip(members, torch.split(rows.prediction(output), sizes), strict=True))
         for part in negatives:
             images = members.get(part)
             if images is None or len(images) < batch:
@@ -160,7 +167,12 @@ class BatchCall(WatchedCall):
         """All predictions, each added prompt from a call in which it is the negative one."""
         used = self.parts.used
         added = [part for part in used if part >= 2]
-        evaluated = self._to_evaluate(batch, together=True)
+        # The negative half of the batch is evaluated in any case.
+        free = {NEGATIVE} if NEGATIVE in used else set(added[:1])
+        if free >= set(self.parts.negatives):
+            evaluated = None
+        else:
+            evaluated = self._to_evaluate(batch, together=True)
         if evaluated is not None and not bool(evaluated.any()):
             skipped = [part for part in self.parts.negatives if part >= 2]
             added = [part for part in added if part not in skipped]
@@ -256,6 +268,37 @@ class BatchCall(WatchedCall):
                 f"pipe must show its network the prompt as {' or '.join(layout.text)}, as the "
                 f"layout of {type(self.pipe).__name__} says, got {sorted(arguments)}"
             )
+
+    def _check_shown(self, arguments: dict[str, Any], parts: int) -> None:
+        """What is to be avoided is not zero, which some show where nothing was to be encoded."""
+        for path, value in rows.leaves(arguments):
+            if not rows.matches(path, self.layout.text[:1]) or self.layout.whole:
+                continue
+            if value.is_floating_point() and value.ndim > 1 and not len(value) % parts:
+                negative = value.chunk(parts)[self._half(NEGATIVE)]
+                if not bool(negative.flatten(1).any(1).all()):
+                    raise self._says_nothing(
+                        f"this {type(self.pipe).__name__} shows its network zeros for it, as some "
+                        "do where only negative_prompt_2 is given: give negative_prompt too"
+                    )
+
+    def _check_same_text(self, arguments: dict[str, Any]) -> None:
+        """Added prompts come with the positive one, as it was where the call began."""
+        found = [
+            (path, value)
+            for path, value in rows.leaves(arguments)
+            if rows.matches(path, self.layout.text)
+        ]
+        if not self.first_text:
+            self.first_text = dict(found)
+        for path, value in found:
+            first = self.first_text.get(path)
+            if first is None or first.shape != value.shape or not rows.near(value, first):
+                raise ValueError(
+                    f"the prompts must stay the same during a run of a {type(self.pipe).__name__} "
+                    f"with negative_prompts or cfg_scale, but at step {self.chain.step} its "
+                    f"{path} is another one than at the first: change none in a callback"
+                )
 
     def _check_against_probe(self, arguments: dict[str, Any], total: int, parts: int) -> None:
         """With another negative prompt the negative rows of the text differ, and nothing else."""

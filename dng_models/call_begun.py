@@ -141,7 +141,8 @@ class BegunCall(ABC):
         self.parts, self.denoisers = parts, denoisers
         self.function = function
         self.scheduler = pipe.scheduler
-        self.arguments = _by_name(function, args, kwargs)
+        # What the call is given, and that with all defaults.
+        self.given, self.arguments = rows.given_to(function, args, kwargs)
         self.beginning: Beginning | None = None
         self.outputs: list[Any] = []
         # Of the parts of the batch that are added; with one call a prompt, of all.
@@ -154,6 +155,36 @@ class BegunCall(ABC):
     def watching_the_scheduler(self) -> AbstractContextManager[None]:
         """See every step of the pipeline's scheduler, for the length of a block."""
 
+    @contextmanager
+    def watching_the_processors(self, *, after: bool = True) -> Iterator[None]:
+        """Leave the attention of networks as it was, where a call that ends early does not (PAG).
+
+        ``after``: also where it ends of itself.
+        """
+        names = self.layout.network if self.layout.perturbs else ()
+        networks: list[Any] = [getattr(self.pipe, name, None) for name in names]
+        networks = [network for network in networks if hasattr(network, "attn_processors")]
+        before = [dict(network.attn_processors) for network in networks]
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            for network, processors in zip(networks, before, strict=True):
+                now = network.attn_processors
+                same = all(now.get(name) is each for name, each in processors.items())
+                if not same and (after or not done):
+                    network.set_attn_processor(processors)
+
+    def check_result(self, result: Any) -> None:
+        """A call was over when it returned."""
+        if inspect.isgenerator(result):
+            result.close()
+            raise ValueError(
+                f"pipe must make its steps while it is called, but the call of this "
+                f"{type(self.pipe).__name__} returns a generator, which makes them later"
+            )
+
     # ------------------------------------------------------------------ before the call
 
     def prepare(self, *, verify: bool) -> None:
@@ -163,6 +194,7 @@ class BegunCall(ABC):
             return
         if self.parts.avoids_own:
             self._check_negative()
+        check_text_encoder(self.pipe, self.parts)
         for part, concept in enumerate(self.parts.added, start=2):
             if concept.label is None:
                 self.encoded[part] = self._encode(concept, part)
@@ -228,15 +260,19 @@ class BegunCall(ABC):
         """Arguments of the call that say its negative prompt: as text, and as embeddings."""
         if self.layout.negatives is not None:
             return [], list(self.layout.negatives)
-        named = [p for p in _parameters_of(self.function) if p.startswith("negative_")]
+        named = [p for p in rows.call_parameters(self.function) if p.startswith("negative_")]
         said = [p for p in named if "prompt" in p or p.endswith("attention_mask")]
         texts = [p for p in said if p.removeprefix("negative_prompt").strip("_23456") == ""]
         return texts, [p for p in said if p not in texts]
 
     def _prompts_of_the_call(self) -> int | None:
         """How many prompts the call has, None for a single one that is no list."""
-        for name in ("prompt", "prompt_embeds"):
+        _, embeddings = self._negative_names()
+        positive = [name.removeprefix("negative_") for name in embeddings]
+        for name in ("prompt", *positive):
             value = self.arguments.get(name)
+            if isinstance(value, str | Mapping):
+                return None
             if isinstance(value, list | tuple | Tensor):
                 return len(value)
         return None
@@ -259,29 +295,26 @@ class BegunCall(ABC):
     def _another_negative(self) -> dict[str, Any]:
         """Another negative prompt than the call's, to see what changes with it."""
         texts, embeddings = self._negative_names()
-        given = {
-            name: self.arguments[name]
-            for name in embeddings
-            if isinstance(self.arguments.get(name), Tensor)
-        }
-        if given:
-            return {
-                name: -1.5 * value if value.is_floating_point() else value
-                for name, value in given.items()
-            }
-        return self._as_negative(ANOTHER_PROMPT) if texts else {}
+        given = {n: v for n in embeddings if _is_embeddings(v := self.arguments.get(n))}
+        if not given and texts and not lacks_text_encoder(self.pipe):
+            return self._as_negative(ANOTHER_PROMPT)
+        if not given:
+            positive = {n: self.arguments.get(n.removeprefix("negative_")) for n in embeddings}
+            given = {n: v for n, v in positive.items() if _is_embeddings(v)}
+        return {n: rows.mapped(v, _other_embeddings) for n, v in given.items()}
 
     def _encode(self, concept: Concept, part: int) -> Beginning:
         if concept.embeddings is not None:
             number = self._prompts_of_the_call() or 1
             given: dict[str, Any] = self._without_negative()
             for name, value in concept.embeddings.items():
-                if len(value) not in (1, number):
-                    raise ValueError(
-                        f"negative_prompts as embeddings must have 1 row, or {number}, one for "
-                        f"each prompt of the call, got {len(value)} for {name!r}"
-                    )
-                given[name] = value.expand(number, *value.shape[1:])
+                given[name] = _for_prompts(name, value, number)
+            own = [value for value in concept.embeddings.values() if value.is_floating_point()]
+            if not any(bool(value.any()) for value in own):
+                raise ValueError(
+                    "negative_prompts as embeddings must say something, but those of "
+                    f"negative_prompts[{part - 2}] are {'zero' if own else 'whole numbers'}"
+                )
         elif concept.text is not None:
             given = self._as_negative(concept.text)
         else:
@@ -290,7 +323,7 @@ class BegunCall(ABC):
             if concept.text is None and concept.embeddings is None:
                 return self._begin_unprompted(given)
             return self._begin(given, 2)
-        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError) as error:
             what = (
                 "cfg_scale, which adds the empty prompt,"
                 if concept.text is None and concept.embeddings is None
@@ -298,8 +331,9 @@ class BegunCall(ABC):
             )
             raise ValueError(
                 f"{what} cannot be part of this call: {type(self.pipe).__name__} says "
-                f"{type(error).__name__}: {error}. Where the call's prompts are embeddings, give "
-                "embeddings of the same length"
+                f"{type(error).__name__}: {_in_short(error)}. Where the call's prompts are "
+                "embeddings, give embeddings of the same length, and where these are, those of the "
+                "call's prompts"
             ) from error
 
     def _begin_unprompted(self, given: dict[str, Any]) -> Beginning:
@@ -318,9 +352,7 @@ class BegunCall(ABC):
         """What a pipeline takes as its negative prompt where its user gives none."""
         given = self._without_negative()
         texts, _ = self._negative_names()
-        default = _parameters_of(self.function)[texts[0]].default if texts else None
-        if isinstance(self.arguments.get("prompt_embeds"), Tensor) and texts:
-            return self._as_negative("")
+        default = rows.call_parameters(self.function)[texts[0]].default if texts else None
         if isinstance(default, str):
             return self._as_negative(default)
         return given
@@ -330,20 +362,25 @@ class BegunCall(ABC):
         if self.layout.labels is not None:
             return
         texts, embeddings = self._negative_names()
-        given = [self.arguments[n] for n in texts if self.arguments.get(n) is not None]
-        embedded = [
-            self.arguments[n] for n in embeddings if isinstance(self.arguments.get(n), Tensor)
-        ]
+        given = [_texts_of(v) for n in texts if (v := self.arguments.get(n)) is not None]
+        embedded: list[Any] = [self.arguments.get(name) for name in embeddings]
+        embedded = [value for value in embedded if _is_embeddings(value)]
         if embedded:
-            self._check_embeddings(next(e for e in embedded if e.is_floating_point()))
+            own = [value for value in embedded if value[0].is_floating_point()]
+            if not own:
+                raise ValueError(
+                    "negative_prompt_embeds of the pipeline's call must be embeddings, got whole "
+                    "numbers"
+                )
+            self._check_embeddings(own[0])
             return
-        for value in given:
-            each = value if isinstance(value, list | tuple) else [value]
-            blank = [i for i, t in enumerate(each) if not (isinstance(t, str) and t.strip())]
-            if not blank:
-                return
-            raise self._says_nothing(f"prompt {blank[0]} has none")
-        raise self._says_nothing("it has none")
+        for prompt in range(max(map(len, given), default=0)):
+            # What is blank to one text encoder may say something to another.
+            each = [texts[min(prompt, len(texts) - 1)] for texts in given if texts]
+            if not any(isinstance(text, str) and text.strip() for text in each):
+                raise self._says_nothing(f"prompt {prompt} has none")
+        if not given:
+            raise self._says_nothing("it has none")
 
     def _says_nothing(self, detail: str) -> ValueError:
         return ValueError(
@@ -351,7 +388,7 @@ class BegunCall(ABC):
             f"{self.chain.rule!r} avoids ({detail})"
         )
 
-    def _check_embeddings(self, negative: Tensor) -> None:
+    def _check_embeddings(self, negative: Tensor | Sequence[Tensor]) -> None:
         """Given embeddings are not those of the empty prompt, scaled, padded or repeated."""
         empty = self._empty_embeddings()
         for image, tokens in enumerate(negative):
@@ -371,18 +408,23 @@ class BegunCall(ABC):
         given = dict.fromkeys([*positive, *embeddings]) | {"prompt": ""}
         texts, _ = self._negative_names()
         given |= {texts[0]: ""} if texts else {}
-        given = {n: v for n, v in given.items() if n in _parameters_of(self.function)}
+        given = {n: v for n, v in given.items() if n in rows.call_parameters(self.function)}
         try:
             found = self._begin(given, 2)
         except Exception:  # what the call has besides may not go with one prompt
             return None
-        part = self._part(found, NEGATIVE)
-        for path, value in rows.leaves(found.calls[part]):
-            if rows.matches(path, self.layout.text[:1]) and value.ndim >= 2:
-                start = 0 if self.layout.calls == "separate" else self._half(NEGATIVE)
-                whole = value if self.layout.calls == "separate" else value.chunk(2)[start]
-                return whole[0]
-        return None
+        shown = [
+            value
+            for path, value in rows.leaves(found.calls[self._part(found, NEGATIVE)])
+            if rows.matches(path, self.layout.text[:1]) and value.ndim >= 2
+        ]
+        if not shown:
+            return None
+        if self.layout.calls == "separate":
+            return shown[0][0]
+        # Of both prompts: a list with a tensor each, or one tensor.
+        halves = shown if len(shown) > 1 else [half[0] for half in shown[0].chunk(2)]
+        return halves[self._half(NEGATIVE)] if len(halves) == 2 else None
 
     def _part(self, found: Beginning, part: int) -> int:
         """Which call of the network has a prompt."""
@@ -400,15 +442,17 @@ class BegunCall(ABC):
         """What the pipeline shows its networks at first, with other arguments in its call."""
         found = self.beginning = Beginning()
         wanted = networks - (self.layout.calls == "batch")
-        arguments = {**self.arguments, **given}
+        # Some write into the lists that they are given.
+        arguments = _in_own_lists({**self.given, **given})
         try:
             with (
                 _random_numbers_kept(self.arguments),
                 _no_progress_bar(self.pipe),
+                self.watching_the_processors(),
                 self.watching_the_scheduler(),
             ):
                 self._wanted = wanted
-                self.function(**arguments)
+                self.check_result(self.function(**arguments))
         except Stop:
             pass
         finally:
@@ -440,6 +484,23 @@ class BegunCall(ABC):
 # ---------------------------------------------------------------------- parts
 
 
+def lacks_text_encoder(pipe: Any) -> bool:
+    """Whether a pipeline was left without the text encoders that its class has."""
+    names = [n for n in pipe.components if n.startswith("text_encoder")]
+    return bool(names) and all(getattr(pipe, name, None) is None for name in names)
+
+
+def check_text_encoder(pipe: Any, parts: Parts) -> None:
+    """A pipeline that is to encode added prompts can."""
+    texts = any(c.embeddings is None and c.label is None for c in parts.added)
+    if texts and lacks_text_encoder(pipe):
+        raise ValueError(
+            "pipe must have its text encoder for negative_prompts and cfg_scale, which add "
+            f"prompts to those of the call; this {type(pipe).__name__} has none: give "
+            "negative_prompts as embeddings, and without cfg_scale"
+        )
+
+
 def maskless(pipe: Any) -> ValueError:
     """What is said where latents are overwritten and no mask tells where."""
     return ValueError(
@@ -449,22 +510,54 @@ def maskless(pipe: Any) -> ValueError:
     )
 
 
-def _by_name(function: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names, with the defaults of those that were left out."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    found: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            found |= value
-        elif kind is not inspect.Parameter.VAR_POSITIONAL:
-            found[name] = value
-    return found
+def _for_prompts(name: str, value: Tensor, number: int) -> Tensor:
+    """Embeddings of something unwanted, with a row for each prompt of the call."""
+    if name.endswith("cu_seqlens"):
+        return value  # sums of lengths
+    axis = 1 if name.endswith("_llama3") else 0  # whose first axis are layers
+    size = value.shape[axis] if value.ndim > axis else 0
+    if size not in (1, number):
+        raise ValueError(
+            f"negative_prompts as embeddings must have 1 row, or {number}, one for each prompt of "
+            f"the call, got {size} for {name!r}"
+        )
+    shape = list(value.shape)
+    shape[axis] = number
+    return value.expand(shape)
 
 
-def _parameters_of(function: Run) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
+def _in_own_lists(value: Any) -> Any:
+    """Arguments in lists and dictionaries of their own."""
+    if isinstance(value, list):
+        return [_in_own_lists(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _in_own_lists(each) for name, each in value.items()}
+    return value
+
+
+def _is_embeddings(value: Any) -> bool:
+    """A tensor, or one for each prompt in a list."""
+    if isinstance(value, list | tuple) and value:
+        return all(isinstance(each, Tensor) for each in value)
+    return isinstance(value, Tensor)
+
+
+def _other_embeddings(path: str, value: Tensor) -> Tensor:
+    """Others than these, which may be zero."""
+    return 0.5 - 1.5 * value if value.is_floating_point() else value
+
+
+def _in_short(error: Exception) -> str:
+    """What an error says, of which some print whole tensors."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= 300 else f"{said[:300]} ..."
+
+
+def _texts_of(value: Any) -> list[str]:
+    """The text for each prompt; one that changes along a video has one for some frames."""
+    if isinstance(value, Mapping):
+        return [" ".join(map(str, value.values()))]
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _says_what(tokens: Tensor, empty: Tensor) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,9 @@ class WatchedCall(BegunCall):
         super().__init__(*args)
         # While guidance evaluates networks itself, which may call each other.
         self.inside = False
+        # Whose code runs: of the pipeline in this thread, or of a callback in the caller's.
+        self.thread = threading.get_ident()
+        self.in_callback = False
         self.pending: Pending | None = None
         # What the last step made, and torch's count of changes to its memory then.
         self.last_next: Tensor | None = None
@@ -64,6 +68,34 @@ class WatchedCall(BegunCall):
         # While the network is differentiated, at a step whose predictions are made.
         self.probing = False
 
+    # ------------------------------------------------------------------ whose code runs
+
+    def is_strange(self) -> bool:
+        """Whether what is called now is called by somebody else than the pipeline."""
+        return self.in_callback or threading.get_ident() != self.thread
+
+    def with_own_code(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments, with callbacks that may call networks and schedulers themselves."""
+        # Diffusers' own callbacks, which pipelines tell by their class, call neither.
+        own = {
+            name: self._of_the_caller(value)
+            for name, value in kwargs.items()
+            if name.startswith("callback") and callable(value)
+            if not hasattr(value, "tensor_inputs")
+        }
+        return {**kwargs, **own}
+
+    def _of_the_caller(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.in_callback = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.in_callback = False
+
+        return called
+
     # ------------------------------------------------------------------ the scheduler
 
     @contextmanager
@@ -72,9 +104,14 @@ class WatchedCall(BegunCall):
         scheduler = self.scheduler
         step = scheduler.step
         signature = inspect.signature(step)
+        if "sample" not in signature.parameters:
+            # Somebody's own function around the class's.
+            signature = inspect.signature(type(scheduler).step.__get__(scheduler))
 
         @functools.wraps(step)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if self.is_strange():
+                return step(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
             sample = given.arguments["sample"]
@@ -127,6 +164,12 @@ class WatchedCall(BegunCall):
             raise ValueError(
                 f"timestep must be {float(timesteps[step]):g} at step {step} of this run, got "
                 f"{at:g}: a step was left out"
+            )
+        counted = getattr(self.scheduler, "step_index", None)
+        if counted is not None and int(counted) != step:
+            raise ValueError(
+                f"pipe.scheduler must be stepped by its {name} alone during a run, but it counts "
+                f"step {int(counted)} where that is at step {step}: leave it alone in callbacks"
             )
         eta = self._eta()
         told = given.get("eta")
@@ -297,8 +340,20 @@ class WatchedCall(BegunCall):
                     f"the run is over: its {type(scheduler).__name__} has "
                     f"{len(scheduler.timesteps)} steps"
                 )
+            if chain.step is not None and 0 < chain.step < len(chain.timesteps):
+                raise ValueError(
+                    f"the {type(scheduler).__name__} must keep its timesteps during a run, and "
+                    f"they were set anew at step {chain.step} of {len(chain.timesteps)}: a "
+                    "callback, or another pipeline with the same scheduler, began a run of its own"
+                )
             self.last_next = None
-            chain.begin(scheduler, _first_step(scheduler, told), eta=self._eta(), device=device)
+            chain.begin(
+                scheduler,
+                _first_step(scheduler, told),
+                eta=self._eta(),
+                noise_of_limited=bool(self.arguments.get("use_clipped_model_output")),
+                device=device,
+            )
         step = chain.step
         assert step is not None
         expected = float(scheduler.timesteps[step])
@@ -444,10 +499,24 @@ class WatchedCall(BegunCall):
         """Images whose unwanted concepts are predicted at this step; None for all."""
         return None if self.probing else self.chain.to_evaluate(batch, together=together)
 
+    def _cuts_off(self) -> bool:
+        """Whether the pipeline says itself that this call evaluates the prompt alone."""
+        known = self.layout.guidance is not None and self.layout.above >= 1.0
+        return known and not getattr(self.pipe, "do_classifier_free_guidance", True)
+
     def _not_doubled(self, size: int) -> ValueError:
+        name = type(self.pipe).__name__
+        networks = [getattr(self.pipe, network, None) for network in self.layout.network]
+        configs = [getattr(network, "config", None) for network in networks]
+        if any(getattr(c, "time_cond_proj_dim", None) is not None for c in configs):
+            return ValueError(
+                f"pipe must evaluate its negative prompt, and this {name} does not: its network is "
+                "distilled, and told guidance_scale itself (time_cond_proj_dim). Take the network "
+                "that it was distilled from"
+            )
         return ValueError(
             "pipe must call its network once a step with every latent twice, but this "
-            f"{type(self.pipe).__name__} called it with a batch of {size}: "
+            f"{name} called it with a batch of {size}: "
             f"{self.layout.guidance or 'its call'} must switch the negative prompt on, throughout "
             "(dng_math.LimitedInterval(rule, t_lo, t_hi) guides at some times only)"
         )
@@ -476,5 +545,8 @@ def _first_step(scheduler: Any, told: float | None) -> int:
     if told is None:
         return 0
     timesteps = scheduler.timesteps.detach().double().cpu()
-    nearest = float(timesteps[(timesteps - told).abs().argmin()])
-    return position(scheduler, nearest)
+    nearest = int((timesteps - told).abs().argmin())
+    if hasattr(scheduler, "index_for_timestep"):
+        # Of a timestep that comes more than once it takes the second.
+        return int(scheduler.index_for_timestep(scheduler.timesteps[nearest]))
+    return position(scheduler, float(timesteps[nearest]))

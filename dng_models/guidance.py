@@ -365,6 +365,7 @@ class GuidedChain:
         step: int,
         *,
         eta: float | None = None,
+        noise_of_limited: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         """Begin a run whose steps :meth:`took` will be told of.
@@ -377,6 +378,8 @@ class GuidedChain:
             Of the scheduler's timesteps, where the run begins.
         eta : float, optional
             That the scheduler's step will be given, of DDIM.
+        noise_of_limited : bool
+            Whether DDIM's step will be given ``use_clipped_model_output``.
         device : torch.device
             Of the predictions.
 
@@ -390,6 +393,8 @@ class GuidedChain:
                 f"eta must be what the pipeline's call is given, {eta:g}, got {self.eta:g}"
             )
         steps = scheduler_run(scheduler, eta=self.eta if eta is None else eta)
+        if noise_of_limited:
+            steps = replace(steps, limit=replace(steps.limit, keeps_noise=False))
         _checks.integer("step", step, 0, len(steps) - 1)
         record = RunTrace(steps.scheduler, self.concepts)
         if isinstance(innermost(self._rules[0]), FeedbackGuidance):
@@ -1039,7 +1044,9 @@ def _rules(rule: Any, concepts: int | None) -> list[Rule]:
             raise TypeError(f"rule must be one of dng_math.guidance, got {each!r}")
     if not several:
         return rules
-    if concepts is None or len(rules) != concepts:
+    if len(rules) == 1 and concepts in (None, 1):
+        return rules
+    if len(rules) != (concepts or 1):
         raise ValueError(
             f"rule must be one rule, or one for each unwanted concept, {concepts or 1}, got "
             f"{len(rules)}"

@@ -10,12 +10,19 @@ from torch import nn
 
 from dng_models import rows
 from dng_models.call_batch import BatchCall
-from dng_models.call_begun import Concept, Parts, Run
+from dng_models.call_begun import Concept, Parts, Run, check_text_encoder
 from dng_models.call_separate import AloneCall, SeparateCall
 from dng_models.call_watched import WatchedCall
 from dng_models.guidance import GuidedChain
 from dng_models.layouts import Calls, Control, Layout
-from dng_models.network_hook import NAME, NetworkHook, registry, take_out
+from dng_models.network_hook import (
+    NAME,
+    NetworkHook,
+    put_on,
+    put_on_again,
+    registry,
+    take_out,
+)
 from dng_models.sampling import Denoiser
 
 KINDS: dict[Calls, type[WatchedCall]] = {
@@ -56,18 +63,8 @@ class GuidedCalls:
         self._call: WatchedCall | None = None
         self._verified = False
         self._told = False
-        added = [] if layout.calls == "alone" else self.parts.added
-        if any(c.embeddings is None and c.label is None for c in added):
-            self._check_text_encoder()
-
-    def _check_text_encoder(self) -> None:
-        names = [n for n in self.pipe.components if n.startswith("text_encoder")]
-        if names and all(getattr(self.pipe, name, None) is None for name in names):
-            raise ValueError(
-                "pipe must have its text encoder for negative_prompts and cfg_scale, which add "
-                f"prompts to those of the call; this {type(self.pipe).__name__} has none: give "
-                "negative_prompts as embeddings, and without cfg_scale"
-            )
+        if layout.calls != "alone":
+            check_text_encoder(pipe, self.parts)
 
     # ------------------------------------------------------------------ what is put in
 
@@ -83,7 +80,7 @@ class GuidedCalls:
             self._take_out(module)
         for module, control in wanted.values():
             if any(module is known for known in self.hooked):
-                registry(module).get_hook(NAME).settle(module)
+                put_on_again(module)
                 continue
             if registry(module).get_hook(NAME) is not None:
                 self.detach()
@@ -91,9 +88,7 @@ class GuidedCalls:
                     "pipe must not share its network with a pipeline that is guided now: call "
                     "remove_guidance on that one first"
                 )
-            hook = NetworkHook(self.forward, control)
-            registry(module).register_hook(hook, NAME)
-            hook.settle(module)
+            put_on(module, NetworkHook(self.forward, control))
             self.hooked.append(module)
 
     def detach(self) -> None:
@@ -132,8 +127,9 @@ class GuidedCalls:
         )
         try:
             call.prepare(verify=not self._verified)
-            with call.watching_the_scheduler():
-                result = function(*args, **kwargs)
+            with call.watching_the_scheduler(), call.watching_the_processors(after=False):
+                result = function(*args, **call.with_own_code(kwargs))
+            call.check_result(result)
             call.check_end()
             self._verified = True
         except BaseException:
@@ -149,12 +145,14 @@ class GuidedCalls:
     ) -> Any:
         """In place of a network's forward."""
         call = self._call
-        if call is None or call.inside:
-            if call is None:
-                self._tell_of_strangers()
+        if call is None or call.is_strange():
+            self._tell_of_strangers()
+            return hook.call(module, args, kwargs)
+        if call.inside:
             return hook.call(module, args, kwargs)
         usual = (self.layout.latents, self.layout.time, *self.layout.text)
         arguments = rows.named(module, args, kwargs, usual)
+        hook.own_names = {u: own for own, u in rows.other_names(module, usual).items()}
         with call.evaluating_itself():
             if hook.control is not None:
                 return call.control(hook, module, hook.control, arguments)

@@ -11,14 +11,15 @@ Outside of the guided pipeline's own calls nothing is changed.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dng_math.guidance import Rule
+from dng_models import rows
 from dng_models.call_begun import Concept, maskless
 from dng_models.guidance import GuidedChain
 from dng_models.guided_call import GuidedCalls
@@ -222,6 +223,10 @@ def _guided_class(kind: Any) -> type:
     """The class of a guided pipeline: the same under the same name, whose calls are watched."""
 
     class Guided(kind):  # type: ignore[misc]
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            # ``type(pipe)(**pipe.components)``: another pipeline, which nobody guides.
+            return kind(*args, **kwargs)
+
         @functools.wraps(kind.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return self.__dict__[_GUIDED].run(super().__call__, args, kwargs)
@@ -284,7 +289,7 @@ def _classes(pipe: Any, classes: Sequence[int]) -> list[Concept]:
     if isinstance(classes, str) or not isinstance(classes, Sequence) or not classes:
         raise TypeError(f"negative_classes must be a sequence of one or more int, got {classes!r}")
     for each in classes:
-        right = isinstance(each, int) and not isinstance(each, bool) and each >= 0
+        right = isinstance(each, Integral) and not isinstance(each, bool) and each >= 0
         if not right or (known is not None and each >= known):
             bound = "" if known is None else f" below {known}"
             raise ValueError(f"negative_classes must be int of at least 0{bound}, got {each!r}")
@@ -297,7 +302,7 @@ def _concept(pipe: Any, given: Any) -> Concept:
         if not given.strip():
             raise ValueError(f"negative_prompts must be non-empty str, got {given!r}")
         return Concept(text=given)
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = rows.call_parameters(pipe.__call__)
     if isinstance(given, Tensor):
         given = {"negative_prompt_embeds": given}
     if not isinstance(given, Mapping) or not given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,16 +20,57 @@ def registry(module: nn.Module) -> Any:
     return HookRegistry.check_if_exists_or_initialize(module)
 
 
+def put_on(module: nn.Module, hook: NetworkHook) -> None:
+    """Put the hook around a network's forward, outside of what is around it already."""
+    hooks = registry(module)
+    hooks.register_hook(hook, NAME)
+    hook.installed = hooks._module_ref.forward
+    hook.settle(module)
+    # Where copy and pickle ask it, before they look at the hook (a flat copy never does).
+    vars(module)["__getstate__"] = _refuse_copies
+
+
+def put_on_again(module: nn.Module) -> None:
+    """Where the hook was lost with others that were taken off a network, put it back.
+
+    Offloading takes its own off at the end of every call, with what was put around them.
+    """
+    hooks = registry(module)
+    hook = hooks.get_hook(NAME)
+    if hook.is_lost(hooks):
+        hook.leave(hooks)
+        put_on(module, hook)
+    hook.settle(module)
+
+
 def take_out(module: nn.Module) -> None:
     """Take the hook out of a network, and leave nothing of it behind."""
+    vars(module).pop("__getstate__", None)
     hooks = registry(module)
-    hooks.remove_hook(NAME, recurse=False)
+    hook = hooks.get_hook(NAME)
+    if hook is None:
+        return
+    if hooks._hook_order[-1] == NAME and hooks._module_ref.forward is not hook.installed:
+        # Others (accelerate, one's own wrapper) put more around it since, which stays.
+        hook.leave(hooks)
+    else:
+        hooks.remove_hook(NAME, recurse=False)
     if not hooks.hooks:
-        del module._diffusers_hook  # which another wrapper of the network would find
         inner = hooks._module_ref
+        # Another wrapper of the network would find it; some (torch.compile's, PEFT's) keep it on
+        # what they wrap.
+        for holder in (module, inner, getattr(module, "_orig_mod", module)):
+            vars(holder).pop("_diffusers_hook", None)
         left = inner.__dict__.get("forward")
         if getattr(left, "__func__", None) is getattr(type(inner), "forward", None):
             del inner.forward  # the class's own
+
+
+def _refuse_copies() -> Any:
+    raise TypeError(
+        "the network of a guided pipeline cannot be copied or pickled: the copy would share the "
+        "original's guidance. Call remove_guidance(pipe) first"
+    )
 
 
 class NetworkHook(ModelHook):  # type: ignore[misc]
@@ -47,12 +89,12 @@ class NetworkHook(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.forward, self.control = forward, control
         self.compiled: Callable[..., Any] | None = None
+        self.installed: Any = None  # the network's forward as the hook made it
+        # What a network in a class of one's own calls its arguments, by their usual names.
+        self.own_names: Mapping[str, str] = {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "the network of a guided pipeline cannot be copied or pickled: the copy would share "
-            "the original's guidance. Call remove_guidance(pipe) first"
-        )
+        return _refuse_copies()
 
     def settle(self, module: nn.Module) -> None:
         """Remember a network that is compiled; the hook itself is not to be."""
@@ -74,6 +116,26 @@ class NetworkHook(ModelHook):  # type: ignore[misc]
             module._compiled_call_impl = self.compiled
         return module
 
+    def is_lost(self, hooks: Any) -> bool:
+        """Whether the network's forward, through all that is around it, is its own again."""
+        network = hooks._module_ref
+        current = network.forward
+        while current is not self.installed:
+            if not hasattr(current, "__wrapped__"):
+                own = inspect.unwrap(type(network).forward)
+                return getattr(current, "__func__", current) is own
+            current = current.__wrapped__
+        return False
+
+    def leave(self, hooks: Any) -> None:
+        """Hand on to the network from now on, and be none of its hooks."""
+        self.fn_ref.forward = self.fn_ref.original_forward
+        self.fn_ref.pre_forward = ModelHook().pre_forward
+        self.fn_ref.post_forward = ModelHook().post_forward
+        place = hooks._hook_order.index(NAME)
+        del hooks.hooks[NAME], hooks._hook_order[place], hooks._fn_refs[place]
+        self.deinitalize_hook(hooks._module_ref)
+
     # Only the network is anybody's to compile.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +144,7 @@ class NetworkHook(ModelHook):  # type: ignore[misc]
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The network itself."""
+        kwargs = {self.own_names.get(name, name): value for name, value in kwargs.items()}
         if self.compiled is None:
             return self.fn_ref.original_forward(*args, **kwargs)
         # What was compiled looks its forward up: there it must find the network's own.

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 # How far two tensors may be apart to be the same, relative to their size: in 32 bits and in 16.
@@ -130,6 +131,27 @@ def _parameters(kind: Any) -> tuple[tuple[str, ...], bool]:
     return tuple(names), any(p.kind is p.VAR_POSITIONAL for p in found)
 
 
+def other_names(module: nn.Module, usual: Sequence[str]) -> dict[str, str]:
+    """What the usual names are of the first arguments of somebody's own network, latents and time.
+
+    A traced network, or one in a class of one's own, may call them otherwise than diffusers does.
+
+    Parameters
+    ----------
+    module : nn.Module
+    usual : sequence of str
+        The usual names, those of latents and time first.
+    """
+    if isinstance(module, ModelMixin):
+        return {}
+    kind: Any = type(getattr(module, "_orig_mod", module))
+    names, unnamed = _parameters(kind)
+    if unnamed or set(usual[:1]) & set(names):
+        return {}
+    own = names[:2]
+    return {n: u for n, u in zip(own, usual[:2], strict=False) if u not in names}
+
+
 def named(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], usual: Sequence[str]
 ) -> dict[str, Any]:
@@ -149,12 +171,65 @@ def named(
     names, unnamed = _parameters(kind)
     if unnamed and len(args) > len(names):
         names = tuple(usual)
+    other = other_names(module, usual)
+    names = tuple(other.get(name, name) for name in names)
     if len(args) > len(names):
         raise ValueError(
             f"pipe must call its network with arguments that have names: a "
             f"{type(module).__name__} got {len(args)}, of which {list(names)} are known"
         )
     return dict(zip(names, args, strict=False)) | kwargs
+
+
+def call_parameters(call: Any) -> dict[str, inspect.Parameter]:
+    """What a pipeline's call takes by name: where a class hands everything on, its parents' too.
+
+    Parameters
+    ----------
+    call : callable
+        The bound ``__call__`` of a pipeline, or of one of its parents.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    owner = getattr(call, "__self__", None)
+    known = [vars(kind)["__call__"] for kind in type(owner).__mro__ if "__call__" in vars(kind)]
+    own = getattr(call, "__func__", None)
+    parents = known[known.index(own) + 1 :] if own in known else []
+    parameters: Any = inspect.signature(call).parameters
+    while True:
+        found |= {n: p for n, p in parameters.items() if n not in found and n != "self"}
+        hands_on = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
+        if not hands_on or not parents:
+            break
+        parameters = inspect.signature(parents.pop(0)).parameters
+    return {n: p for n, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def given_to(
+    call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments that a pipeline's call is given by their names, and those with all defaults.
+
+    Parameters
+    ----------
+    call : callable
+        As for :func:`call_parameters`.
+    args, kwargs
+        Its arguments.
+    """
+    bound = inspect.signature(call).bind(*args, **kwargs)
+    parameters = call_parameters(call)
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            given[name] = value
+        else:
+            following = [n for n in parameters if n not in bound.signature.parameters]
+            given |= dict(zip(following, value, strict=False))
+    defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    return given, {**defaults, **given}
 
 
 def copied(arguments: dict[str, Any]) -> dict[str, Any]:

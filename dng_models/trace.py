@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,6 +134,10 @@ class Trace:
         """Take the guidance off the pipeline."""
         if self._remove is not None:
             self._remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickled trace keeps: the runs, and not the pipeline that was guided."""
+        return {**self.__dict__, "_remove": None}
 
     def __repr__(self) -> str:
         """How much was seen."""
