@@ -219,6 +219,10 @@ class BegunCall(ABC):
                 f"derivative, got {chain.divergence_probes}: call the pipeline outside of it, with "
                 "its networks in the precision that they are to have"
             )
+        for network in (*layout.network, *(control.name for control in layout.control)):
+            module = getattr(self.pipe, network, None)
+            if chain.divergence_probes and isinstance(module, nn.Module):
+                _check_weights_stay(network, module)
         for network in layout.network:
             module = getattr(self.pipe, network, None)
             if getattr(module, "is_cache_enabled", False):
@@ -524,6 +528,18 @@ def _for_prompts(name: str, value: Tensor, number: int) -> Tensor:
     shape = list(value.shape)
     shape[axis] = number
     return value.expand(shape)
+
+
+def _check_weights_stay(name: str, network: nn.Module) -> None:
+    """No hook of diffusers exchanges weights in a forward derivative, where torch may crash."""
+    for module in network.modules():
+        hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
+        for found in ("group_offloading", "layerwise_casting"):
+            if found in hooks:
+                raise ValueError(
+                    f"divergence_probes must be 0 where pipe.{name} has {found.replace('_', ' ')}, "
+                    "which exchanges weights while the network is differentiated"
+                )
 
 
 def _in_own_lists(value: Any) -> Any:

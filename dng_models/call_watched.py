@@ -57,6 +57,8 @@ class WatchedCall(BegunCall):
         # Whose code runs: of the pipeline in this thread, or of a callback in the caller's.
         self.thread = threading.get_ident()
         self.in_callback = False
+        # Schedulers whose steps are seen, and what stood in their place.
+        self.watched: list[tuple[Any, Any]] = []
         self.pending: Pending | None = None
         # What the last step made, and torch's count of changes to its memory then.
         self.last_next: Tensor | None = None
@@ -101,7 +103,18 @@ class WatchedCall(BegunCall):
     @contextmanager
     def watching_the_scheduler(self) -> Iterator[None]:
         """See every step of the pipeline's scheduler, for the length of a block."""
-        scheduler = self.scheduler
+        self._watch(self.scheduler)
+        try:
+            yield
+        finally:
+            while self.watched:
+                scheduler, already = self.watched.pop()
+                if already is None:
+                    del scheduler.step
+                else:
+                    scheduler.step = already
+
+    def _watch(self, scheduler: Any) -> None:
         step = scheduler.step
         signature = inspect.signature(step)
         if "sample" not in signature.parameters:
@@ -123,15 +136,8 @@ class WatchedCall(BegunCall):
             self._took(sample, output[0])
             return output
 
-        already = scheduler.__dict__.get("step")
+        self.watched.append((scheduler, scheduler.__dict__.get("step")))
         scheduler.step = watched
-        try:
-            yield
-        finally:
-            if already is None:
-                del scheduler.step
-            else:
-                scheduler.step = already
 
     def _eta(self) -> float | None:
         """What the scheduler's step will be given, of DDIM."""
@@ -275,6 +281,10 @@ class WatchedCall(BegunCall):
 
     def network(self, hook: NetworkHook, module: nn.Module, arguments: dict[str, Any]) -> Any:
         """A call of the pipeline's network: the guided prediction for every prompt in it."""
+        if self.pipe.scheduler is not self.scheduler and self.chain.step is None:
+            # The pipeline's own call put it there before its first step.
+            self.scheduler = self.pipe.scheduler
+            self._watch(self.scheduler)
         if self.beginning is not None:
             return self._seen(hook, module, arguments)
         if self.pipe.scheduler is not self.scheduler:

@@ -936,8 +936,16 @@ class GuidedChain:
             # Apart from the noise that PosteriorFlowScheduler draws with the keys themselves.
             v = standard_normal(run.keys + (probe + 1), x.shape, step=i).sign()
             # Fused attention has no forward derivative, and neither has compiled code.
-            with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-                tangent = torch.func.jvp(images, (x,), (v,))[1]
+            try:
+                with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+                    tangent = torch.func.jvp(images, (x,), (v,))[1]
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ValueError(
+                    "divergence_probes must be 0 for a network without a forward derivative, got "
+                    f"{self.divergence_probes}; torch says: {error}"
+                ) from error
             dots = (v * tangent).flatten(2).sum(-1)
             total = dots if total is None else total + dots
         assert total is not None

@@ -24,7 +24,7 @@ def put_on(module: nn.Module, hook: NetworkHook) -> None:
     """Put the hook around a network's forward, outside of what is around it already."""
     hooks = registry(module)
     hooks.register_hook(hook, NAME)
-    hook.installed = hooks._module_ref.forward
+    hook.installed, hook.own_forward = hooks._module_ref.forward, hook.fn_ref.forward
     hook.settle(module)
     # Where copy and pickle ask it, before they look at the hook (a flat copy never does).
     vars(module)["__getstate__"] = _refuse_copies
@@ -37,6 +37,10 @@ def put_on_again(module: nn.Module) -> None:
     """
     hooks = registry(module)
     hook = hooks.get_hook(NAME)
+    if hook.fn_ref.forward is not hook.own_forward:
+        # A hook of diffusers inside of it was taken off: diffusers puts what was in that one here.
+        hook.fn_ref.original_forward = hook.fn_ref.forward
+        hook.fn_ref.forward = hook.own_forward
     if hook.is_lost(hooks):
         hook.leave(hooks)
         put_on(module, hook)
@@ -50,11 +54,11 @@ def take_out(module: nn.Module) -> None:
     hook = hooks.get_hook(NAME)
     if hook is None:
         return
-    if hooks._hook_order[-1] == NAME and hooks._module_ref.forward is not hook.installed:
+    if hooks._hook_order[-1] == NAME and hooks._module_ref.forward is hook.installed:
+        hooks.remove_hook(NAME, recurse=False)
+    else:
         # Others (accelerate, one's own wrapper) put more around it since, which stays.
         hook.leave(hooks)
-    else:
-        hooks.remove_hook(NAME, recurse=False)
     if not hooks.hooks:
         inner = hooks._module_ref
         # Another wrapper of the network would find it; some (torch.compile's, PEFT's) keep it on
@@ -90,6 +94,7 @@ class NetworkHook(ModelHook):  # type: ignore[misc]
         self.forward, self.control = forward, control
         self.compiled: Callable[..., Any] | None = None
         self.installed: Any = None  # the network's forward as the hook made it
+        self.own_forward: Any = None  # what that calls of the hook
         # What a network in a class of one's own calls its arguments, by their usual names.
         self.own_names: Mapping[str, str] = {}
 
@@ -129,7 +134,8 @@ class NetworkHook(ModelHook):  # type: ignore[misc]
 
     def leave(self, hooks: Any) -> None:
         """Hand on to the network from now on, and be none of its hooks."""
-        self.fn_ref.forward = self.fn_ref.original_forward
+        if self.fn_ref.forward is self.own_forward:
+            self.fn_ref.forward = self.fn_ref.original_forward
         self.fn_ref.pre_forward = ModelHook().pre_forward
         self.fn_ref.post_forward = ModelHook().post_forward
         place = hooks._hook_order.index(NAME)

@@ -527,3 +527,70 @@ def test_wrappers_that_show_what_is_inside() -> None:
             assert torch.equal(final_latents(pipe, family), expected)
     assert torch.equal(final_latents(pipe, family), plain)
     assert type(copy.deepcopy(pipe.transformer)) is Around
+
+
+class TakesAnotherScheduler(StableDiffusionPipeline):
+    """One's own class, whose calls have a scheduler of their own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.scheduler = DDPMScheduler.from_config(self.scheduler.config)
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_scheduler_that_a_call_puts_in_place(sd: Any) -> None:
+    own = like(sd, TakesAnotherScheduler)
+    for options in ({}, LISTED):
+        assert apart(guided(own, RULE, options), guided(sd, RULE, options)) < CLOSE
+    assert "step" not in vars(own.scheduler)
+
+
+def test_a_network_without_a_forward_derivative() -> None:
+    family = FAMILIES["IFPipeline"]
+    pipe = family.build()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    rule = DynamicNegative(40, prior=0.05, temperature=1e-4)
+    with (
+        apply_guidance(pipe, rule, divergence_probes=1),
+        pytest.raises(ValueError, match="must be 0 for a network without a forward derivative"),
+    ):
+        final_latents(pipe, family)
+
+
+@pytest.mark.parametrize("how", ["group offloading", "layerwise casting"])
+def test_weights_that_are_exchanged_in_a_derivative(how: str) -> None:
+    """A crash of the process, in torch."""
+    pipe = silent(tiny.tiny_stable_diffusion(0))
+    cpu = torch.device("cpu")
+    if how == "group offloading":
+        pipe.unet.enable_group_offload(cpu, offload_device=cpu, offload_type="leaf_level")
+    else:
+        pipe.unet.enable_layerwise_casting(torch.float64, torch.float32)
+    with pytest.raises(ValueError, match=f"divergence_probes must be 0 where pipe.unet has {how}"):
+        guided(pipe, RULE, {"divergence_probes": 1})
+    assert torch.isfinite(guided(pipe)).all()
+
+
+def test_hooks_of_diffusers_that_come_and_go_under_guidance(sd: Any) -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    calls: list[int] = []
+
+    class Counting(ModelHook):  # type: ignore[misc]
+        def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+    def hooks() -> Any:
+        return HookRegistry.check_if_exists_or_initialize(sd.unet)
+
+    plain, expected = run(sd), guided(sd)
+    hooks().register_hook(Counting(), "counting")
+    with apply_guidance(sd, RULE):
+        hooks().remove_hook("counting")  # as a cache is, where guidance says that it must
+        assert torch.equal(run(sd), expected)
+        hooks().register_hook(Counting(), "counting")
+        assert torch.equal(run(sd), expected)
+    calls.clear()
+    assert torch.equal(run(sd), plain) and len(calls) == STEPS
+    hooks().remove_hook("counting")
+    assert torch.equal(run(sd), plain)
