@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 ARGS ?=
+BENCHMARKS ?= mixture step overhead loop
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -39,8 +40,8 @@ test-lowest: ## run the tests on the lowest supported versions, in .venv-lowest 
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[test]'
 	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile -o filterwarnings=default $(PYTEST_ARGS)
 
-benchmark: $(VENV)/figures.stamp ## time the exact mixtures (ARGS="..." is passed on)
-	$(BIN)/python -m benchmarks mixture $(ARGS)
+benchmark: $(VENV)/models.stamp ## time everything into benchmarks/out (ARGS="--quick", BENCHMARKS="mixture step")
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks $$name $(ARGS) || exit; done
 
 lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/ruff check
@@ -48,7 +49,7 @@ lint: $(VENV)/dev.stamp ## check style and types
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and drawn figures
-	rm -rf $(VENV) $(VENV)-lowest build dist figures/out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest build dist figures/out benchmarks/out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find benchmarks dng_* figures tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/python.stamp:

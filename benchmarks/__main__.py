@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+
+from dng_models import extras
+from dng_models.interrupt import end_at_interrupt
+from dng_models.progress import say, saying_what_compiles, showing
+
+if __name__ == "__main__":
+    end_at_interrupt()  # before the imports that take seconds
 
 from benchmarks.harness import AnyRow, Settings, machine, table, write_csv
 
@@ -17,6 +26,9 @@ COMMANDS = {
     "overhead": "the share of the guidance step in a whole sampling step with a UNet",
     "loop": "a whole run of 1000 steps, as one CUDA graph too, against the published one",
 }
+
+# Not benchmarks/results: what is committed there, and named in documents, is from one machine.
+OUT = Path("benchmarks/out")
 
 
 def first_line(function: object) -> str:
@@ -36,10 +48,17 @@ def say_what_there_is() -> None:
         try:
             parts = import_module(f"benchmarks.{name}").PARTS
         except ImportError as error:
-            print(f"    not here: {error}")
+            print(f"    not here: {extras.told(name, error, 'models')}")
             continue
         for part, function in parts.items():
             print(f"    {part}: {first_line(function)}")
+
+
+def check_folder(out: Path) -> None:
+    """Make the folder, and raise OSError where nothing can be written to it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out) as file:
+        file.write(b"1")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,12 +67,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+        command.add_argument(
+            "--out",
+            type=Path,
+            default=OUT,
+            help=f"folder to write to, default {OUT}; benchmarks/results has what is committed",
+        )
         command.add_argument("--repeats", type=int, default=Settings.repeats)
         command.add_argument(
             "--quick", action="store_true", help="small sizes, to see that everything runs"
         )
         command.add_argument("--part", help="one part only, with results under its own name")
+        command.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(arguments)
     if options.list:
         say_what_there_is()
@@ -65,27 +90,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         module = import_module(f"benchmarks.{options.command}")
     except ImportError as error:
-        parser.error(f"{options.command} cannot run here: {error}")
+        parser.error(f"{options.command} cannot run here: {extras.told('it', error, 'models')}")
     parts = module.PARTS
     if options.part is not None:
         if options.part not in parts:
             parser.error(f"--part must be one of {', '.join(parts)}, got {options.part}")
         parts = {options.part: parts[options.part]}
+    try:
+        check_folder(options.out)
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be written to: {error.strerror}")
+    extras.hush_torchvision()
 
     where = machine(**getattr(module, "devices", dict)())
     print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
     rows: list[AnyRow] = []
-    for part, function in parts.items():
-        print(f"\n{part}: {first_line(function)}", flush=True)
-        found = function(Settings(options.repeats, options.quick))
-        print(table(found), flush=True)
-        rows += found
+    with showing(not options.quiet), saying_what_compiles(not options.quiet):
+        for part, function in parts.items():
+            say(f"\n{part}: {first_line(function)}")
+            found = function(Settings(options.repeats, options.quick))
+            say(table(found))
+            rows += found
     # A trial, or a part, must not overwrite the results that documents refer to.
     name = "_".join(
         [options.command, *([options.part] if options.part else []), *["quick"] * options.quick]
     )
     path = options.out / f"{name}.csv"
-    write_csv(path, rows, where)
+    try:
+        write_csv(path, rows, where)
+    except OSError as error:  # what was measured is above
+        sys.exit(f"{parser.prog}: error: {error}")
     if hasattr(module, "report"):
         print("\nreport")
         print("\n".join(f"  {line}" for line in module.report(rows)))

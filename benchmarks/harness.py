@@ -8,6 +8,7 @@ values have been checked (:func:`check_close`): a wrong result has no speed.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import platform
 import subprocess
@@ -25,6 +26,8 @@ from numpy.typing import ArrayLike
 
 import dng_math
 from dng_math._jit import available_threads
+from dng_models.class_removal import files
+from dng_models.progress import Progress
 
 BASELINE = "dng_math"
 PACKAGES = ("numpy", "scipy", "numba", "scikit-learn", "torch", "triton", "jax", "diffusers")
@@ -128,14 +131,23 @@ def check_close(what: str, actual: ArrayLike, expected: ArrayLike, tolerance: fl
 
 def interleaved(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
     """Seconds a call, of every round of every contender."""
-    for contender in contenders:
-        (contender.warm_up or contender.run)()
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for turn in range(repeats):
+    turns = [
+        contender
+        for turn in range(repeats)
+        for contender in contenders
+        if contender.rounds is None or turn < contender.rounds
+    ]
+    with Progress(len(contenders) + len(turns), unit="run", leave=False) as progress:
         for contender in contenders:
-            if contender.rounds is None or turn < contender.rounds:
-                elapsed = contender.clock(contender.run)
-                seconds[contender.name].append(elapsed / contender.calls)
+            progress.set_description(f"{contender.name}, warm-up")
+            (contender.warm_up or contender.run)()
+            progress.update()
+        for contender in turns:
+            progress.set_description(contender.name)
+            elapsed = contender.clock(contender.run)
+            seconds[contender.name].append(elapsed / contender.calls)
+            progress.update()
     return seconds
 
 
@@ -249,15 +261,15 @@ class AnyRow(Protocol):
 
 
 def write_csv(path: Path, rows: Sequence[AnyRow], where: dict[str, str]) -> None:
-    """One line a contender, with the machine on every line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """One line a contender, with the machine on every line; whole or not at all."""
     names = [field.name for field in fields(rows[0])]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*names, *where], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            cells = {name: _cell(value) for name, value in asdict(row).items()}
-            writer.writerow(cells | where)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*names, *where], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = {name: _cell(value) for name, value in asdict(row).items()}
+        writer.writerow(cells | where)
+    files.write_text(path, text.getvalue())
 
 
 def _cell(value: object) -> str:

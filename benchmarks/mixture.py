@@ -42,6 +42,7 @@ from dng_math import (
     noise,
     sample,
 )
+from dng_models.threads import torch_threads
 
 Array = NDArray[np.float64]
 SLOW_ROUNDS = 3
@@ -93,8 +94,8 @@ def _torch(job: rivals.Job, n: int, expected: Array) -> list[Contender]:
     torch = import_module("torch")
 
     def run(threads: int) -> Array:
-        torch.set_num_threads(threads)
-        return rivals.torch_chain(torch, job, n, 0)
+        with torch_threads(count=threads):
+            return rivals.torch_chain(torch, job, n, 0)
 
     # On small arrays, and beside other processes, one thread can be the faster.
     found = []
@@ -277,9 +278,16 @@ def _fresh(code: str, **variables: str) -> str:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    # In a group of its own, which Ctrl-C does not reach: it would tell where it was interrupted.
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0
+    ) as process:
         assert process.stdout is not None
-        said = process.stdout.readline()
+        try:
+            said = process.stdout.readline()
+        except KeyboardInterrupt:
+            process.kill()
+            raise
     if process.returncode != 0 or not said:
         raise RuntimeError(f"a new process failed with {process.returncode}, running {code}")
     return said

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from dng_models.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
     from dng_models.trace import Trace
 else:
+    from dng_models import extras
+
     # Hidden from type checkers, to which a module __getattr__ says that every name exists.
     _HOME = {
         "DynamicNegative": "guidance",
@@ -62,7 +64,11 @@ else:
     def __getattr__(name):
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"dng_models.{_HOME[name]}"), name)
+        try:
+            return getattr(import_module(f"dng_models.{_HOME[name]}"), name)
+        except ModuleNotFoundError as error:
+            told = extras.told(f"dng_models.{name}", error, "models")
+            raise ModuleNotFoundError(told, name=error.name, path=error.path) from error
 
     def __dir__():
         return sorted({*globals(), *__all__})

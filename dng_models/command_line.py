@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
-USER_ERROR, INTERRUPTED = 2, 130
+from dng_models import extras, foreign
+from dng_models.progress import saying_what_compiles, showing
+
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+LONGEST = 4000  # characters of an error
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -56,6 +62,15 @@ def commands_of(
     return parser, command
 
 
+@contextmanager
+def what_is_said(quiet: bool) -> Iterator[None]:
+    """Progress and compilation of one process of several, and nothing about torchvision."""
+    shown = not quiet and os.environ.get("RANK", "0") == "0"
+    extras.hush_torchvision()
+    with showing(shown), saying_what_compiles(shown):
+        yield
+
+
 def run(
     program: str,
     parser: argparse.ArgumentParser,
@@ -77,16 +92,19 @@ def run(
     """
     given = parser.parse_args(arguments)
     try:
-        getattr(import_module(commands), f"{given.command}_command")(given)
+        with what_is_said(getattr(given, "quiet", False)):
+            getattr(import_module(commands), f"{given.command}_command")(given)
     except KeyboardInterrupt:
         print(
             "\ninterrupted; nothing is lost, and the same command goes on from here",
             file=sys.stderr,
         )
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if given.debug:
+    except Exception as error:
+        if given.debug or not foreign.is_expected(error):
             raise
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+        if isinstance(error, ImportError):
+            error = ImportError(extras.told("it", error, "models"))
+        print(f"{program}: error: {foreign.reason(error, LONGEST)}", file=sys.stderr)
+        return FAILED if foreign.is_failure(error) else USER_ERROR
     return 0

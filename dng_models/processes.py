@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
+from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from dng_models.class_removal import files
+
+
+@contextmanager
+def only_writer(folder: Path | str, processes: PartialState | Accelerator) -> Iterator[None]:
+    """Be the only ones that write to a folder: all processes of a launch count as one writer.
+
+    Each of them enters; the main one holds the lock.
+
+    Raises
+    ------
+    OSError
+        In every process, as :func:`dng_models.class_removal.files.only_writer`.
+    """
+    refused: list[OSError | None] = [None]
+    with ExitStack() as stack:
+        if processes.is_main_process:
+            try:
+                stack.enter_context(files.only_writer(folder))
+            except OSError as error:
+                refused = [error]
+        if processes.num_processes > 1:
+            broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise refused[0]
+        yield
 
 
 class Place:
@@ -25,6 +56,10 @@ class Place:
         """The process and those beside it, which ``accelerate launch`` started."""
         on_cpu = self._device is not None and self.device.type == "cpu"
         return PartialState(cpu=True) if on_cpu else PartialState()
+
+    def only_writer(self, folder: Path | str) -> AbstractContextManager[None]:
+        """Be the only ones that write to a folder; :func:`only_writer`."""
+        return only_writer(folder, self.processes)
 
     @cached_property
     def device(self) -> torch.device:

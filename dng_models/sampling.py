@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
-from tqdm import tqdm
 
 from dng_kernels import StepPlan, StepResult, dng_step, standard_normal, update_posterior
 from dng_kernels.plan import COLUMNS, PREDICTION_TYPES, PredictionType
@@ -38,6 +37,8 @@ from dng_math.guidance import (
 )
 from dng_math.posterior import LogOddsTracker, PaperTracker
 from dng_math.schedules import NoiseSchedule, Sampler
+from dng_models.progress import Progress
+from dng_models.threads import torch_threads, work_of
 
 Denoiser = Callable[[Tensor, Tensor], Any]
 Evaluation = Literal["auto", "separate", "stacked"]
@@ -180,11 +181,16 @@ def sample(
     record : collection of {"log_posterior", "scale", "x", "x0"}
         What to keep of every step.
     progress : str, optional
-        Name on a progress bar; None shows none.
+        Name on a progress bar (in a log: on a line now and then); None shows none.
 
     Returns
     -------
     Samples
+
+    Notes
+    -----
+    Small networks run on one of torch's threads on a CPU
+    (:func:`~dng_models.threads.torch_threads` says which are small).
 
     Raises
     ------
@@ -224,9 +230,12 @@ def sample(
     batches = range(first_batch, last_batch + 1)
     parts = []
     total = len(batches) * len(plan)
+    nets = [each.net if isinstance(each, Labelled) else each for each in denoisers]
+    work = work_of((batch_size, *shape), nets)
     with (
         evaluating(denoisers),
-        tqdm(total=total, desc=progress, disable=progress is None, unit="step") as bar,
+        nullcontext() if device.type != "cpu" else torch_threads(work=work),
+        Progress(total, progress, shown=progress is not None) as bar,
     ):
         for batch in batches:
             start = batch * batch_size
@@ -512,7 +521,7 @@ class _Chain:
     record: frozenset[str]
 
     @torch.no_grad()
-    def run(self, draw: _Draw, noisiest: float, bar: tqdm[Any]) -> dict[str, Tensor]:
+    def run(self, draw: _Draw, noisiest: float, bar: Progress) -> dict[str, Tensor]:
         """One batch: ``images``, ``final`` log posteriors, and the records."""
         plan = self.plan
         c = plan.coefficients

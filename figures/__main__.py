@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from tqdm import tqdm
+from dng_models import extras
+from dng_models.interrupt import end_at_interrupt
+from dng_models.progress import Progress, is_shown, say, saying_what_compiles, showing
 
-from figures import (
-    class_removal,
-    class_removal_networks,
-    guidance_1d,
-    pipeline_digits,
-    posterior_tracking,
-    schedulers,
-    score_fields,
-    style,
-    tracker_steps,
-    update_geometry,
-)
+if __name__ == "__main__":
+    end_at_interrupt()  # before the imports that take seconds
+
+try:
+    from figures import (
+        class_removal,
+        class_removal_networks,
+        guidance_1d,
+        pipeline_digits,
+        posterior_tracking,
+        schedulers,
+        score_fields,
+        style,
+        tracker_steps,
+        update_geometry,
+    )
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"python -m figures: error: {extras.told('figures', error)}", file=sys.stderr)
+    sys.exit(2)
 
 FIGURES: dict[str, ModuleType] = {
     "guidance_1d": guidance_1d,
@@ -55,6 +67,16 @@ def missing(name: str) -> list[str]:
     return [package for package in needs if find_spec(package) is None]
 
 
+def check_folder(out: Path) -> None:
+    """Make the folder, and raise OSError where nothing can be written to it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be written to: {error.strerror}") from error
+
+
 def draw_figures(
     names: Sequence[str] = (),
     *,
@@ -69,30 +91,38 @@ def draw_figures(
     ------
     ValueError
         If a name is not in :data:`FIGURES`, or needs a package that is not installed.
+    OSError
+        If nothing can be written to ``out``: before anything is drawn, if that can be known.
     """
     check_names(names)
     for name in names or FIGURES:
         if missing(name):
-            needed = f"{name} needs {', '.join(missing(name))}: pip install 'dng-toolkit[models]'"
+            packages = missing(name)
+            needed = f"{name} needs {', '.join(packages)}: {extras.cure(packages[0], 'models')}"
             if names:
                 raise ValueError(needed)
-            tqdm.write(f"left out: {needed}")
-    out.mkdir(parents=True, exist_ok=True)
+            say(f"left out: {needed}")
+    check_folder(out)
     written = []
     drawn = names or [name for name in FIGURES if not missing(name)]
-    with tqdm(drawn, unit="figure") as progress:
-        for name in progress:
+    with Progress(len(drawn), unit="figure", leave=False) as progress:
+        for number, name in enumerate(drawn, 1):
             progress.set_description(name)
+            if is_shown() and not sys.stderr.isatty():
+                say(f"drawing {name}, {number} of {len(drawn)}", sys.stderr)
             started = time.perf_counter()
             module = FIGURES[name]
             data = module.compute(quick=quick, seed=seed)
+            paths = []
             for stem, figure in module.draw(data).items():
                 for suffix in formats:
-                    path = out / f"{stem}.{suffix}"
-                    style.save(figure, path)
-                    written.append(path)
+                    paths.append(out / f"{stem}.{suffix}")
+                    style.save(figure, paths[-1])
             seconds = time.perf_counter() - started
-            tqdm.write(f"{name} [{seconds:.1f} s]: {module.summary(data)}")
+            say(f"{name} [{seconds:.1f} s]: {module.summary(data)}")
+            say(f"written to {', '.join(map(str, paths))}")
+            written += paths
+            progress.update()
     return written
 
 
@@ -104,17 +134,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write to")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     given = parser.parse_args(arguments)
     if given.list:
         for name, module in FIGURES.items():
             print(f"{name:24}{module.PAPER:20}{module.TITLE}")
         return 0
+    extras.hush_torchvision()
     try:
-        draw_figures(
-            given.names, out=given.out, formats=given.format, quick=given.quick, seed=given.seed
-        )
+        with showing(not given.quiet), saying_what_compiles(not given.quiet):
+            draw_figures(
+                given.names, out=given.out, formats=given.format, quick=given.quick, seed=given.seed
+            )
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

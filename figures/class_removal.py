@@ -32,7 +32,6 @@ from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 from scipy import stats
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from dng_math import (
     DynamicNegativeGuidance,
@@ -48,6 +47,7 @@ from dng_math import (
 from dng_math.distances import binomial_interval, frechet_distance, kl_categorical
 from dng_math.guidance import Rule
 from dng_math.posterior import log_odds_from_log_posterior
+from dng_models.progress import progress
 from figures import digits, style
 
 Array = NDArray[np.float64]
@@ -253,7 +253,7 @@ def compute(quick: bool, seed: int) -> Data:
     for row in (*guided.values(), *gated.values()):
         rules += row
     runs = {}
-    for rule in tqdm(dict.fromkeys(rules), desc="chains", leave=False, disable=None):
+    for rule in progress(dict.fromkeys(rules), "class_removal", unit="chain", leave=False):
         runs[rule] = sample(
             mixture,
             schedule,

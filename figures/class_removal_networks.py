@@ -33,6 +33,7 @@ def compute(quick: bool = False, seed: int = 0) -> list[Row]:
     from dng_models.class_removal.config import SHIPPED, Config, RunFolder, settings
     from dng_models.class_removal.generate import Materials
     from dng_models.class_removal.sweep import sweep
+    from dng_models.progress import is_shown
 
     base = Config(
         forget=("0",),
@@ -46,7 +47,7 @@ def compute(quick: bool = False, seed: int = 0) -> list[Row]:
     ]
     with TemporaryDirectory() as folder:
         run = RunFolder(Path(folder), shipped=SHIPPED / "digits")
-        return sweep(configs, Materials(run, device="cpu"), progress=False)
+        return sweep(configs, Materials(run, device="cpu"), progress=is_shown())
 
 
 def draw(rows: list[Row]) -> dict[str, Figure]:

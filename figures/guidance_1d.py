@@ -33,6 +33,7 @@ from dng_math.distances import (
     wasserstein1,
 )
 from dng_math.guidance import Rule
+from dng_models.progress import progress
 from figures import style
 
 Array = NDArray[np.float64]
@@ -121,7 +122,7 @@ def compute(quick: bool, seed: int) -> Data:
     edges = np.linspace(X_MIN, X_MAX, round((X_MAX - X_MIN) / BIN) + 1)
     target = guided_density(MIXTURE, [FORBIDDEN], 1.0)
     panels = []
-    for title, method, rule in METHODS:
+    for title, method, rule in progress(METHODS, "guidance_1d", unit="chain", leave=False):
         density, lines, samples = _run(rule, n, seed, edges)
         if isinstance(rule, Unguided):
             density = _exact_density(0.5 * (edges[1:] + edges[:-1]))

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from dng_math import NegativePrompting, Unguided
 from dng_math.guidance import Rule
+from dng_models.progress import progress
+from dng_models.threads import torch_threads
 from figures import digits, style
 
 Array = NDArray[np.float64]
@@ -76,9 +78,10 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
         "DNG": DynamicNegative(SCALE, PRIOR, tracker="log_odds"),
     }
     images, forbidden, traces = [], [], []
-    for rule in rules.values():
+    for rule in progress(rules.values(), "pipeline_digits", unit="run", leave=False):
         generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(n)]
-        with apply_guidance(pipe, rule) as trace:
+        work = n * digits.SIDE**2 * mixture.n_components
+        with torch_threads(work=work), apply_guidance(pipe, rule) as trace:
             found = pipe(
                 **pipe.unet.prompts(n),
                 guidance_scale=2.0,

@@ -22,6 +22,7 @@ from dng_math import (
     sample,
 )
 from dng_math.distances import forbidden_mass, guided_density
+from dng_models.progress import progress
 from figures import style
 from figures.guidance_1d import DEVIATION, MEANS, MIXTURE
 
@@ -71,7 +72,8 @@ def compute(quick: bool, seed: int) -> Data:
     n = 20_000 if quick else 100_000
     schedule = NoiseSchedule.linear(STEPS)
     panels = []
-    for name, method, tracker in TRACKERS:
+    trackers = progress(TRACKERS, "posterior_tracking", unit="tracker", leave=False)
+    for name, method, tracker in trackers:
         unguided = sample(
             MIXTURE,
             schedule,

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 from dng_math import GaussianMixture
 from dng_math.distances import forbidden_mass
+from dng_models.progress import progress
+from dng_models.threads import torch_threads
 from figures import style
 
 Array = NDArray[np.float64]
@@ -129,16 +131,22 @@ def scheduler_of(row: Row) -> Any:
 
 def compute(quick: bool = False, seed: int = 0) -> Data:
     """Unguided and guided runs of every row with both trackers."""
+    n, steps = (256, QUICK_STEPS) if quick else (1024, STEPS)
+    with torch_threads(work=n * DIMENSIONS * MIXTURE.n_components):
+        return _compute(n, steps, seed)
+
+
+def _compute(n: int, steps: tuple[int, ...], seed: int) -> Data:
     from dng_models.exact import mixture_pipeline, run_mixture
     from dng_models.guidance import DynamicNegative
 
-    n, steps = (256, QUICK_STEPS) if quick else (1024, STEPS)
     shape = (len(ROWS), len(TRACKERS), len(steps))
     error, correlation, mass = (np.full(shape, np.nan) for _ in range(3))
-    for i, j, k in np.ndindex(shape):
+    runs_of = [at for at in np.ndindex(shape) if steps[at[2]] <= ROWS[at[0]].most_steps]
+    # The longest first, so that the time left is not thought too short.
+    runs_of.sort(key=lambda at: -steps[at[2]])
+    for i, j, k in progress(runs_of, "schedulers", unit="run", leave=False):
         row, tracker = ROWS[i], TRACKERS[j][0]
-        if steps[k] > row.most_steps:
-            continue
         pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, scheduler_of(row))
         runs = []
         for scale in (0.0, 1.0):

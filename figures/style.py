@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from dng_models.class_removal import files
+
 BLACK = "#000000"
 GREY = "#7F7F7F"
 ORANGE = "#E69F00"
@@ -107,6 +109,10 @@ def title(axes: Axes, letter: str, text: str) -> None:
 
 @applied
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the suffix of the path names."""
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=DPI, metadata=metadata)
+    """Write a figure in the format that the suffix of the path names; whole or not at all."""
+    kind = path.suffix.removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else None
+    files.write_atomically(
+        path,
+        lambda temporary: figure.savefig(temporary, dpi=DPI, metadata=metadata, format=kind),
+    )

@@ -28,6 +28,7 @@ from dng_math import (
     sample,
 )
 from dng_math.distances import forbidden_mass
+from dng_models.progress import progress
 from figures import style
 from figures.guidance_1d import MIXTURE
 
@@ -68,7 +69,8 @@ def compute(quick: bool, seed: int) -> Data:
     steps = QUICK_STEPS if quick else STEPS
     shape = (len(PLACES), len(ETAS), len(POSTERIORS), len(steps))
     error, mass = np.zeros(shape), np.zeros(shape)
-    for i, j, k, m in np.ndindex(shape):
+    runs = progress(np.ndindex(shape), "tracker_steps", total=error.size, unit="run", leave=False)
+    for i, j, k, m in runs:
         eta, posterior = ETAS[j], POSTERIORS[k][2]
         if _same_as_uncorrected(eta, posterior):
             error[i, j, k, m], mass[i, j, k, m] = error[i, j, k - 2, m], mass[i, j, k - 2, m]

@@ -1,10 +1,10 @@
 """What every test runs under.
 
 Hypothesis: no deadline (the first example compiles), and the same examples on every run.  Triton:
-its interpreter where there is no GPU, chosen before the first kernel is defined.  Networks of the
-tests: one thread, for they are so small that several only wait for each other.  Numba: a cache of
-its own for each of pytest-xdist's workers, since two processes that compile different signatures
-of one function at once can leave an index that names the other's machine code.
+its interpreter where there is no GPU, chosen before the first kernel is defined.  Torch: one
+thread, for all that tests give it is so small that several only wait for each other.  Numba: a
+cache of its own for each of pytest-xdist's workers, since two processes that compile different
+signatures of one function at once can leave an index that names the other's machine code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from dng_models.threads import torch_threads
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("search", deadline=None, max_examples=2000)
@@ -49,11 +51,6 @@ def kernel_device() -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_for_networks(request: pytest.FixtureRequest) -> Iterator[None]:
-    if not request.module.__name__.rpartition(".")[2].startswith("test_models_"):
+def one_thread_for_torch() -> Iterator[None]:
+    with torch_threads(count=1):
         yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -28,15 +28,6 @@ QUICK = Settings(repeats=2, quick=True)
 pytestmark = pytest.mark.filterwarnings("ignore:::torch", "ignore::DeprecationWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Beside other processes, threads that wait for each other take hundredfold times."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(command: str, out) -> tuple[str, list[dict[str, str]]]:
     """What a quick run prints, and the lines of its CSV."""
     said = io.StringIO()

@@ -6,17 +6,19 @@ import contextlib
 import csv
 import io
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks import harness, mixture, rivals
-from benchmarks.__main__ import main
+from benchmarks.__main__ import COMMANDS, main
 from benchmarks.harness import Contender, Goal, Row, Settings
 from tests.statistical import FALSE_ALARM
 from tests.tolerances import CHAIN, error
 
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = Settings(repeats=1, quick=True)
 COLUMNS = (
     *("benchmark", "contender", "n", "steps", "median_s", "q25", "q75", "memory_mib"),
@@ -187,6 +189,70 @@ def test_a_full_run_writes_what_a_quick_one_leaves_alone(tmp_path, monkeypatch, 
     assert "missed: b, dng_math: g; m" in capsys.readouterr().out
 
 
+def test_the_committed_results_are_written_only_where_they_are_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mixture, "PARTS", {"part": lambda settings: [Row("b", "dng_math", 1)]})
+    main(["mixture"])
+    assert list(Path("benchmarks/results").iterdir()) == []
+    assert [path.name for path in Path("benchmarks/out").iterdir()] == ["mixture.csv"]
+    assert "written to benchmarks/out/mixture.csv" in capsys.readouterr().out
+    main(["mixture", "--out", "benchmarks/results"])
+    assert [path.name for path in Path("benchmarks/results").iterdir()] == ["mixture.csv"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(mixture, "PARTS", {"part": None})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit_:
+        main(["mixture", "--out", str(tmp_path / "file")])
+    assert exit_.value.code == 2
+    assert f"--out {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_is_timed_is_named_unless_it_is_to_be_quiet(quiet, tmp_path, monkeypatch, capsys):
+    def part(settings):
+        contenders = [Contender("dng_math", harness.nothing), Contender("other", harness.nothing)]
+        return harness.compare("b", contenders, settings, n=1)
+
+    monkeypatch.setattr(mixture, "PARTS", {"part": part})
+    monkeypatch.setattr("dng_models.progress.FIRST_LINE", 0.0)
+    main(["mixture", "--quick", "--repeats", "2", "--out", str(tmp_path), *["--quiet"] * quiet])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [] if quiet else lines[0].startswith("dng_math, warm-up: 1/6 runs, ")
+
+
+def test_a_missing_package_is_named_with_the_cure(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "benchmarks.step", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit):
+        main(["step"])
+    said = capsys.readouterr().err
+    assert "needs torch" in said and "pip install 'dng-toolkit[models]'" in said
+
+
+def test_the_threads_of_torch_are_those_of_before():
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    job = rivals.four_modes(10)
+    contenders = mixture._torch(job, 1000, mixture.fused_chain(job, 1000, 1))
+    for contender in contenders:
+        contender.run()
+        assert torch.get_num_threads() == before
+
+
+def test_make_benchmark_runs_every_command():
+    line = next(
+        line
+        for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+        if line.startswith("BENCHMARKS")
+    )
+    assert line.partition("=")[2].split() == list(COMMANDS)
+
+
 def test_the_list_names_commands_and_parts(capsys):
     main(["--list"])
     said = capsys.readouterr().out
@@ -198,3 +264,17 @@ def test_wrong_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_afterwards_is_one_line_and_no_half_table(
+    tmp_path, monkeypatch, capsys
+):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mixture, "PARTS", {"part": lambda settings: [Row("b", "dng_math", 1)]})
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SystemExit, match=r"error: .*mixture.csv was not written: No space left"):
+        main(["mixture", "--out", str(tmp_path)])
+    assert "dng_math" in capsys.readouterr().out  # what was measured is said
+    assert list(tmp_path.iterdir()) == []

@@ -137,6 +137,56 @@ def test_an_unknown_figure_is_refused_before_anything_is_drawn(tmp_path, capsys)
     assert "got 'guidance_3d'" in capsys.readouterr().err
 
 
+def test_the_command_says_where_its_files_went(tmp_path, capsys):
+    arguments = ["--quick", "--out", str(tmp_path), "--format", "png", "svg"]
+    assert main(["update_geometry", *arguments]) == 0
+    told = capsys.readouterr()
+    files = [str(tmp_path / f"update_geometry.{suffix}") for suffix in ("png", "svg")]
+    assert told.out.splitlines()[-1] == f"written to {', '.join(files)}"
+    # A log says what it is at.
+    assert told.err.splitlines()[0] == "drawing update_geometry, 1 of 1"
+
+
+def test_quiet_is_quiet(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dng_models.progress.FIRST_LINE", 0.0)
+    assert main(["guidance_1d", "--quick", "--out", str(tmp_path)]) == 0
+    assert "guidance_1d: 1/" in capsys.readouterr().err  # progress inside of a figure
+    assert main(["guidance_1d", "--quick", "--quiet", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_anything_is_drawn(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(FIGURES["update_geometry"], "compute", None)
+    (tmp_path / "file").write_text("")
+    assert main(["update_geometry", "--out", str(tmp_path / "file" / "out")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert str(tmp_path / "file" / "out") in line and "cannot be written to" in line
+
+
+def test_a_disk_that_is_full_is_one_line_with_the_file(tmp_path, capsys, monkeypatch):
+    def full(figure, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert main(["update_geometry", "--quick", "--quiet", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "update_geometry.png") in line and "No space left" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
+def test_without_a_package_the_command_names_the_cure(package):
+    code = f"import runpy, sys; sys.modules[{package!r}] = None\n"
+    code += "sys.argv = ['figures']; runpy.run_module('figures', run_name='__main__')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert package in line and "pip install 'dng-toolkit[figures]'" in line
+
+
 def test_a_figure_whose_packages_are_missing_is_left_out(tmp_path, capsys, monkeypatch):
     cheap = ("update_geometry", "class_removal_networks")
     monkeypatch.setattr("figures.__main__.FIGURES", {name: FIGURES[name] for name in cheap})

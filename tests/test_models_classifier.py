@@ -317,5 +317,5 @@ def test_models_that_cannot_judge_are_refused(tmp_path):
 
     weights = tmp_path / "whole" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="whole does not hold a whole model"):
+    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
         load_classifier(tmp_path / "whole", CLASSES)

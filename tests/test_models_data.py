@@ -257,6 +257,10 @@ def test_every_mode_of_eight_bits_is_the_same_image(mode, channels):
         image.convert("LA").save(buffer, kind)
     else:
         image.save(buffer, kind, **more)
+    try:
+        Image.open(buffer).load()
+    except OSError as error:
+        pytest.skip(f"this Pillow cannot read what it wrote ({error})")
     found = np.asarray(read_image(buffer, "it", channels))
     assert found.shape == (4, 4) if channels == 1 else (4, 4, 3)
     np.testing.assert_allclose(
@@ -517,7 +521,7 @@ def test_a_file_of_another_kind(tmp_path):
 def test_a_damaged_parquet_file(tmp_path):
     path = parquet(tmp_path / "a.parquet", usable(), label=[0, 1, 0, 1])
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="a.parquet' cannot be read"):
+    with pytest.raises(ValueError, match="a.parquet cannot be read: it is no whole parquet file"):
         load_dataset(path)
 
 

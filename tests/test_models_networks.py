@@ -197,7 +197,7 @@ def test_weights_of_another_network(folder):
     ("content", "message"),
     [
         ("{", "config.json is not JSON"),
-        ("[]", "must describe a UNet2DModel, got None"),
+        ("[]", r"must hold a JSON object, got \[\]"),
         ('{"_class_name": "UNet2DConditionModel"}', "got 'UNet2DConditionModel'"),
     ],
 )

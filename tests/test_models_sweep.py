@@ -9,9 +9,11 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ pytest.importorskip("diffusers")
 
 from dng_models.class_removal import files  # noqa: E402
 from dng_models.class_removal import sweep as sweeping  # noqa: E402
+from dng_models.class_removal.__main__ import main  # noqa: E402
 from dng_models.class_removal.classifier import ClassifierConfig, train_classifier  # noqa: E402
 from dng_models.class_removal.config import Config, RunFolder  # noqa: E402
 from dng_models.class_removal.data import load_dataset  # noqa: E402
@@ -349,6 +352,7 @@ def test_the_first_images_and_their_configuration_stay(materials):
 
 LAUNCHED = """
 import sys
+import threading
 from accelerate import PartialState
 from dng_models.class_removal.__main__ import main
 status = main(sys.argv[1:])
@@ -400,3 +404,73 @@ def test_the_calibration_may_be_that_of_another_class_or_a_file(tmp_path):
     (tmp_path / "mine.json").write_text("{}")
     named = dataclasses.replace(own, calibration=str(tmp_path / "mine.json"))
     assert materials.calibration_file(named) == tmp_path / "mine.json"
+
+
+# ---------------------------------------------------------------------- one at a time, and whole
+
+
+def test_a_second_sweep_of_a_table_is_refused(materials, capsys):
+    """Two at once gave every row twice."""
+    folder, refused = materials.folder.path, []
+    command = ["sweep", "--rules", "none", "--device", "cpu", "--quiet", "--out", str(folder)]
+
+    def second():
+        refused.append(main(command))
+
+    with files.only_writer(folder):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert refused == [2] and not materials.folder.table.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is being written to by process {os.getpid()} on" in line and "--out" in line
+
+
+def test_what_a_killed_sweep_left_goes_and_a_classifier_is_what_is_loaded(
+    materials, undisturbed, networks
+):
+    materials.folder.networks.unlink()
+    shutil.copytree(networks, materials.folder.networks)
+    classifier = materials.folder.networks / "classifier"
+    left = [
+        classifier / ".model.safetensors.abcd1234.part",
+        materials.folder.path / ".sweep.jsonl.abcd1234.part",
+        materials.folder.samples(BASE) / ".grid.png.abcd_234.part",
+    ]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    for name in ("README.md", ".model.safetensors.abcd1234", "old.safetensors"):
+        (classifier / name).write_text("of no account")
+    sweep(CONFIGS, materials, progress=False)
+    assert materials.folder.table.read_bytes() == undisturbed
+    assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("damage", ["images.safetensors", "config.json", "grid.png", "all", "cut"])
+def test_kept_images_that_are_lost_are_drawn_again(materials, undisturbed, damage, monkeypatch):
+    sweep(CONFIGS, materials, progress=False)
+    samples = materials.folder.samples(CONFIGS[2])
+    before = {path.name: path.read_bytes() for path in samples.iterdir()}
+    if damage == "all":
+        shutil.rmtree(samples)
+    elif damage == "cut":
+        (samples / "images.safetensors").write_bytes(before["images.safetensors"][:-9])
+    else:
+        (samples / damage).unlink()
+    monkeypatch.setattr(sweeping, "evaluate", None)  # what was measured stays
+    sweep(CONFIGS, materials, progress=False)
+    assert {path.name: path.read_bytes() for path in samples.iterdir()} == before
+    assert materials.folder.table.read_bytes() == undisturbed
+    assert list((materials.folder.path / "work").iterdir()) == []
+
+
+def test_a_network_of_which_a_file_is_gone_names_the_command(materials, networks):
+    materials.folder.networks.unlink()
+    shutil.copytree(networks, materials.folder.networks)
+    (materials.folder.networks / "base" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"or not all of it; train it .* --only base"):
+        sweep(CONFIGS, materials, progress=False)
+    (materials.folder.networks / "classifier" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no classifier .* --only classifier"):
+        sweep(CONFIGS, materials, progress=False)

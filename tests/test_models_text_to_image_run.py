@@ -12,8 +12,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -356,6 +358,7 @@ def test_weights_that_are_not_here_say_what_to_download(monkeypatch):
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", missing)
     monkeypatch.setattr(CLIPModel, "from_pretrained", missing)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
     with pytest.raises(FileNotFoundError) as error:
         pipelines.load_pipeline(Config(), CPU)
     for part in (
@@ -450,6 +453,74 @@ def test_only_what_is_missing_is_written_again(materials, undisturbed, monkeypat
     assert contents(folder.path) == undisturbed
     # It was in the batch that was drawn again.
     assert folder.image(point, 1).stat().st_mtime_ns == untouched
+
+
+@pytest.mark.parametrize("lost", ["guided", "unguided", "strip", "cut", "unguided line"])
+def test_an_image_that_is_lost_is_said_and_drawn_again_by_what_is_said(
+    materials, undisturbed, lost
+):
+    """``score`` dropped its line, and ``table`` then sent to ``score`` for ever."""
+    run(materials)
+    folder = materials.folder
+    name = store.image_name(POINTS[0 if "unguided" in lost else 3], 0)
+    if lost == "strip":
+        (folder.path / store.strip_name(POINTS[3])).unlink()
+    elif lost == "cut":
+        (folder.path / name).write_bytes(undisturbed[name][:60])
+    elif lost == "unguided line":
+        kept = [record for record in lines(contents(folder.path)) if record["file"] != name]
+        store.write_table(folder, kept)
+    else:
+        (folder.path / name).unlink()
+    before = folder.table.read_bytes()
+    for _ in range(2):  # and again: nothing is dropped
+        with pytest.raises(FileNotFoundError) as error:
+            measure(CONFIG, materials, progress=False)
+        assert name in str(error.value)
+        assert f"text_to_image generate --out {folder.path}'" in str(error.value)
+        assert folder.table.read_bytes().count(b"\n") == before.count(b"\n")
+    run(materials)
+    assert contents(folder.path) == undisturbed
+
+
+def test_drawing_others_does_not_forget_what_is_lost(materials):
+    run(materials)
+    lost = store.image_name(POINTS[3], 2)
+    (materials.folder.path / lost).unlink()
+    fewer = dataclasses.replace(CONFIG, num_images=2)
+    generate(fewer, materials, progress=False)
+    with pytest.raises(FileNotFoundError, match=f"{lost} must be as"):
+        measure(fewer, materials, progress=False)
+    generate(CONFIG, materials, progress=False)
+    measure(CONFIG, materials, progress=False)
+
+
+def test_a_second_run_in_a_folder_is_refused(materials):
+    refused = []
+
+    def second():
+        for work in (generate, measure):
+            try:
+                work(CONFIG, materials, progress=False)
+            except BlockingIOError as error:
+                refused.append(str(error))
+
+    with files.only_writer(materials.folder.path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(refused) == 2
+    assert all("is being written to by process" in line for line in refused)
+    assert contents(materials.folder.path) == {}
+
+
+def test_what_a_killed_run_left_goes(materials, undisturbed):
+    for name in ("images/a/.000000.png.abcd1234.part", ".images.jsonl.abcd1234.part"):
+        path = materials.folder.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    run(materials)
+    assert contents(materials.folder.path) == undisturbed
 
 
 def test_more_of_everything_can_be_added(materials, undisturbed):

@@ -9,9 +9,11 @@ import errno
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -548,3 +550,60 @@ def test_a_batch_that_two_processes_cannot_share(tmp_path):
     run = launch(tmp_path, script, tmp_path / "two")
     assert run.returncode != 0
     assert "batch_size must be a multiple of the number of processes, 2; got 5" in run.stderr
+
+
+# ---------------------------------------------------------------------- one at a time, and whole
+
+
+def test_a_second_training_in_a_folder_is_refused(digits, tmp_path):
+    refused = []
+
+    def second():
+        try:
+            train_diffusion(digits, tmp_path, TINY, device="cpu")
+        except BlockingIOError as error:
+            refused.append(str(error))
+
+    with files.only_writer(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1 and "is being written to by process" in refused[0]
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_training_left_that_was_killed_at_its_end_goes(digits, finished, tmp_path):
+    """Its network is there, and the state, a half file and the lock too."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for name in (STATE, files.LOCK, f".{STATE}.abcd1234.part"):
+        (out / name).write_bytes(b"left")
+    train_diffusion(digits, out, TINY, device="cpu")
+    assert sorted(os.listdir(out)) == sorted(os.listdir(finished))
+
+
+def test_a_state_that_was_to_be_kept_stays(digits, tmp_path):
+    train_diffusion(digits, tmp_path, replace(TINY, keep_state=True), device="cpu")
+    train_diffusion(digits, tmp_path, TINY, device="cpu")
+    assert (tmp_path / STATE).is_file()
+
+
+@pytest.mark.parametrize("name", [networks.CONFIG, networks.WEIGHTS])
+def test_a_network_of_which_a_file_is_gone_is_made_again(digits, finished, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    assert networks.is_there(out)
+    (out / name).unlink()
+    assert not networks.is_there(out)
+    train_diffusion(digits, out, TINY, device="cpu")
+    assert_same_bits(out, finished)
+
+
+def test_a_network_whose_training_goes_on_is_not_there(finished, tmp_path):
+    out = tmp_path / "out"
+    assert not networks.is_there(out)
+    shutil.copytree(finished, out)
+    (out / networks.METADATA).unlink()
+    assert networks.is_there(out)  # as others save one
+    (out / STATE).write_bytes(b"")
+    assert not networks.is_there(out)

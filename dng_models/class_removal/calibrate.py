@@ -34,7 +34,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import optimize, special
 from torch import Tensor
-from tqdm import tqdm
 
 from dng_kernels import standard_normal
 from dng_kernels.plan import PredictionType
@@ -48,6 +47,7 @@ from dng_math.posterior import (
 )
 from dng_math.schedules import DDPM, NoiseSchedule, StepCoefficients
 from dng_models.class_removal import files
+from dng_models.progress import Progress
 from dng_models.sampling import Denoiser, Predictor, device_of, evaluating, timesteps
 
 Array = NDArray[np.float64]
@@ -176,9 +176,7 @@ def collect(
     with (
         torch.no_grad(),
         evaluating([base, forgetful]),
-        tqdm(
-            total=len(batches) * steps, desc=progress, disable=progress is None, unit="step"
-        ) as bar,
+        Progress(len(batches) * steps, progress, shown=progress is not None) as bar,
     ):
         for first in batches:
             rows = slice(first, first + batch_size)
@@ -660,7 +658,8 @@ def calibrate(
     judged |= {name: tracked(evidence, tracker) for name, tracker in (before or {}).items()}
     fits = {}
     variants = [(kind, times) for kind in TRACKERS for times in (KNOTS, (0.0,))]
-    for kind, times in tqdm(variants, desc=progress, disable=progress is None, unit="fit"):
+    shown = progress is not None
+    for kind, times in Progress(len(variants), progress, unit="fit", shown=shown).over(variants):
         name = _fit_name(kind, len(times) > 1)
         fits[name] = fit(evidence, kind, prior=prior, times=times)
         judged[name] = cross_fitted(evidence, kind, prior=prior, times=times)

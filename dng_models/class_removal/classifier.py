@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from dng_math import _checks
-from dng_models import metrics
+from dng_models import foreign, metrics
 from dng_models.class_removal import files
+from dng_models.progress import Progress
+from dng_models.threads import torch_threads, work_of
 
 if TYPE_CHECKING:
     from dng_models.class_removal.data import Dataset
@@ -37,6 +38,10 @@ KIND = "dng_models.SmallClassifier"
 FEATURES = 64
 SMALLEST_SIDE = 4  # the resolution of the last convolution, at most
 BATCH = 256
+# Files of a classifier.  Weights in one file, in several or of torch: the first kind that is there
+# is the one that is loaded.
+_CONFIGS = (CONFIG, "preprocessor_config.json", "processor_config.json")
+_WEIGHTS = (WEIGHTS, "model[-.]*safetensors*", "pytorch_model[-.]*bin*")
 
 
 # ---------------------------------------------------------------------- the network
@@ -191,7 +196,8 @@ def train_classifier(
     }
     if (out / CONFIG).is_file():
         _require_same(out, made_from)
-        return out
+        if (out / WEIGHTS).is_file():
+            return out
     _, channels, height, width = dataset.images.shape
     if height != width:
         raise ValueError(f"dataset must have square images, got {height} x {width} pixels")
@@ -204,7 +210,10 @@ def train_classifier(
         torch.manual_seed(config.seed)
         net = SmallClassifier(height, channels, len(dataset.classes), config.width, config.layers)
     net.to(where).train()
-    _fit(net, dataset.train, config, where, progress)
+    # A step is three calls: forward, and backward for the weights and for what is before them.
+    work = 3 * work_of((config.batch_size, channels, height, height), [net])
+    with torch_threads(work=work if where.type == "cpu" else None):
+        _fit(net, dataset.train, config, where, progress)
 
     net.eval().requires_grad_(False)
     judge = Judge(tuple(dataset.classes), _own(net), net.image_shape, where)
@@ -233,8 +242,8 @@ def _fit(
 ) -> None:
     images, labels = train.images.to(device), train.labels.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=0.01)
-    steps = tqdm(range(config.steps), desc="training the classifier", disable=not bar)
-    for step in steps:
+    steps = Progress(config.steps, "training the classifier", shown=bar)
+    for step in steps.over(range(config.steps)):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _rate(step, config.steps)
         drawn = torch.from_numpy(_batch(len(images), step, config)).to(device)
@@ -404,6 +413,18 @@ class Judge:
         return floats
 
 
+def classifier_files(directory: Path) -> list[Path]:
+    """What a classifier is loaded from, sorted; empty unless there are weights and ``config.json``.
+
+    What else lies in the folder decides nothing.
+    """
+    weights = next((found for pattern in _WEIGHTS if (found := list(directory.glob(pattern)))), [])
+    if not weights or not (directory / CONFIG).is_file():
+        return []
+    configs = [directory / name for name in _CONFIGS]
+    return sorted([*weights, *(path for path in configs if path.is_file())])
+
+
 def load_classifier(
     name_or_dir: Path | str,
     classes: Sequence[str],
@@ -429,7 +450,12 @@ def load_classifier(
     OSError
         If a model is neither on the hub nor on this machine.
     ValueError
-        If the classes differ, a file is damaged, or the model has no trained linear last layer.
+        If the classes differ, a file is damaged, the weights are pickles or not finite, the folder
+        holds code or names some, or the model has no trained linear last layer.
+
+    Notes
+    -----
+    Nothing in a folder or repository is run: :mod:`dng_models.foreign`.
     """
     where, classes = _device(device), tuple(classes)
     directory = Path(name_or_dir)
@@ -438,8 +464,8 @@ def load_classifier(
             raise FileNotFoundError(
                 f"{directory} must be the folder of a classifier; it has no {CONFIG}"
             )
-        description = files.read_json(directory / CONFIG)
-        if isinstance(description, dict) and description.get("kind") == KIND:
+        description = foreign.read_object(directory / CONFIG)
+        if description.get("kind") == KIND:
             return _load_own(directory, description, classes, where)
     return _load_hugging_face(str(name_or_dir), classes, where)
 
@@ -447,21 +473,45 @@ def load_classifier(
 def _load_own(
     directory: Path, description: dict[str, Any], classes: tuple[str, ...], device: torch.device
 ) -> Judge:
-    if tuple(description["classes"]) != classes:
-        raise _other_classes(directory, description["classes"], classes)
-    channels, side, _ = description["shape"]
-    training = description["training"]
-    net = SmallClassifier(side, channels, len(classes), training["width"], training["layers"])
-    weights, _ = files.load_tensors(directory / WEIGHTS)
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
+    told, path = directory / CONFIG, directory / WEIGHTS
+    found = foreign.member(description, "classes", list, told)
+    if tuple(found) != classes:
+        raise _other_classes(directory, list(map(str, found)), classes)
+    training = foreign.member(description, "training", dict, told)
+    sizes = {name: foreign.member(training, name, int, told) for name in ("width", "layers")}
+    shape = foreign.member(description, "shape", list, told)
+    if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+        raise ValueError(f"'shape' in {told} must be three positive integers, got {shape!r}")
+    confusion = _counts(foreign.member(description, "confusion", list, told), len(classes), told)
+    held = foreign.shapes(path)
+    channels, side, _ = shape
+    net: SmallClassifier = foreign.outline(
+        lambda sizes: SmallClassifier(side, channels, len(classes), **sizes), sizes, told, held
+    )
+    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    if wanted != held:
+        name = next(n for n in (*wanted, *held) if wanted.get(n) != held.get(n))
         raise ValueError(
-            f"{directory / WEIGHTS} does not hold the weights of the network in {CONFIG}: {error}"
-        ) from None
-    net.to(device).eval().requires_grad_(False)
-    confusion = np.array(description["confusion"], dtype=np.int64)
+            f"{path} does not hold the weights of the network in {CONFIG}: {name} has shape "
+            f"{held.get(name)} in the file and {wanted.get(name)} in the network"
+        )
+    weights, _ = foreign.load_tensors(path, finite=True)
+    net.load_state_dict(weights, assign=True)
+    net.float().to(device).eval().requires_grad_(False)
     return Judge(classes, _own(net), net.image_shape, device, confusion)
+
+
+def _counts(confusion: list[Any], classes: int, where: Path) -> NDArray[np.int64]:
+    """A confusion matrix from a file."""
+    try:
+        counts = np.array(confusion, dtype=np.int64)
+    except (ValueError, TypeError, OverflowError):
+        counts = np.zeros(0, dtype=np.int64)
+    if counts.shape != (classes, classes) or (counts < 0).any():
+        raise ValueError(
+            f"'confusion' in {where} must be counts by true and judged class, {classes} x {classes}"
+        )
+    return counts
 
 
 def _own(net: SmallClassifier) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -473,25 +523,38 @@ def _own(net: SmallClassifier) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 def _load_hugging_face(name: str, classes: tuple[str, ...], device: torch.device) -> Judge:
-    from safetensors import SafetensorError
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
+    directory, revision = Path(name), None
+    if directory.is_dir():
+        foreign.check_model(directory)
+    else:
+        directory, revision = foreign.hub_folder(name)
+        foreign.check_model(directory, weights=False)
+    where: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
     try:
+        if revision is None:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            make = AutoModelForImageClassification.from_config
+            foreign.check_size(lambda _: make(config, trust_remote_code=False), directory)
         model, report = AutoModelForImageClassification.from_pretrained(
-            name, output_loading_info=True
+            name, output_loading_info=True, use_safetensors=True, **where
         )
-    except SafetensorError as error:
+        processor = AutoImageProcessor.from_pretrained(name, **where)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged folder raises depends on where it is damaged
         raise ValueError(
-            f"{name} does not hold a whole model ({error}): it was damaged; remove it and get it "
-            "again"
-        ) from None
+            f"{name} does not hold a whole image classifier ({foreign.reason(error)}): it was "
+            "damaged, or is another model; remove it and get it again"
+        ) from error
     if report["missing_keys"]:
         # Transformers fills them with random numbers and only warns.
         raise ValueError(
             f"{name} must be a trained image classifier, but lacks the weights "
             f"{', '.join(sorted(report['missing_keys']))}"
         )
-    processor = AutoImageProcessor.from_pretrained(name)
+    foreign.require_finite_network(name, model)
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     places = {_plain(label): i for i, label in enumerate(classes)}
     if sorted(map(_plain, labels)) != sorted(places):

@@ -6,17 +6,17 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dng_models.class_removal import compare, files
 from dng_models.class_removal.calibrate import calibrate, collect
-from dng_models.class_removal.classifier import ClassifierConfig, train_classifier
+from dng_models.class_removal.classifier import ClassifierConfig, classifier_files, train_classifier
 from dng_models.class_removal.config import (
     CALIBRATED,
     FEWER_FOR_DIGITS,
@@ -32,8 +32,10 @@ from dng_models.class_removal.config import (
 from dng_models.class_removal.data import Dataset, read_image
 from dng_models.class_removal.evaluate import evaluate
 from dng_models.class_removal.generate import Materials, generate, piece_count, trajectories
+from dng_models.class_removal.networks import is_there
 from dng_models.class_removal.sweep import Row, keep_samples, label, sweep, without_broken
 from dng_models.class_removal.train import Kind, default_config, train_diffusion
+from dng_models.progress import Progress
 
 # What a whole run draws: kind of networks, method, scales.  A setting of 1,024 digits takes half a
 # minute, and all of it, with the training, a quarter of an hour.
@@ -156,17 +158,20 @@ def _train(
     if "conditional" in parts:
         diffusion("conditional", dataset, folder.networks / "conditional")
     if "classifier" in parts:
-        if materials.processes.is_main_process:
-            # Only small drawings change their meaning in a mirror.
-            photographs = dataset.image_size > 28
-            train_classifier(
-                dataset,
-                folder.networks / "classifier",
-                ClassifierConfig(flips=photographs if given.flip is None else given.flip),
-                device=materials.device,
-                progress=not given.quiet,
-            )
-        materials.processes.wait_for_everyone()
+        out = folder.networks / "classifier"
+        finished = classifier_files(out) and not (out / files.LOCK).exists()
+        with nullcontext() if finished else materials.only_writer(out):
+            if materials.processes.is_main_process:
+                # Only small drawings change their meaning in a mirror.
+                photographs = dataset.image_size > 28
+                train_classifier(
+                    dataset,
+                    out,
+                    ClassifierConfig(flips=photographs if given.flip is None else given.flip),
+                    device=materials.device,
+                    progress=not given.quiet,
+                )
+            materials.processes.wait_for_everyone()
 
 
 def _train_missing(
@@ -178,13 +183,10 @@ def _train_missing(
         "base": [] if config.base else [folder.networks / "base"],
         "class": [folder.class_network(name) for name in materials.resolved(config).forget],
         "conditional": [folder.networks / "conditional"] if "conditional" in kinds else [],
-        "classifier": [] if config.classifier else [folder.networks / "classifier"],
     }
-    missing = [
-        part
-        for part, paths in places.items()
-        if not all((path / "config.json").is_file() for path in paths)
-    ]
+    missing = [part for part, paths in places.items() if not all(is_there(path) for path in paths)]
+    if not config.classifier and not classifier_files(folder.networks / "classifier"):
+        missing.append("classifier")
     _train(given, config, materials, missing)
 
 
@@ -195,12 +197,13 @@ def calibrate_command(given: argparse.Namespace) -> None:
     """Fit the trackers to networks, one class after the other."""
     config = _config(given)
     materials = _materials(given, config)
-    for each in _one_by_one(config, materials, True):
-        path = _calibrate(
-            each, materials, given.paths, given.path_steps, progress=_shows(given, materials)
-        )
-        if materials.processes.is_main_process:
-            print(path)
+    with materials.only_writer(materials.folder.path):
+        for each in _one_by_one(config, materials, True):
+            path = _calibrate(
+                each, materials, given.paths, given.path_steps, progress=_shows(given, materials)
+            )
+            if materials.processes.is_main_process:
+                print(path)
 
 
 def _calibrate(
@@ -254,11 +257,13 @@ def sample_command(given: argparse.Namespace) -> None:
     """Draw images of one setting."""
     config = _config(given)
     materials = _materials(given, config)
-    config = materials.resolved(config)
+    with materials.only_writer(materials.folder.path):
+        _sample(given, materials.resolved(config), materials)
+
+
+def _sample(given: argparse.Namespace, config: Config, materials: Materials) -> None:
     shown = _shows(given, materials)
-    with tqdm(
-        total=piece_count(config), desc=label(config), unit="batch", disable=not shown
-    ) as bar:
+    with Progress(piece_count(config), label(config), unit="batch", shown=shown) as bar:
         generated = generate(config, materials, advance=bar.update)
     if generated is None:
         return
@@ -286,6 +291,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
     images = _read_images(source, tuple(materials.dataset(config).images.shape[1:]))
     with materials.threads(config):
         metrics = evaluate(images, materials.reference(config), materials.judge(config))
+    files.clean(folder, below=False)
     files.write_json(folder / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2, sort_keys=True))
 
@@ -348,8 +354,10 @@ def plot_command(given: argparse.Namespace) -> None:
     """Draw the figures of a run."""
     from dng_models.class_removal import plot
 
-    dataset = getattr(given, "dataset", Config.dataset)
-    for path in plot.draw_all(_folder(given, dataset), safety=given.safety):
+    folder = _folder(given, getattr(given, "dataset", Config.dataset))
+    files.clean(folder, below=False)
+    files.clean(RunFolder(folder).figures)
+    for path in plot.draw_all(folder, safety=given.safety):
         print(path)
 
 
@@ -357,6 +365,7 @@ def convert_command(given: argparse.Namespace) -> None:
     """Convert a published network."""
     from dng_models.class_removal import convert
 
+    files.clean(given.out, below=False)
     text = convert.main(given.checkpoint, given.out, image_size=given.image_size, entry=given.entry)
     print(text)
 
@@ -366,14 +375,19 @@ def convert_command(given: argparse.Namespace) -> None:
 
 def run_command(given: argparse.Namespace) -> None:
     """All of it."""
-    from dng_models.class_removal import plot
-
     fewer = {"num_images": QUICK_IMAGES} if given.quick else {}
     config = _config(given, rule="none", scale=0.0, **fewer)
     materials = _materials(given, config)
     if given.quick:
         folder = RunFolder(_folder(given, config.dataset, "-quick"), shipped=_shipped(config))
         materials = _with(given, folder)
+    with materials.only_writer(materials.folder.path):
+        _run(given, config, materials)
+
+
+def _run(given: argparse.Namespace, config: Config, materials: Materials) -> None:
+    from dng_models.class_removal import plot
+
     each = _one_by_one(config, materials, given.each)
     plan = [
         step

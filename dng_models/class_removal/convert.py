@@ -28,6 +28,7 @@ from statistics import mode
 from typing import TYPE_CHECKING, Any
 
 from dng_math import _checks
+from dng_models import foreign
 from dng_models.class_removal.networks import save_network
 
 if TYPE_CHECKING:
@@ -326,7 +327,10 @@ def _renamed(plan: _Plan, wanted: Mapping[str, Size]) -> dict[str, Tensor]:
                     f"key {key} must have shape {here} in this network, got {tuple(tensor.shape)}"
                 )
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"key {key} must be finite: the checkpoint is damaged")
+                raise ValueError(
+                    f"key {key} must be finite, and has numbers that are NaN or infinite: the "
+                    "checkpoint is damaged, or its training diverged"
+                )
             moved = tensor.T if old.endswith(".W") else tensor
             state[target] = moved.reshape(shape).to(torch.float32, copy=True).contiguous()
     # The attention that the network has not got: the identity.
@@ -340,6 +344,7 @@ def _entry(checkpoint: Path, entry: str) -> dict[str, Tensor]:
 
     if not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint must be a file, and there is none at {checkpoint}")
+    foreign.check_archive(checkpoint)
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except OSError:
@@ -380,6 +385,7 @@ def _entry(checkpoint: Path, entry: str) -> dict[str, Tensor]:
             )
         if not tensor.is_floating_point():
             raise ValueError(f"key {key} must be a floating-point tensor, got {tensor.dtype}")
+    foreign.require_stored(checkpoint, state.values())
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     return state

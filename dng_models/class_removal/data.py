@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dng_math import _checks
+from dng_models import foreign
+from dng_models.progress import progress
 
 if TYPE_CHECKING:
     import datasets
@@ -316,6 +318,7 @@ def _read(dataset: str | Path, split: str) -> datasets.Dataset:
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"dataset must be a parquet file, a folder or a name, got the file {path}")
     if path.is_file():
+        foreign.check_table(path)
         where: tuple[str, dict[str, Any]] = ("parquet", {"data_files": str(path)})
     elif path.is_dir():
         where = ("imagefolder", {"data_dir": str(path), "drop_labels": False})
@@ -326,6 +329,9 @@ def _read(dataset: str | Path, split: str) -> datasets.Dataset:
         )
     else:
         where = (HUB_NAMES.get(str(dataset), str(dataset)), {})
+        if int(datasets.__version__.split(".")[0]) < 4:
+            # Before 4 a data set could be a script, and unless told so it asked whether to run it.
+            where[1]["trust_remote_code"] = False
     try:
         return datasets.load_dataset(where[0], split=split, **where[1])
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
@@ -453,16 +459,22 @@ def _pixels(
 ) -> NDArray[np.float32]:
     """All images, shape (N, C, H, W), in [-1, 1]."""
     import datasets
-    from tqdm import tqdm
 
     encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     arrays: list[NDArray[np.uint8]] = []
-    for row, item in enumerate(tqdm(encoded, desc="reading images", leave=False, disable=None)):
+    for row, item in enumerate(progress(encoded, "reading images", unit="image", leave=False)):
         array = _array(item[column], row, image_size, channels)
         if arrays and array.shape != arrays[0].shape:
             raise ValueError(
                 f"all images must be alike, but image 0 is {_shape(arrays[0])} and image {row} is "
                 f"{_shape(array)}: choose an image_size or channels"
+            )
+        if not arrays:
+            # Bytes, and then floats.
+            foreign.require_memory(
+                f"{len(encoded)} images of {_shape(array)}",
+                len(encoded) * array.size * 5,
+                "choose a smaller image_size",
             )
         arrays.append(array)
     if not arrays:
@@ -516,16 +528,19 @@ def read_image(
         If it cannot be decoded, has several frames, more than 8 bits a channel, or, unless channels
         are given, an alpha channel, which is dropped otherwise.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    broken = OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError
+    broken = OSError, SyntaxError, ValueError, EOFError, struct.error
+    opened = foreign.open_image(source, name)
     try:
-        with Image.open(source) as opened:
+        with opened:
             # A camera's second frame is a preview or a depth map.
             frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
             opened.load()
             image = ImageOps.exif_transpose(opened)
     except broken as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{name} cannot be decoded: {error}") from error
     if frames > 1:
         raise ValueError(f"images must have one frame, but {name} has {frames}")

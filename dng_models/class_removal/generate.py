@@ -25,9 +25,9 @@ from dng_kernels.plan import PredictionType
 from dng_math import DDPM, NoiseSchedule
 from dng_math.guidance import Rule
 from dng_math.posterior import LogOddsTracker, PaperTracker
-from dng_models.class_removal import files
+from dng_models.class_removal import files, networks
 from dng_models.class_removal.calibrate import Calibration
-from dng_models.class_removal.classifier import Judge, load_classifier
+from dng_models.class_removal.classifier import Judge, classifier_files, load_classifier
 from dng_models.class_removal.config import TOWARD, Config, RunFolder, tracker_of
 from dng_models.class_removal.data import Dataset, load_dataset
 from dng_models.class_removal.evaluate import Reference
@@ -35,6 +35,7 @@ from dng_models.class_removal.pretrained import Pretrained, load_denoiser
 from dng_models.metrics import FrechetInception
 from dng_models.processes import Place
 from dng_models.sampling import Denoiser, Labelled, Samples, sample
+from dng_models.threads import torch_threads
 
 SMALL_SIDE = 28
 COMMAND = "python -m dng_models.class_removal"
@@ -118,16 +119,10 @@ class Materials(Place):
         how many there are, which ``accelerate launch`` changes; and small networks gain nothing
         from more of them.  More processes use more cores.
         """
-        before = torch.get_num_threads()
-        small = self.dataset(config).image_size <= SMALL_SIDE
+        small = self.dataset(config).image_size <= SMALL_SIDE and self.device.type == "cpu"
         # Sums of NumPy depend on the threads of its BLAS.
-        with threadpool_limits(1, user_api="blas"):
-            if small and self.device.type == "cpu":
-                torch.set_num_threads(1)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(before)
+        with threadpool_limits(1, user_api="blas"), torch_threads(count=1 if small else None):
+            yield
 
     def _once(self, key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
         if key not in self._loaded:
@@ -170,10 +165,10 @@ class Materials(Place):
         ValueError
             If its images or labels are not those of the data, or a file is damaged.
         """
-        if isinstance(where, Path) and not where.is_dir():
+        if isinstance(where, Path) and not networks.is_there(where):
             part = where.name if where.name in ("base", "conditional") else "class"
             raise FileNotFoundError(
-                f"there is no network in {where}; train it with: {COMMAND} train "
+                f"there is no network in {where}, or not all of it; train it with: {COMMAND} train "
                 f"--dataset {config.dataset} --forget {' '.join(config.forget)} --only {part} "
                 f"--out {self.folder.path}"
             )
@@ -312,10 +307,10 @@ class Materials(Place):
             If it was not trained.
         """
         where = config.classifier or self.folder.networks / "classifier"
-        if isinstance(where, Path) and not where.is_dir():
+        if isinstance(where, Path) and len(classifier_files(where)) < 2:
             raise FileNotFoundError(
-                f"there is no classifier in {where}; train it with: {COMMAND} train "
-                f"--dataset {config.dataset} --only classifier --out {self.folder.path}"
+                f"there is no classifier in {where}, or not all of it; train it with: {COMMAND} "
+                f"train --dataset {config.dataset} --only classifier --out {self.folder.path}"
             )
         classes = self.dataset(config).classes
         loaded: Judge = self._once(
@@ -365,14 +360,12 @@ def _alike(one: NoiseSchedule, other: NoiseSchedule) -> bool:
 
 
 def _files_digest(where: Path | str) -> str:
-    """Of a file, or of a folder's weights and configuration; a name on the hub is its own."""
+    """Of a file, or of what a classifier is loaded from; a name on the hub is its own."""
     path = Path(where)
     if not path.exists():
         return str(where)
     sha = hashlib.sha256()
-    for file in (
-        sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
-    ):
+    for file in classifier_files(path) if path.is_dir() else [path]:
         sha.update(file.read_bytes())
     return sha.hexdigest()[:12]
 

@@ -10,13 +10,13 @@ with ``training.json`` beside the weights: what it was trained on, and how.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dng_math import _checks
+from dng_models import foreign
 from dng_models.class_removal import files
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ SIZES: tuple[Size, ...] = ("small", "paper")
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 METADATA = "training.json"
+STATE = "state.safetensors"  # of a training that is not finished
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,16 @@ def save_network(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files.save_tensors(directory / WEIGHTS, net.state_dict(), {"format": "pt"})
-    with tempfile.TemporaryDirectory(prefix=".config.", dir=directory) as temporary:
-        net.save_config(temporary)
-        config = (Path(temporary) / CONFIG).read_text(encoding="utf-8")
-    files.write_text(directory / CONFIG, config)
+    files.write_text(directory / CONFIG, net.to_json_string())
     files.write_json(directory / METADATA, dict(metadata or {}))
+
+
+def is_there(directory: Path) -> bool:
+    """Whether a folder holds a network, of any kind: not what is left of one, or its beginning."""
+    if (directory / METADATA).is_file():
+        return all((directory / name).is_file() for name in (CONFIG, WEIGHTS))
+    described = any((directory / name).is_file() for name in (CONFIG, "model_index.json"))
+    return described and not (directory / STATE).is_file()
 
 
 def load_network(directory: Path | str, *, device: torch.device | str | None = None) -> UNet2DModel:
@@ -176,7 +182,8 @@ def load_network(directory: Path | str, *, device: torch.device | str | None = N
     FileNotFoundError
         If the folder is not there or lacks a file.
     ValueError
-        If a file is damaged, or the network is of another kind than a ``UNet2DModel``.
+        If a file is damaged, the network is of another kind than a ``UNet2DModel``, or its
+        weights are not finite.
     """
     from diffusers import UNet2DModel
 
@@ -187,24 +194,24 @@ def load_network(directory: Path | str, *, device: torch.device | str | None = N
                 f"{directory} must be the folder of a network, with {CONFIG} and {WEIGHTS}; "
                 f"it has no {name}"
             )
-    config = files.read_json(directory / CONFIG)
-    kind = config.get("_class_name") if isinstance(config, dict) else None
+    config = foreign.read_object(directory / CONFIG)
+    kind = config.get("_class_name")
     if kind != "UNet2DModel":
         raise ValueError(
             f"{directory / CONFIG} must describe a UNet2DModel, got {kind!r}: "
             "networks of other kinds do not predict noise of images from (x, t)"
         )
-    weights, _ = files.load_tensors(directory / WEIGHTS)
-    net = UNet2DModel.from_config(config)
+    found = foreign.shapes(directory / WEIGHTS)
+    net = foreign.outline(UNet2DModel.from_config, config, directory / CONFIG, found)
     wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
     if wanted != found:
         name = next(n for n in (*wanted, *found) if wanted.get(n) != found.get(n))
         raise ValueError(
             f"{directory / WEIGHTS} does not hold the weights of the network in {CONFIG}: "
             f"{name} has shape {found.get(name)} in the file and {wanted.get(name)} in the network"
         )
-    net.load_state_dict(weights)
+    weights, _ = foreign.load_tensors(directory / WEIGHTS, finite=True)
+    net.load_state_dict(weights, assign=True)
     return net.float().to(device).eval().requires_grad_(False)
 
 
@@ -221,7 +228,4 @@ def read_metadata(directory: Path | str) -> dict[str, Any]:
     path = Path(directory) / METADATA
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: no training was finished there")
-    metadata = files.read_json(path)
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {metadata!r}")
-    return metadata
+    return foreign.read_object(path)

@@ -12,7 +12,6 @@ Whatever would change the images without being a setting of the sampler is refus
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from dng_math import NoiseSchedule, _checks
-from dng_models.class_removal import files
+from dng_models import foreign
 
 if TYPE_CHECKING:
     import torch
@@ -97,15 +96,16 @@ def load_denoiser(
         If it is not there, neither as a directory nor on the hub or in the hub's cache, or lacks
         a file; the message says which files are needed.
     ValueError
-        If it is of another kind, or damaged, or needs what the sampler has not got.
+        If it is of another kind, or damaged, its weights are pickles or not finite, or it needs
+        what the sampler has not got.
 
     Notes
     -----
-    Weights are read as tensors and nothing else: safetensors where there are any, else ``.bin``
-    through ``torch.load(weights_only=True)``.  Nothing in a repository is run.
+    Weights are safetensors, and nothing in a repository is run: :mod:`dng_models.foreign`.
     """
     folder = _folder(name_or_path)
     where = _network_folder(folder)
+    _check(folder, where)
     shape = _shape(where / NETWORK)
     schedule, prediction, clip = _settings(folder, where)
     net = _network(where, dtype).to(device)
@@ -143,17 +143,14 @@ def _download(name: str) -> Path:
                 f"there is no directory {name}, and {name} could not be had from the hub "
                 f"({type(error).__name__}: {str(error).splitlines()[0]}). Where there is a "
                 f"network: hf download {name} --include '*.json' '*.safetensors', with --local-dir "
-                f"DIR to carry DIR here; needed are {NETWORK} and {WEIGHTS}.safetensors (or .bin) "
-                f"of the network, and {INDEX} and {SCHEDULER} of the pipeline"
+                f"DIR to carry DIR here; needed are {NETWORK} and {WEIGHTS}.safetensors of the "
+                f"network, and {INDEX} and {SCHEDULER} of the pipeline"
             ) from error
 
     folder = fetch("*.json")
     where = _network_folder(folder)
     prefix = f"{where.relative_to(folder).as_posix()}/".removeprefix("./")
-    for suffix in ("safetensors", "bin"):
-        fetch(f"{prefix}{WEIGHTS}.{suffix}", f"{prefix}{WEIGHTS}-*-of-*.{suffix}")
-        if _has_weights(where, suffix):
-            break
+    fetch(f"{prefix}{WEIGHTS}.safetensors", f"{prefix}{WEIGHTS}-*-of-*.safetensors")
     return folder
 
 
@@ -162,7 +159,7 @@ def _network_folder(folder: Path) -> Path:
     index = folder / INDEX
     where = folder
     if index.is_file():
-        parts = {part for part in _read(index) if not part.startswith("_")}
+        parts = {part for part in foreign.read_object(index) if not part.startswith("_")}
         if parts != {"unet", "scheduler"}:
             raise ValueError(
                 f"{index} must be of a pipeline of a unet and a scheduler, as DDPMPipeline, "
@@ -178,17 +175,11 @@ def _network_folder(folder: Path) -> Path:
     return where
 
 
-def _has_weights(where: Path, suffix: str) -> bool:
-    names = (f"{WEIGHTS}.{suffix}", f"{WEIGHTS}.{suffix}.index.json")
-    return any((where / name).is_file() for name in names)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    value = files.read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {value!r}")
-    return value
+def _check(folder: Path, where: Path) -> None:
+    """Whether nothing in the folder is code, and the weights are tensors of a whole file."""
+    if (folder / INDEX).is_file():
+        foreign.check_pipeline(folder, weights=False)
+    foreign.check_model(where)
 
 
 # ---------------------------------------------------------------------- the network
@@ -196,7 +187,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _shape(path: Path) -> tuple[int, int, int]:
     """Shape of an image, from a network's configuration; refuses other kinds of network."""
-    config = _read(path)
+    config = foreign.read_object(path)
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
         raise ValueError(
@@ -204,6 +195,11 @@ def _shape(path: Path) -> tuple[int, int, int]:
             "predict from an image and a time step alone"
         )
     channels, out = config.get("in_channels", 3), config.get("out_channels", 3)
+    if not all(isinstance(each, int) for each in (channels, out)):
+        raise ValueError(
+            f"{path} must have whole numbers as in_channels and out_channels, got "
+            f"{foreign.shown(channels)} and {foreign.shown(out)}"
+        )
     if out == 2 * channels:
         raise ValueError(
             f"{path} has out_channels = {out} for in_channels = {channels}: the network predicts "
@@ -230,28 +226,25 @@ def _shape(path: Path) -> tuple[int, int, int]:
 def _network(where: Path, dtype: torch.dtype | None) -> UNet2DModel:
     """The network with all its weights."""
     from diffusers import UNet2DModel
-    from safetensors import SafetensorError
 
-    safe = _has_weights(where, "safetensors")
-    if not safe and not _has_weights(where, "bin"):
-        raise FileNotFoundError(
-            f"there are no weights in {where}: {WEIGHTS}.safetensors is needed (or {WEIGHTS}.bin)"
-        )
+    config = foreign.read_object(where / NETWORK)
+    held = foreign.require_tensors(where)
+    foreign.require_size(
+        foreign.outline(UNet2DModel.from_config, config, where / NETWORK, held), where
+    )
     try:
-        # .bin files are read by diffusers through torch.load(weights_only=True).
         net, report = UNet2DModel.from_pretrained(
             where,
-            use_safetensors=safe,
+            use_safetensors=True,
             local_files_only=True,
             torch_dtype=dtype,
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = textwrap.shorten(str(error), 300)
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"the weights in {where} cannot be loaded as tensors of the network in {NETWORK}: "
-            f"they are damaged, of another network, or need code to be run ({reason})"
+            f"they are damaged, or of another network ({foreign.reason(error)})"
         ) from error
     for problem in ("missing_keys", "unexpected_keys"):
         if report[problem]:
@@ -259,6 +252,7 @@ def _network(where: Path, dtype: torch.dtype | None) -> UNet2DModel:
                 f"the weights in {where} are not those of the network in {NETWORK}: "
                 f"{problem.replace('_', ' ')} {', '.join(sorted(report[problem])[:4])}"
             )
+    foreign.require_finite_network(where, net)
     return net.eval().requires_grad_(False)
 
 
@@ -275,7 +269,7 @@ def _settings(folder: Path, where: Path) -> tuple[NoiseSchedule, Prediction, flo
         if (folder / INDEX).is_file():
             raise FileNotFoundError(f"{folder} is a pipeline without scheduler/{SCHEDULER}")
         return NoiseSchedule.linear(1000), "epsilon", 1.0
-    config = _read(found[0])
+    config = foreign.read_object(found[0])
     try:
         return schedule_of(config), prediction_of(config), clip_of(config)
     except (TypeError, ValueError) as error:

@@ -13,20 +13,21 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import dng_math
 from dng_models.class_removal import files
 from dng_models.class_removal.config import Config
 from dng_models.class_removal.evaluate import evaluate
 from dng_models.class_removal.generate import Generated, Materials, generate, piece_count
+from dng_models.progress import Progress, say
 
 Row = dict[str, Any]
 SHOWN = 16  # images of every setting that stay for the grids
@@ -41,7 +42,8 @@ def sweep(
 ) -> list[Row]:
     """Draw and measure every setting that the table does not have yet.
 
-    Every process that ``accelerate launch`` started calls it.
+    Every process that ``accelerate launch`` started calls it.  Of a setting that the table has and
+    whose kept images are gone or damaged, these are drawn again.
 
     Parameters
     ----------
@@ -64,15 +66,24 @@ def sweep(
     ValueError
         If the table has rows of other networks, or is damaged before its last line.
     OSError
-        If something cannot be written; what was finished stays.
+        If something cannot be written, or another process writes to the folder; what was finished
+        stays.
     """
-    processes, folder = materials.processes, materials.folder
     configs = list(dict.fromkeys(materials.resolved(config) for config in configs))
+    with materials.only_writer(materials.folder.path):
+        return _sweep(configs, materials, keep_images, progress)
+
+
+def _sweep(
+    configs: Sequence[Config], materials: Materials, keep_images: bool, progress: bool
+) -> list[Row]:
+    processes, folder = materials.processes, materials.folder
     if processes.is_main_process:
         _drop_torn_line(folder.table)
     processes.wait_for_everyone()
     rows = {row["key"]: row for row in read_table(folder.table)}
     pending = [config for config in configs if config.key not in rows]
+    lost = [config for config in configs if config.key in rows and _lost(materials, config)]
     if processes.is_main_process and not keep_images:
         for config in configs:
             if config.key in rows:
@@ -80,12 +91,14 @@ def sweep(
     # Nobody writes a row before everybody has read the table.
     processes.wait_for_everyone()
     # Whatever is missing should be known now, not when its turn comes.
-    sources = {config.key: materials.sources(config) for config in pending}
-    for config in pending:
+    sources = {config.key: materials.sources(config) for config in [*pending, *lost]}
+    for config in [*pending, *lost]:
         _check_sources(config, sources[config.key], rows.values())
+    for config in lost:
+        _draw_lost(config, materials, keep_images, progress)
     shown = progress and processes.is_main_process and pending
     total = sum(map(piece_count, pending))
-    with tqdm(total=total, unit="batch", smoothing=0.1, disable=not shown) as bar:
+    with Progress(total, unit="batch", shown=bool(shown)) as bar:
         for done, config in enumerate(pending, len(configs) - len(pending) + 1):
             bar.set_description(f"setting {done}/{len(configs)}, {label(config)}")
             generated = generate(config, materials, advance=bar.update)
@@ -94,11 +107,43 @@ def sweep(
                 append_row(folder.table, row)
                 rows[config.key] = row
                 if progress:
-                    bar.write(_told(config, row), file=sys.stderr)
+                    say(_told(config, row), sys.stderr)
                 if not keep_images:
                     shutil.rmtree(folder.work(config), ignore_errors=True)
             processes.wait_for_everyone()
     return [rows[config.key] for config in configs if config.key in rows]
+
+
+def _lost(materials: Materials, config: Config) -> bool:
+    """Whether some of what :func:`keep_samples` writes is gone or damaged."""
+    folder = materials.folder.samples(config)
+    try:
+        files.load_tensors(folder / "images.safetensors")
+        files.read_json(folder / "config.json")
+    except (FileNotFoundError, ValueError):
+        return True
+    return not (folder / "grid.png").is_file()
+
+
+def _draw_lost(config: Config, materials: Materials, keep_images: bool, progress: bool) -> None:
+    """Draw the images of a setting that stay, and only these, once more."""
+    few = replace(config, num_images=min(SHOWN, config.num_images))
+    if progress and materials.processes.is_main_process:
+        say(f"{label(config)}: its samples are gone or damaged, drawn again", sys.stderr)
+    generated = generate(few, materials)
+    if generated is not None:
+        with materials.threads(config):
+            _keep_first(config, materials, generated)
+        if not keep_images:
+            shutil.rmtree(materials.folder.work(config), ignore_errors=True)
+    materials.processes.wait_for_everyone()
+
+
+def _keep_first(config: Config, materials: Materials, generated: Generated) -> None:
+    """Keep the first images of a setting, with what the classifier says of them."""
+    images, _ = without_broken(generated.images[:SHOWN])
+    labels, _ = materials.judge(config).judge(images)
+    keep_samples(materials, config, generated, torch.from_numpy(labels))
 
 
 def label(config: Config) -> str:
@@ -133,8 +178,7 @@ def _measured(
     with materials.threads(config):
         judge, reference = materials.judge(config), materials.reference(config)
         metrics = evaluate(images, reference, judge)
-        labels, _ = judge.judge(images[:SHOWN])
-    keep_samples(materials, config, generated, torch.from_numpy(labels))
+        _keep_first(config, materials, generated)
     summary: dict[str, float] = {
         "mean_scale": float(generated.mean_scale.mean()),
         "not_finite": broken,
@@ -245,8 +289,9 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def _drop_torn_line(path: Path) -> None:
-    if path.is_file():
-        os.truncate(path, sum(len(line) + 1 for line in _whole_lines(path)))
+    whole = sum(len(line) + 1 for line in _whole_lines(path))
+    if path.is_file() and path.stat().st_size > whole:
+        os.truncate(path, whole)
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

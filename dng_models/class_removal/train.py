@@ -34,6 +34,8 @@ from dng_math.guidance import Unguided
 from dng_models.class_removal import files, networks
 from dng_models.class_removal.data import Dataset
 from dng_models.class_removal.networks import Size
+from dng_models.processes import only_writer
+from dng_models.progress import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +46,7 @@ Kind = Literal["base", "class", "conditional"]
 PRECISIONS: tuple[Precision, ...] = ("no", "bf16")
 KINDS: tuple[Kind, ...] = ("base", "class", "conditional")
 SCHEDULE_STEPS = 1000
-STATE = "state.safetensors"
+STATE = networks.STATE
 LOSS = "loss.jsonl"
 GRID = "samples.png"
 GRID_SIDE = 10
@@ -282,7 +284,8 @@ def train_diffusion(
     device : torch.device or str, optional
         "cpu" or "cuda"; default what accelerate finds.
     progress : bool
-        Whether to show a bar with the loss and the time left, where there is a terminal.
+        Whether to show the loss and the time left: a bar, or where there is no terminal a line
+        every half minute.
 
     Returns
     -------
@@ -295,7 +298,8 @@ def train_diffusion(
         If an argument is not allowed, ``out`` holds a state or a network of another configuration
         (names the field), or a file there is damaged.
     OSError
-        If something cannot be written; the last state stays as it is.
+        If something cannot be written, or another process trains there; the last state stays as it
+        is.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"dataset must be a Dataset, got {dataset!r}")
@@ -316,9 +320,7 @@ def train_diffusion(
         "trained_on": [data.classes[label] for label in present],
         "conditional": conditional,
     }
-    if (out / networks.METADATA).is_file():
-        done = networks.read_metadata(out)
-        _same(done.get("configuration"), identity, out / networks.METADATA)
+    if _is_finished(out, identity) and not _is_untidy(out):
         return out
     accelerator = _accelerator(config, device)
     if config.batch_size % accelerator.num_processes:
@@ -326,13 +328,37 @@ def train_diffusion(
             "batch_size must be a multiple of the number of processes, "
             f"{accelerator.num_processes}; got {config.batch_size}"
         )
-    run = _Run(data, out, config, identity, accelerator, conditional)
-    run.resume()
-    run.train(progress)
-    if accelerator.is_main_process:
-        run.finish(dataset.held_out)
-    accelerator.wait_for_everyone()
+    with only_writer(out, accelerator):
+        # Another process may have finished it until now.
+        if not _is_finished(out, identity):
+            run = _Run(data, out, config, identity, accelerator, conditional)
+            run.resume()
+            run.train(progress)
+            if accelerator.is_main_process:
+                run.finish(dataset.held_out)
+        elif accelerator.is_main_process and _has_unkept_state(out):
+            (out / STATE).unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
     return out
+
+
+def _is_finished(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether a folder holds the network of this configuration, all of it."""
+    if not (out / networks.METADATA).is_file():
+        return False
+    done = networks.read_metadata(out)
+    _same(done.get("configuration"), identity, out / networks.METADATA)
+    return networks.is_there(out)
+
+
+def _is_untidy(out: Path) -> bool:
+    """Whether a training was killed after its end, before it had put away its tools."""
+    return (out / files.LOCK).exists() or _has_unkept_state(out)
+
+
+def _has_unkept_state(out: Path) -> bool:
+    kept = networks.read_metadata(out).get("keep_state", True)
+    return not kept and (out / STATE).is_file()
 
 
 def _same(saved: object, wanted: dict[str, Any], path: Path) -> None:
@@ -475,15 +501,12 @@ class _Run:
 
     def train(self, progress: bool) -> None:
         """All steps that are left."""
-        from tqdm import tqdm
-
         config = self.config
-        bar = tqdm(
-            total=config.steps,
+        bar = Progress(
+            config.steps,
+            f"training {self.out.name}",
             initial=self.step,
-            desc=f"training {self.out.name}",
-            unit="step",
-            disable=None if progress and self.accelerator.is_main_process else True,
+            shown=progress and self.accelerator.is_main_process,
         )
         with bar:
             while self.step < config.steps:
@@ -585,6 +608,7 @@ class _Run:
             "trained_on": self.identity["trained_on"],
             "num_images": len(self.images),
             "steps": self.step,
+            "keep_state": self.config.keep_state,
             "loss": _last_loss(self.out / LOSS),
             "versions": versions(),
         }

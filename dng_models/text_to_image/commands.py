@@ -95,7 +95,9 @@ def _measuring(given: argparse.Namespace, folder: RunFolder) -> Config:
 
 def table_command(given: argparse.Namespace) -> None:
     """Print and write the tables."""
-    print(_write_tables(_folder(given)), end="")
+    folder = _folder(given)
+    files.clean(folder.path, below=False)
+    print(_write_tables(folder), end="")
 
 
 def _write_tables(folder: RunFolder) -> str:
@@ -113,7 +115,9 @@ def plot_command(given: argparse.Namespace) -> None:
     """Draw the figures."""
     from dng_models.text_to_image import plot
 
-    for path in plot.draw_all(_folder(given).path, columns=given.columns):
+    folder = _folder(given)
+    files.clean(folder.figures)
+    for path in plot.draw_all(folder.path, columns=given.columns):
         print(path)
 
 
@@ -122,12 +126,13 @@ def run_command(given: argparse.Namespace) -> None:
     from dng_models.text_to_image import plot
 
     config, materials = _config(given), _materials(given)
-    # What is missing should be known before hours of drawing.
-    materials.pipeline(config)
-    materials.detector(config)
-    generate(config, materials, progress=not given.quiet)
-    measure(config, materials, progress=not given.quiet)
-    if materials.processes.is_main_process:
-        for path in plot.draw_all(materials.folder.path):
-            print(path)
-        print(_write_tables(materials.folder), end="")
+    with materials.only_writer(materials.folder.path):
+        # What is missing should be known before hours of drawing.
+        materials.pipeline(config)
+        materials.detector(config)
+        generate(config, materials, progress=not given.quiet)
+        measure(config, materials, progress=not given.quiet)
+        if materials.processes.is_main_process:
+            for path in plot.draw_all(materials.folder.path):
+                print(path)
+            print(_write_tables(materials.folder), end="")

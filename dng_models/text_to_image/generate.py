@@ -16,15 +16,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from dng_math import _checks
 from dng_models.class_removal import files
 from dng_models.processes import Place
+from dng_models.progress import Progress
 from dng_models.text_to_image import pipelines, scores, store
 from dng_models.text_to_image.config import TINY, Config, Point, check_same
 from dng_models.text_to_image.prompts import split
 from dng_models.text_to_image.store import Record, RunFolder
+from dng_models.threads import torch_threads
 
 Array = NDArray[np.float64]
 Batch = tuple[Point, tuple[int, ...]]
@@ -90,14 +91,9 @@ class Materials(Place):
 @contextmanager
 def threads(config: Config) -> Iterator[None]:
     """One thread for the tiny networks, whose bits depend on how many there are."""
-    before = torch.get_num_threads()
-    with threadpool_limits(1, user_api="blas"):
-        if config.model == TINY:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    one = 1 if config.model == TINY else None
+    with threadpool_limits(1, user_api="blas"), torch_threads(count=one):
+        yield
 
 
 def batches(config: Config, batch_size: int) -> list[Batch]:
@@ -132,11 +128,19 @@ def generate(config: Config, materials: Materials, *, progress: bool = True) -> 
     ValueError
         If the folder has images of other settings, or a damaged file.
     OSError
-        If something cannot be written; what was finished stays.
+        If something cannot be written, or another process writes to the folder; what was finished
+        stays.
     """
+    with materials.only_writer(materials.folder.path):
+        _generate(config, materials, progress)
+
+
+def _generate(config: Config, materials: Materials, progress: bool) -> None:
     processes, folder = materials.processes, materials.folder
     if processes.is_main_process:
-        store.repair(folder)
+        every = batches(config, materials.batch_size)
+        names = {store.image_name(point, image) for point, images in every for image in images}
+        store.repair(folder, names)
     processes.wait_for_everyone()
     records = store.read_records(folder)
     before = store.read_settings(folder)
@@ -181,7 +185,7 @@ def _draw_all(
     shown = progress and processes.is_main_process
     with (
         threads(config),
-        tqdm(total=total, initial=total - missing, unit="image", disable=not shown) as bar,
+        Progress(total, unit="image", initial=total - missing, shown=shown) as bar,
     ):
         for first in range(0, len(pending), processes.num_processes):
             together = pending[first : first + processes.num_processes]
@@ -221,6 +225,7 @@ def _draw_batch(
             record["path"] = {
                 "file": store.strip_name(point),
                 "time": _rounded(each.strip_time),
+                "sha256": store.digest(folder.path / store.strip_name(point)),
             }
         record["sha256"] = store.digest(folder.image(point, image))
         store.append(lines, record)
@@ -296,15 +301,26 @@ def measure(
     Raises
     ------
     FileNotFoundError
-        If there are no images, one of them is gone, or a model cannot be loaded.
+        If there are no images, one of them is gone or changed (what draws it again is named), or
+        a model cannot be loaded.
     ValueError
         If a file is damaged.
+    OSError
+        If something cannot be written, or another process writes to the folder.
     """
+    with materials.only_writer(materials.folder.path):
+        _measure_all(config, materials, detector, progress)
+
+
+def _measure_all(
+    config: Config, materials: Materials, detector: scores.Detector | None, progress: bool
+) -> None:
     processes, folder = materials.processes, materials.folder
     if processes.is_main_process:
         store.repair(folder)
     processes.wait_for_everyone()
     table = store.read_table(folder)
+    store.check_images(folder, table)
     records = {record["file"]: record for record in table}
     if detector is None:
         detector = materials.detector(config)
@@ -324,7 +340,7 @@ def measure(
     shown = progress and processes.is_main_process and pending
     with (
         threads(config),
-        tqdm(total=len(share), desc="measuring", unit="batch", disable=not shown) as bar,
+        Progress(len(share), "measuring", unit="batch", shown=bool(shown)) as bar,
     ):
         for group in share:
             _measure(group, records, concepts, materials, config, detector, by, lines)
@@ -363,9 +379,6 @@ def _measure(
 ) -> None:
     """Measure the images of one batch."""
     folder, clip = materials.folder, materials.clip(config)
-    group = [record for record in group if record["unguided"] in records]
-    if not group:
-        return
     images = [_open(folder, record["file"]) for record in group]
     embeddings = clip.images(images)
     if group[0]["kind"] == "none":

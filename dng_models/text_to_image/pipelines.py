@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import dng_math
+from dng_models import foreign
 from dng_models.hook import apply_guidance
 from dng_models.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
 from dng_models.text_to_image.config import DEFAULT_CLIP, DEFAULT_MODEL, TINY, Config, Point
@@ -84,19 +86,14 @@ def load_pipeline(config: Config, device: torch.device) -> Any:
     FileNotFoundError
         If its weights are not on this machine and cannot be had, saying what to download.
     ValueError
-        If it is no text-to-image pipeline, or there is no such scheduler for it.
+        If it is no text-to-image pipeline, or there is no such scheduler for it; if its folder
+        holds code or names some, or weights that are pickles, damaged, or not finite.
     """
     dtype: torch.dtype = getattr(torch, config.dtype)
     if config.model == TINY:
         pipe: Any = _attentive(tiny_stable_diffusion())
     else:
-        try:
-            with warnings.catch_warnings():
-                # The lowest diffusers that is supported knows its newer name, dtype, not yet.
-                warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-                pipe = DiffusionPipeline.from_pretrained(config.model, torch_dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(_what_to_download(config.model, config.clip, error)) from error
+        pipe = _checked_pipeline(_pipeline_folder(config), dtype)
     if not hasattr(pipe, "encode_prompt") or not hasattr(pipe, "vae"):
         raise ValueError(
             f"model must be a text-to-image pipeline with a VAE, such as {DEFAULT_MODEL}; "
@@ -109,6 +106,74 @@ def load_pipeline(config: Config, device: torch.device) -> Any:
     set_scheduler(pipe, config.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device, dtype)
+
+
+def _pipeline_folder(config: Config) -> Path:
+    """The pipeline's folder, downloaded if it is a name; what it would run is looked at first."""
+    folder = Path(config.model)
+    try:
+        if folder.is_dir():
+            foreign.check_pipeline(folder)
+            return folder
+        told, revision = foreign.hub_folder(config.model)
+        foreign.check_pipeline(told, weights=False)
+        where = {} if revision is None else {"revision": revision}
+        folder = Path(
+            DiffusionPipeline.download(
+                config.model, use_safetensors=True, trust_remote_code=False, **where
+            )
+        )
+    except OSError as error:
+        raise FileNotFoundError(_what_to_download(config.model, config.clip, error)) from error
+    foreign.check_pipeline(folder)
+    return folder
+
+
+def _checked_pipeline(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline in a folder that was looked through, its weights numbers."""
+    for part, make in _networks(folder):
+        foreign.check_size(make, folder / part)
+    try:
+        with warnings.catch_warnings():
+            # The lowest diffusers that is supported knows its newer name, dtype, not yet.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged folder raises depends on where it is damaged
+        raise ValueError(
+            f"the pipeline in {folder} cannot be loaded ({foreign.reason(error)}): a file in it "
+            "was damaged, or is of another version of diffusers or transformers"
+        ) from error
+    for part, network in pipe.components.items():
+        if isinstance(network, torch.nn.Module):
+            foreign.require_finite_network(folder / part, network)
+    return pipe
+
+
+def _networks(folder: Path) -> list[tuple[str, Callable[[dict[str, Any]], torch.nn.Module]]]:
+    """Parts of a pipeline that are networks, and what makes them of their configurations."""
+    found: list[tuple[str, Callable[[dict[str, Any]], torch.nn.Module]]] = []
+    for part, kind in foreign.parts(folder).items():
+        if not issubclass(kind, torch.nn.Module) or not (folder / part / "config.json").is_file():
+            continue
+        if hasattr(kind, "config_class"):
+            found.append((part, partial(_transformer, kind)))
+        elif hasattr(kind, "from_config"):
+            found.append((part, kind.from_config))
+    return found
+
+
+def _transformer(kind: Any, told: dict[str, Any]) -> torch.nn.Module:
+    """A network of transformers' from its configuration."""
+    network: torch.nn.Module = kind(kind.config_class.from_dict(told))
+    return network
 
 
 def _warn_of_cut_prompts(pipe: Any, config: Config) -> None:

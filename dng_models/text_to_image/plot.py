@@ -51,6 +51,7 @@ except ImportError as error:
     ) from error
 
 Array = NDArray[np.float64]
+AGAIN = f"'{store.COMMAND} generate', with the options that it was drawn with, draws it again"
 THUMBNAIL = 160  # pixels of an image's longer side in a grid
 
 
@@ -434,9 +435,12 @@ def _apart(strip: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
 
 def _read(path: Path) -> NDArray[np.uint8]:
     if not path.is_file():
-        raise FileNotFoundError(f"the image {path} is gone")
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+        raise FileNotFoundError(f"the image {path} is gone: {AGAIN}")
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # Pillow's, of a damaged PNG
+        raise ValueError(f"the image {path} is damaged ({error}): {AGAIN}") from None
 
 
 # ---------------------------------------------------------------------- images

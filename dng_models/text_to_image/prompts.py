@@ -8,13 +8,13 @@ picture as it was.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dng_math import _checks
+from dng_models import foreign
 
 TEXTS = ("name", "prompt", "related", "unrelated")
 
@@ -58,6 +58,18 @@ class Prompt:
                 raise TypeError(f"{field} must be a text, got {text!r}")
             if not text.strip():
                 raise ValueError(f"{field} must be a text that is not empty, got {text!r}")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{field} must be text that UTF-8 can hold (no half of a surrogate pair), got "
+                    f"{text!r}"
+                ) from None
+        if self.name.count("$") > 1:
+            raise ValueError(
+                f"name must not have more than one $, between which figures would read a formula; "
+                f"got {self.name!r}"
+            )
         for field in ("related", "unrelated"):
             if not split(getattr(self, field)):
                 raise ValueError(
@@ -174,9 +186,9 @@ def load(source: str) -> tuple[Prompt, ...]:
             f"prompts must be 'paper' or a JSON file of prompts, and there is no file {source}"
         )
     try:
-        entries = json.loads(path.read_bytes())
+        entries = foreign.read_json(path, "mend what is wrong there")
     except ValueError as error:
-        raise ValueError(f"prompts must be a JSON file, and {path} is not ({error})") from None
+        raise ValueError(f"prompts must be a JSON file, and {error}") from None
     if not isinstance(entries, list) or not entries:
         raise ValueError(
             f"{path} must hold a list of at least one prompt, as [{{'name': ..., 'prompt': ..., "
@@ -191,7 +203,7 @@ def load(source: str) -> tuple[Prompt, ...]:
 def from_json(entry: Any, where: str) -> Prompt:
     """A prompt from the fields of its JSON object; errors say where it is."""
     if not isinstance(entry, Mapping):
-        raise TypeError(f"{where}: must be an object, got {entry!r}")
+        raise TypeError(f"{where}: must be an object, got {foreign.shown(entry)}")
     fields = [field.name for field in dataclasses.fields(Prompt)]
     unknown = sorted(entry.keys() - set(fields))
     missing = [field for field in TEXTS if field not in entry]

@@ -7,7 +7,6 @@ what was to go is gone, which the paper leaves open; a detector does, zero-shot 
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from dng_models import foreign
 from dng_models.text_to_image.config import DEFAULT_CLIP, TINY
 from dng_models.tiny import tiny_clip
 
@@ -138,29 +138,61 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
     ------
     FileNotFoundError
         If it is not on this machine and cannot be had, saying what to download.
+    ValueError
+        If its folder holds code or names some, or weights that are pickles, damaged, missing or
+        not finite.
     """
     if name == TINY:
         return Clip(*tiny_clip(), name, device)
-    from transformers import CLIPModel, CLIPProcessor
-
-    def load(**where: bool) -> Clip:
-        model = CLIPModel.from_pretrained(name, **where)
-        return Clip(model, CLIPProcessor.from_pretrained(name, **where), name, device)
-
+    folder, revision = Path(name), None
     try:
-        return load(local_files_only=True)
-    except (OSError, ValueError) as missing:
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise FileNotFoundError("it has no config.json")
+            foreign.check_model(folder)
+            return _load_clip(name, device)
+        folder, revision = foreign.hub_folder(name)
+        foreign.check_model(folder, weights=False)
+        return _load_clip(name, device, revision or "main")
+    except OSError as error:
+        said = foreign.reason(error, 200)
         if Path(name).exists():
-            reason = textwrap.shorten(str(missing), 120, placeholder=" ...")
-            raise FileNotFoundError(f"there is no CLIP model in {name} ({reason})") from missing
-    try:
-        return load()
-    except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"there is no CLIP model in {name} ({said})") from error
         raise FileNotFoundError(
-            f"the CLIP model {name!r} is not on this machine and could not be downloaded. Where "
-            f"there is a network: 'hf download {name}' (older: huggingface-cli download). Or give "
-            f"--clip DIR, the folder of any CLIP model such as {DEFAULT_CLIP}"
+            f"the CLIP model {name!r} is not on this machine, as safetensors, and could not be "
+            f"downloaded ({said}). Where there is a network: 'hf download {name}' (older: "
+            "huggingface-cli download). Or give --clip DIR, the folder of any CLIP model such as "
+            f"{DEFAULT_CLIP}; of one whose weights are pickles, {foreign.CONVERT}"
         ) from error
+
+
+def _load_clip(name: str, device: torch.device | str, revision: str | None = None) -> Clip:
+    """A CLIP model whose configurations were looked through."""
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+    if revision is None:
+        foreign.check_size(lambda told: CLIPModel(CLIPConfig.from_dict(told)), name)
+    where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    try:
+        model, report = CLIPModel.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **where
+        )
+        processor = CLIPProcessor.from_pretrained(name, **where)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged folder raises depends on where it is damaged
+        raise ValueError(
+            f"{name} does not hold a whole CLIP model ({foreign.reason(error)}): it was damaged, "
+            "or is another model; remove it and get it again"
+        ) from error
+    if report["missing_keys"]:
+        # Transformers fills them with random numbers and only warns.
+        raise ValueError(
+            f"{name} must be a trained CLIP model, but lacks the weights "
+            f"{', '.join(sorted(report['missing_keys'])[:4])}"
+        )
+    foreign.require_finite_network(name, model)
+    return Clip(model, processor, name, device)
 
 
 def load_detector(name: str, clip: Clip) -> Detector | None:

@@ -3,14 +3,15 @@
 Every image is a PNG file and then a line of JSON, flushed to the disk, in a file of the process
 that drew it.  When all are there the lines are merged, sorted, into ``images.jsonl``, which holds
 nothing that depends on when, how often interrupted, or by how many processes it was made.  A line
-that was torn, and an image without a line or with another digest than its line says, is made again.
+that was torn, and an image without a line or with another digest than its line says, is made again
+by whoever draws it; the line of an image that is lost stays until then.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dng_models.class_removal import files
 from dng_models.text_to_image.config import Config, Point, check_same
 
 Record = dict[str, Any]
+COMMAND = "python -m dng_models.text_to_image"
 SCORES = ("clip_cosine", "presence", "measured_by")
 
 
@@ -125,10 +127,17 @@ def read_settings(folder: RunFolder) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------- lines
 
 
-def repair(folder: RunFolder) -> None:
-    """Keep what is whole: lines that end, of images that are as their lines say.
+def repair(folder: RunFolder, drawing: Collection[str] = ()) -> None:
+    """Drop a line that was torn, and those of images that are not as their lines say.
 
     By one process, before others read or write.
+
+    Parameters
+    ----------
+    folder : RunFolder
+    drawing : collection of str
+        Files of the images that are drawn next.  The lines of others stay: nobody would know what
+        was lost.
 
     Raises
     ------
@@ -137,14 +146,45 @@ def repair(folder: RunFolder) -> None:
     """
     if not folder.path.is_dir():
         return
-    records = read_records(folder).values()
-    sound = [record for record in records if _is_whole(folder.path / record["file"], record)]
+    sound = [
+        record
+        for record in read_records(folder).values()
+        if record["file"] not in drawing or _is_whole(folder, record)
+    ]
     if sound or folder.table.is_file() or folder.work.is_dir():
         write_table(folder, sound)
 
 
-def _is_whole(path: Path, record: Record) -> bool:
-    return path.is_file() and digest(path) == record["sha256"]
+def check_images(folder: RunFolder, records: Iterable[Record]) -> None:
+    """Make sure that all images are there, as their lines say, and the unguided ones with them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one is not: naming it and what makes it again.
+    """
+    by_file = {record["file"]: record for record in records}
+    lost = [name for name, record in by_file.items() if not _is_whole(folder, record)]
+    needed = dict.fromkeys(record["unguided"] for record in by_file.values())
+    lost += [name for name in needed if name not in by_file]
+    if lost:
+        others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
+        raise FileNotFoundError(
+            f"{folder.path / lost[0]}{others} must be as they were drawn, and are gone or changed: "
+            f"'{COMMAND} generate --out {folder.path}', with the options that they were drawn "
+            "with, draws them again"
+        )
+
+
+def _is_whole(folder: RunFolder, record: Record) -> bool:
+    """Whether an image, and its way through time where that is kept, are as its line says."""
+    path, strip = folder.path / record["file"], record.get("path")
+    if not path.is_file() or digest(path) != record["sha256"]:
+        return False
+    if strip is None:
+        return True
+    way = folder.path / strip["file"]
+    return way.is_file() and digest(way) == strip.get("sha256", digest(way))
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -242,7 +282,7 @@ def read_table(folder: RunFolder) -> list[Record]:
     if not records:
         raise FileNotFoundError(
             f"there are no images in {folder.path}: {folder.table.name} is missing, which "
-            "'python -m dng_models.text_to_image generate' writes"
+            f"'{COMMAND} generate' writes"
         )
     return records
 

@@ -1,0 +1,849 @@
+"""The border for what comes from outside: files and folders are looked at before they are used.
+
+Checkpoints, pipelines, classifiers, tables and images are written by others, in good will, in haste
+or in bad will.  Three rules hold for all of them:
+
+*   Nothing in them is run.  Weights are safetensors; classes are those of diffusers, transformers
+    or this package, whatever the version of diffusers would let a folder name besides.
+*   Sizes are read before memory is taken: no file may promise more than it holds.
+*   What is wrong is a ``ValueError`` (``FileNotFoundError`` where something is missing) that names
+    the file and says what to do.
+
+Everything here is about files; whether numbers in them make sense is their readers' business.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import math
+import os
+import struct
+import sys
+import textwrap
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor, nn
+
+MIB = 2**20
+JSON_BYTES = 64 * MIB  # vocabularies of tokenizers are the largest, a few MiB
+PIXELS = 2**27  # of an image: 134 million, above any camera's
+UNPACKED_BYTES, UNPACKED_RATIO = 256 * MIB, 32  # of a table: the larger of both is allowed
+STORED_RATIO = 4  # of a checkpoint's archive, whose entries torch does not compress
+SMALL = 2**20  # numbers that a network may have beyond its weights without a word
+ROWS = 1024  # of a table that are unpacked at once, at most
+
+INDEX = "model_index.json"
+ADAPTER = "adapter_config.json"
+CODE = (".py", ".pyc", ".so")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+# Where the weights of a network are looked for, by diffusers and by transformers.
+STEMS = ("diffusion_pytorch_model", "model")
+LIBRARIES = ("diffusers", "transformers", "dng_models")
+# Settings of a configuration that name code, or weights of another format or place.
+CALLING = ("auto_map", "custom_pipeline", "custom_pipelines", "transformers_weights")
+ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+# What decodes pixels, and nothing else; others start programs (EPS) or are not images of a camera.
+FORMATS = (
+    *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF"),
+    *("TGA", "ICO"),
+)
+
+CONVERT = (
+    "read them once where you trust them, with from_pretrained(DIR, use_safetensors=False) of "
+    "their class, and write them with save_pretrained"
+)
+REMOVE = "it was damaged or is another file; remove it"
+AGAIN = "get or make it again"
+
+
+# ---------------------------------------------------------------------- JSON
+
+
+def read_json(path: Path | str, cure: str = REMOVE) -> Any:
+    """The value in a JSON file; ``cure`` is what to do with one that is none.
+
+    Raises
+    ------
+    OSError
+        If there is no such file, or it cannot be read.
+    ValueError
+        If it does not hold JSON, or is larger or nested deeper than any that is meant; naming it.
+    """
+    path = Path(path)
+    return parse_json(_bytes(path, JSON_BYTES), path, cure)
+
+
+def parse_json(text: bytes | str, where: Path | str, cure: str = REMOVE) -> Any:
+    """The value of a JSON text; raises as :func:`read_json`, naming ``where`` it is."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{where} is not JSON (it is nested too deeply): {cure}") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}): {cure}") from None
+
+
+def read_object(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError if it holds another value, else as read_json."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {shown(value)}")
+    return value
+
+
+def member(
+    record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], where: Path | str
+) -> Any:
+    """A value of a JSON object, of a type; booleans are no numbers.
+
+    Raises
+    ------
+    ValueError
+        If it is missing or of another type, naming ``where`` the object is.
+    """
+    if name not in record:
+        raise ValueError(f"{where} has no {name!r}: it was damaged or is another file; {AGAIN}")
+    value = record[name]
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(each.__name__ for each in kinds)
+        raise ValueError(f"{name!r} in {where} must be of type {wanted}, got {shown(value)}")
+    return value
+
+
+def shown(value: object) -> str:
+    """A value from outside in a message: short."""
+    try:
+        return textwrap.shorten(repr(value), 80, placeholder=" ...")[:120]
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
+
+
+def _bytes(path: Path, most: int) -> bytes:
+    """A regular file of at most so many bytes; a pipe would be waited for, for ever."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a regular file")
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(
+            f"{path} has {size / MIB:.0f} MiB, and what it should be has no more than "
+            f"{most / MIB:.0f}: it is another file; remove it"
+        )
+    return path.read_bytes()
+
+
+# ---------------------------------------------------------------------- tensors
+
+
+def load_tensors(
+    path: Path | str, *, finite: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, on the CPU, and metadata of a safetensors file.
+
+    Parameters
+    ----------
+    path : Path or str
+    finite : bool
+        Whether numbers that are NaN or infinite are refused.
+
+    Raises
+    ------
+    OSError
+        If there is no such file, or it cannot be read.
+    ValueError
+        If it is not a safetensors file, or a damaged one, or larger than the memory; naming it.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        metadata = dict(file.metadata() or {})
+    if finite:
+        require_finite(path, tensors.items())
+    return tensors, metadata
+
+
+def shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, from its header; raises as load_tensors."""
+    with _opened(Path(path)) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+class _opened:
+    """A safetensors file, its header checked against the file; errors name it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Any:
+        from safetensors import safe_open
+
+        if not self._path.is_file():
+            raise FileNotFoundError(f"{self._path} must be a safetensors file, and there is none")
+        size, memory = self._path.stat().st_size, _memory()
+        if size > memory:
+            raise ValueError(
+                f"{self._path} has {size / 2**30:.0f} GiB, more than the {memory / 2**30:.0f} GiB "
+                "of this machine's memory"
+            )
+        try:
+            self._file = safe_open(self._path, framework="pt", device="cpu")
+            return self._file.__enter__()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            raise self._named(error) from None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._file.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if isinstance(error, Exception):
+            raise self._named(error) from None
+
+    def _named(self, error: Exception) -> Exception:
+        if isinstance(error, OSError | MemoryError):
+            return error
+        return ValueError(
+            f"{self._path} is not a whole safetensors file ({error}): it was damaged or is another "
+            "file; remove it, and what made it makes it again"
+        )
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return sys.maxsize
+
+
+def require_memory(what: str, size: int, cure: str) -> None:
+    """Refuse what would need more bytes than this machine has.
+
+    Raises
+    ------
+    ValueError
+        With the sizes and the cure.
+    """
+    memory = _memory()
+    if size > memory:
+        raise ValueError(
+            f"{what} would take {size / 2**30:.0f} GiB, more than the {memory / 2**30:.0f} GiB of "
+            f"this machine's memory: {cure}"
+        )
+
+
+def require_finite(where: Path | str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that are NaN or infinite, which no later step would blame on them.
+
+    Raises
+    ------
+    ValueError
+        With the place, and the first tensor that has such numbers.
+    """
+    import torch
+
+    for name, tensor in tensors:
+        # Numbers of eight bits have no arithmetic.
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            continue
+        # Sums of finite numbers may overflow; a sum of others is never finite.
+        if torch.isfinite(tensor.detach().sum(dtype=torch.float64)):
+            continue
+        broken = int((~torch.isfinite(tensor)).sum())
+        if broken:
+            half = " in float16, which ends at 65504" if tensor.dtype == torch.float16 else ""
+            raise ValueError(
+                f"{where} has weights that are NaN or infinite{half} ({broken} of "
+                f"{tensor.numel()} in {name}): its training diverged, or the file was damaged; "
+                f"{'try another --dtype, or ' if half else ''}{AGAIN}"
+            )
+
+
+def require_finite_network(where: Path | str, network: nn.Module, part: str = "") -> None:
+    """:func:`require_finite` for what a network keeps in its files; ``part`` begins the names."""
+    prefix = f"{part}." if part else ""
+    # Other buffers may be infinite on purpose, as masks of attention are.
+    require_finite(where, ((prefix + name, t) for name, t in network.state_dict().items()))
+
+
+def outline(make: Any, config: Any, where: Path | str, held: Mapping[str, Any]) -> Any:
+    """A network without memory for its weights, from a configuration that is not trusted.
+
+    Parameters
+    ----------
+    make : callable
+        From the configuration to the network.
+    config
+        Its argument.
+    where : Path or str
+        The configuration, in messages.
+    held : mapping
+        Tensors of the weights, by name: a network has no more layers than they are.
+
+    Raises
+    ------
+    ValueError
+        If there is no such network, naming the file.
+    """
+    import torch
+
+    require_layers(config, where, len(held))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return make(config)
+    except MemoryError:
+        raise
+    except Exception as error:  # what a class raises for a wrong setting is its own affair
+        raise ValueError(
+            f"{where} describes no network that can be made ({reason(error)}): {AGAIN}"
+        ) from error
+
+
+def require_layers(config: Any, where: Path | str, most: int) -> None:
+    """Refuse a configuration of more layers than there are tensors: making them takes for ever.
+
+    Raises
+    ------
+    ValueError
+        Naming the file and the setting.
+    """
+    for name, value in _settings(config):
+        counts = "layers" in name or "depth" in name
+        for count in value if isinstance(value, list | tuple) else [value]:
+            if counts and isinstance(count, int) and count > max(most, 1):
+                raise ValueError(
+                    f"{where} has {name} = {shown(value)}, and the weights beside it are only "
+                    f"{most} tensors: they are not of one network; {AGAIN}"
+                )
+
+
+def _settings(config: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of a configuration, nested ones too."""
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            yield from ((str(name), each) for name, each in value.items())
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+
+
+# ---------------------------------------------------------------------- folders of models
+
+
+def check_model(folder: Path | str, *, weights: bool = True) -> None:
+    """Look through the folder of one network, processor or scheduler before it is loaded.
+
+    Parameters
+    ----------
+    folder : Path or str
+    weights : bool
+        Whether it must hold those of a network, as safetensors.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no weights.
+    ValueError
+        If it holds code, or names some; if its weights are pickles or an adapter's; if a file is
+        damaged.  It names the file and the cure.
+    """
+    folder = Path(folder)
+    _check_names(folder)
+    for path in sorted(folder.glob("*.json")):
+        _check_json(path)
+    if weights:
+        require_tensors(folder)
+    if (folder / INDEX).is_file():
+        check_pipeline(folder)
+
+
+def _check_names(folder: Path) -> None:
+    """Refuse code, and adapters, wherever in the folder the libraries would look for it."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in CODE:
+            raise ValueError(
+                f"{path} is code, which is never run here: remove it, if the rest of the folder is "
+                "made of classes of diffusers and transformers"
+            )
+        if path.name == ADAPTER:
+            raise ValueError(
+                f"{path} makes an adapter of the folder, to a network elsewhere: merge it "
+                "(merge_and_unload of peft) and save the whole network"
+            )
+
+
+def _check_json(path: Path) -> None:
+    """Whether a JSON file is one, and a configuration names nothing to run."""
+    value = read_json(path)
+    if path.name not in ("config.json", INDEX) and not path.name.endswith("_config.json"):
+        return
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {shown(value)}")
+    kind = value.get("_class_name")
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(
+            f"{path} has _class_name = {shown(kind)}: it must be the name of one class of "
+            "diffusers, for code that comes with a folder is never run here"
+        )
+    for name, each in _settings(value):
+        if name in CALLING and each:
+            raise ValueError(
+                f"{path} has {name} = {shown(each)}, which names code or weights that are never "
+                "loaded here: remove that line, if the class is one of diffusers or transformers"
+            )
+        if name in ATTENTION and "/" in str(each):
+            raise ValueError(
+                f"{path} has {name} = {shown(each)}, which is code from the hub and never run "
+                "here: remove that line"
+            )
+
+
+def require_tensors(folder: Path | str) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a network's folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are none.
+    ValueError
+        If they are pickles only, or damaged, or their index points elsewhere.
+    """
+    folder = Path(folder)
+    found: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        found |= shapes(path)
+    if found:
+        return found
+    pickles = pickles_in(folder)
+    if pickles:
+        raise ValueError(
+            f"{folder} has weights as {', '.join(pickles)} only, a format that can hold code; "
+            f"they must be safetensors: {CONVERT}"
+        )
+    raise FileNotFoundError(
+        f"there are no weights in {folder}: {' or '.join(f'{s}.safetensors' for s in STEMS)} is "
+        f"needed; of a repository that has others only, {CONVERT}"
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a network is loaded from.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one of several parts is missing.
+    ValueError
+        If an index is none, or names another place or format.
+    """
+    found = []
+    for stem in STEMS:
+        whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if whole.is_file():
+            found.append(whole)
+        if not index.is_file():
+            continue
+        parts = member(read_object(index), "weight_map", dict, index)
+        for part in sorted({str(part) for part in parts.values()}):
+            if Path(part).name != part or not part.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index} names {part!r}, and must name safetensors files beside it"
+                )
+            if not (folder / part).is_file():
+                raise FileNotFoundError(f"{folder / part} is missing, a part of the weights there")
+            found.append(folder / part)
+    return found
+
+
+def pickles_in(folder: Path) -> list[str]:
+    """Names of the files that torch, or others, would load by running what they say."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+
+
+def check_pipeline(folder: Path | str, *, weights: bool = True) -> None:
+    """Look through a diffusers pipeline's folder before ``from_pretrained`` does.
+
+    Diffusers 0.35 imports whatever ``model_index.json`` names: a module in the folder, in that of
+    a part, or from the working directory; and a file that is called ``None.py``.
+
+    Parameters
+    ----------
+    folder : Path or str
+    weights : bool
+        Whether the parts that are networks must have theirs; not before they are downloaded.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no ``model_index.json``, or a part lacks its weights.
+    ValueError
+        If a class is not one of diffusers, transformers or this package, and as
+        :func:`check_model`.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    if not index.is_file():
+        raise FileNotFoundError(f"there is no {INDEX} in {folder}")
+    _check_names(folder)
+    _check_json(index)
+    told = read_object(index)
+    import diffusers
+    from torch import nn
+
+    kind = told.get("_class_name")
+    pipeline = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
+        raise ValueError(
+            f"{index} has _class_name = {shown(kind)}, and must name a pipeline of diffusers "
+            f"({diffusers.__version__} has none of that name)"
+        )
+    for name, made in parts(folder).items():
+        if (folder / name).is_dir():
+            check_model(folder / name, weights=weights and issubclass(made, nn.Module))
+
+
+def parts(folder: Path | str) -> dict[str, type]:
+    """Classes of the parts of a pipeline, by their names.
+
+    Raises
+    ------
+    OSError, ValueError
+        As :func:`check_pipeline`.
+    """
+    index = Path(folder) / INDEX
+    told = read_object(index).items()
+    found = {name: _component(index, name, each) for name, each in told if name[:1] != "_"}
+    return {name: made for name, made in found.items() if made is not None}
+
+
+def _component(index: Path, name: str, value: Any) -> type | None:
+    """The class of a part of a pipeline; None for one that is empty, or a setting."""
+    # What diffusers takes for a part: whatever can be taken apart into two.
+    is_part = isinstance(value, list) or (isinstance(value, str | dict) and len(value) == 2)
+    if not is_part or (isinstance(value, list) and not any(map(_names, value))):
+        return None
+    if not name.isidentifier() or not isinstance(value, list) or len(value) != 2:
+        raise ValueError(
+            f"{index} has {shown(name)}: {shown(value)}, and a part of a pipeline must be a name "
+            "with [library, class]"
+        )
+    library, kind = value
+    if library is None and kind is None:
+        return None
+    if not (isinstance(library, str) and isinstance(kind, str) and kind.isidentifier()):
+        found = None
+    else:
+        found = _module(library)
+    if found is None:
+        raise ValueError(
+            f"{index} takes {name} from {shown(value)}: it must be a class of diffusers, "
+            "transformers or dng_models, for code that comes with a pipeline is never run here"
+        )
+    # Of old names diffusers knows the new ones.
+    made = getattr(found, kind, object)
+    if not isinstance(made, type):
+        raise ValueError(f"{index} takes {name} from {shown(value)}, which is no class")
+    if kind == "AutoModel" or kind.startswith("AutoPipeline"):
+        raise ValueError(
+            f"{index} takes {name} from {shown(value)}: name the class itself, which "
+            f"{name}/config.json has as _class_name"
+        )
+    return made
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _module(library: str) -> Any:
+    """The module of one of the libraries; None for any other name."""
+    first, *rest = library.split(".")
+    if first == "dng_models" and all(part.isidentifier() for part in rest):
+        try:
+            return importlib.import_module(library)
+        except ModuleNotFoundError:
+            return None
+    if library in LIBRARIES:
+        return importlib.import_module(library)
+    # Diffusers' own pipelines have parts, such as the safety checker of "stable_diffusion".
+    from diffusers import pipelines
+
+    if not library.isidentifier() or not hasattr(pipelines, library):
+        return None
+    module = getattr(pipelines, library)
+    name = getattr(module, "__name__", "")
+    return module if name == f"diffusers.pipelines.{library}" else None
+
+
+def hub_folder(name: str) -> tuple[Path, str | None]:
+    """Configurations of a model on the hub, in its cache, and the revision that they are of.
+
+    For :func:`check_model` or :func:`check_pipeline` before anything else is downloaded.
+
+    Raises
+    ------
+    OSError
+        If it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(name, allow_patterns=["*.json"]))
+    except ValueError as error:
+        raise FileNotFoundError(f"{shown(name)} is no name on the hub ({reason(error)})") from error
+    is_commit = len(found.name) == 40 and found.parent.name == "snapshots"
+    return found, found.name if is_commit else None
+
+
+def require_size(network: nn.Module, folder: Path | str) -> None:
+    """Refuse a network of far more numbers than its folder: memory would be taken for nothing.
+
+    Which weights are missing of one that nearly fits, whatever loads it says better.
+
+    Parameters
+    ----------
+    network : Module
+        Of :func:`outline`.
+    folder : Path or str
+        With the weights.
+
+    Raises
+    ------
+    ValueError
+        With both counts.
+    """
+    held = sum(map(math.prod, require_tensors(folder).values()))
+    wanted = sum(parameter.numel() for parameter in network.parameters())
+    if wanted > 2 * held + SMALL:
+        raise ValueError(
+            f"the weights in {folder} are {held:,} numbers, and the network in its config.json has "
+            f"{wanted:,}: some are missing, or they are of another network; {AGAIN}"
+        )
+
+
+def check_size(make: Callable[[dict[str, Any]], nn.Module], folder: Path | str) -> None:
+    """:func:`require_size` of the network that ``make`` makes of ``config.json``, where it can.
+
+    Some classes of older versions cannot be made without memory: of them only the number of layers
+    is looked at.
+    """
+    path = Path(folder) / "config.json"
+    config, held = read_object(path), require_tensors(folder)
+    require_layers(config, path, len(held))
+    try:
+        network = outline(make, config, path, held)
+    except ValueError:
+        return
+    require_size(network, folder)
+
+
+# ---------------------------------------------------------------------- checkpoints of torch
+
+
+def check_archive(path: Path | str) -> None:
+    """Look through a torch checkpoint that is a zip archive; others have no checksums.
+
+    Torch reads such an archive without its checksums: a flipped bit would be another weight.
+
+    Raises
+    ------
+    ValueError
+        If a checksum is wrong, the archive is damaged, or it would unpack to much more than it
+        is; naming it.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            packed = path.stat().st_size
+            if unpacked > STORED_RATIO * packed:
+                raise ValueError(
+                    f"{path} cannot be loaded as weights alone: it has {packed / MIB:.1f} MiB and "
+                    f"would unpack to {unpacked / MIB:,.0f}, which torch never writes"
+                )
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(
+            f"{path} cannot be loaded as weights alone: it is damaged ({error}); {AGAIN}"
+        ) from None
+    except Exception as error:  # zlib's, and those of a table of contents that makes no sense
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        raise ValueError(
+            f"{path} cannot be loaded as weights alone: it is damaged ({reason(error)}); {AGAIN}"
+        ) from None
+    if broken is not None:
+        raise ValueError(
+            f"{path} cannot be loaded as weights alone: it is damaged (the checksum of {broken} is "
+            f"wrong); {AGAIN}"
+        )
+
+
+def require_stored(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Refuse tensors of more numbers than their file has: views that repeat a few for ever.
+
+    Raises
+    ------
+    ValueError
+        Naming the file.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    held = path.stat().st_size
+    if size > STORED_RATIO * held:
+        raise ValueError(
+            f"{path} has {held / MIB:.1f} MiB, and its tensors would take {size / MIB:,.0f}: it is "
+            f"damaged, or made to fill the memory; {AGAIN}"
+        )
+
+
+# ---------------------------------------------------------------------- images and tables
+
+
+def open_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
+    """An image file, opened and not decoded yet.
+
+    Parameters
+    ----------
+    source : str, Path or binary file
+    name : str
+        What the image is called in messages.
+
+    Raises
+    ------
+    ValueError
+        If it is no image of a format that only holds pixels, or has more of them than any camera.
+    OSError
+        If the file cannot be read.
+    """
+    from PIL import Image
+
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(source, formats=[each for each in FORMATS if each in Image.OPEN])
+        except Image.DecompressionBombError:
+            raise ValueError(_too_many_pixels(name, "")) from None
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"{name} cannot be decoded: {error}") from error
+    if image.width * image.height > PIXELS:
+        size = f" {image.width} x {image.height} ="
+        image.close()
+        raise ValueError(_too_many_pixels(name, size))
+    return image
+
+
+def _too_many_pixels(name: str, size: str) -> str:
+    return (
+        f"{name} unpacks to{size} more than {PIXELS / 1e6:.0f} million pixels: it is damaged, or "
+        "made to fill the memory; remove it"
+    )
+
+
+def check_table(path: Path | str) -> None:
+    """Look through a parquet file: what it unpacks to has a bound, before all of it is unpacked.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, or unpacks to more than 256 MiB and 32 times its size.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    path = Path(path)
+    size = path.stat().st_size
+    most = max(UNPACKED_BYTES, UNPACKED_RATIO * size)
+    try:
+        with parquet.ParquetFile(path) as file:
+            told = file.metadata
+            groups = [told.row_group(i) for i in range(told.num_row_groups)]
+            columns = [group.column(j) for group in groups for j in range(told.num_columns)]
+            _require_unpacked(path, size, sum(c.total_uncompressed_size for c in columns), most)
+            # Rows may share a value of a dictionary, which is unpacked for each of them.
+            largest = max((c.total_uncompressed_size for c in columns), default=1)
+            rows = max(1, min(ROWS, 2 * UNPACKED_BYTES // max(largest, 1)))
+            unpacked = 0
+            for batch in file.iter_batches(batch_size=rows):
+                unpacked += batch.nbytes
+                _require_unpacked(path, size, unpacked, most)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(
+            f"{path} cannot be read: it is no whole parquet file ({reason(error)}); {AGAIN}"
+        ) from None
+
+
+def _require_unpacked(path: Path, size: int, unpacked: int, most: int) -> None:
+    if unpacked > most:
+        raise ValueError(
+            f"{path} has {size / MIB:.1f} MiB and unpacks to more than {most / MIB:,.0f}: images "
+            "do not, it is another table, or made to fill the memory"
+        )
+
+
+# ---------------------------------------------------------------------- at the command lines
+
+FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOMEM)
+# Of libraries that read files, by module and name: not imported for it.
+LIBRARY_ERRORS = (
+    ("PIL.Image", "DecompressionBombError"),
+    ("safetensors", "SafetensorError"),
+    ("datasets.exceptions", "DatasetsError"),
+    ("datasets.exceptions", "DatasetGenerationError"),
+    ("pyarrow", "ArrowException"),
+    ("torch", "OutOfMemoryError"),
+)
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is of what was given or of the machine, rather than of the program."""
+    kinds = ValueError, TypeError, OSError, ImportError, MemoryError, RecursionError
+    if isinstance(error, (*kinds, EOFError, zipfile.BadZipFile)):
+        return True
+    for module, name in LIBRARY_ERRORS:
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(error, kind):
+            return True
+    return _is_allocation(error)
+
+
+def _is_allocation(error: BaseException) -> bool:
+    """Torch says in a RuntimeError that a CPU has no memory left."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether the same command could do on another day, or another machine: a disk that is full."""
+    out_of_memory = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    return (
+        (isinstance(error, OSError) and error.errno in FAILURES)
+        or isinstance(error, out_of_memory)
+        or _is_allocation(error)
+    )
+
+
+def reason(error: BaseException, width: int = 300) -> str:
+    """What an error says, in one line of text; its kind where it says nothing."""
+    kind = type(error).__name__
+    text = textwrap.shorten(str(error), width, placeholder=" ...")
+    if isinstance(error, MemoryError) or _is_allocation(error):
+        return f"there is not enough memory ({text or kind}): give smaller sizes or batches"
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply ({text or kind})"
+    return text if text and not isinstance(error, KeyError) else f"{kind} {text}".strip()

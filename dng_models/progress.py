@@ -1,0 +1,245 @@
+"""How far a long computation is and how long it will take: a bar in a terminal, lines elsewhere.
+
+One helper for figures, benchmarks and experiments, which all may import ``dng_models``.  Where
+standard error is a terminal it is a bar of tqdm; in a log, where a bar would be one endless line
+or nothing, a whole line every half minute.  Only the standard library is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, Self, TextIO, TypeVar
+
+FIRST_LINE, NEXT_LINES = 10.0, 30.0  # seconds from the start, and from one line to the next
+PATIENCE = 1.0  # with a compilation, before it is said
+COMPILING = "compiling dng_math, once on this machine: about 20 seconds"
+
+_T = TypeVar("_T")
+
+_shown: ContextVar[bool] = ContextVar("shown", default=False)
+
+
+@contextmanager
+def showing(shown: bool) -> Iterator[None]:
+    """Whether what runs in this block shows progress without being asked; outside: no.
+
+    For command lines, which know ``--quiet``, around code that does not.
+    """
+    before = _shown.set(shown)
+    try:
+        yield
+    finally:
+        _shown.reset(before)
+
+
+def is_shown() -> bool:
+    """Whether the command line around it shows progress (:func:`showing`)."""
+    return _shown.get()
+
+
+def clock(seconds: float) -> str:
+    """A duration as ``0:05``, ``12:30`` or ``1:02:03``."""
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """How far something is; a context manager, and the part of tqdm that is used here.
+
+    Parameters
+    ----------
+    total : int, optional
+        Number of units; without one there is no time left.
+    desc : str, optional
+        What is being done.
+    unit : str
+        What is counted, in the singular.
+    initial : int
+        Units that an earlier run did.
+    shown : bool, optional
+        Default: what the command line around it said (:func:`showing`), and else no.
+    leave : bool
+        Whether the end stays in the terminal and has a line of its own in a log: no for what is
+        inside of something else.
+    """
+
+    def __init__(
+        self,
+        total: int | None = None,
+        desc: str | None = None,
+        *,
+        unit: str = "step",
+        initial: int = 0,
+        shown: bool | None = None,
+        leave: bool = True,
+    ) -> None:
+        self.total, self.desc, self.unit = total, desc or "", unit
+        self.n = self.initial = initial
+        self.leave = leave
+        self._postfix = ""
+        self._started = time.monotonic()
+        self._due, self._said = self._started + FIRST_LINE, -1
+        self._bar: Any = None
+        self._open = _shown.get() if shown is None else shown
+        if self._open and sys.stderr.isatty():
+            self._bar = _tqdm(
+                total=total, desc=desc, unit=unit, initial=initial, leave=leave, dynamic_ncols=True
+            )
+
+    def update(self, n: int = 1) -> None:
+        """So many more units are done."""
+        self.n += n
+        if self._bar is not None:
+            self._bar.update(n)
+        elif self._open and time.monotonic() >= self._due and (self.leave or self.n != self.total):
+            self._say()
+
+    def set_description(self, desc: str) -> None:
+        """What is being done from now on."""
+        self.desc = desc
+        if self._bar is not None:
+            self._bar.set_description(desc)
+
+    def set_postfix(self, **values: str) -> None:
+        """Values to show behind the times."""
+        self._postfix = ", ".join(f"{name} {value}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix(**values)
+
+    def close(self) -> None:
+        """The end, however far it came."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._open and self.leave and self.n != self._said:
+            self._say()
+        self._open = False
+
+    def over(self, items: Iterable[_T]) -> Iterator[_T]:
+        """The items, one unit each, and the end after the last."""
+        with self:
+            for item in items:
+                yield item
+                self.update()
+
+    def _say(self) -> None:
+        self._due, self._said = time.monotonic() + NEXT_LINES, self.n
+        print(self, file=sys.stderr, flush=True)
+
+    def __str__(self) -> str:
+        """The line of a log: ``training base: 300/6000 steps, 0:27 gone, 8:33 left, loss 0.1``."""
+        gone = time.monotonic() - self._started
+        count = f"{self.n}" if self.total is None else f"{self.n}/{self.total}"
+        units = self.unit if (self.total or self.n) == 1 else _plural(self.unit)
+        parts = [f"{count} {units}", f"{clock(gone)} gone"]
+        done = self.n - self.initial
+        if self.total is not None and 0 < done and self.n < self.total:
+            parts.append(f"{clock(gone * (self.total - self.n) / done)} left")
+        if self._postfix:
+            parts.append(self._postfix)
+        return f"{self.desc}: {', '.join(parts)}" if self.desc else ", ".join(parts)
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it; what was broken off leaves no last line in a log."""
+        if kind is not None and self._bar is None:
+            self._open = False
+        self.close()
+
+
+def progress(
+    items: Iterable[_T],
+    desc: str | None = None,
+    *,
+    total: int | None = None,
+    unit: str = "step",
+    shown: bool | None = None,
+    leave: bool = True,
+) -> Iterator[_T]:
+    """The items, one unit each; the rest as for :class:`Progress`.
+
+    ``total`` is by default the number of items, if they have one.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    return Progress(total, desc, unit=unit, shown=shown, leave=leave).over(items)
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a whole line, above the bars of a terminal if there are any."""
+    file = sys.stdout if file is None else file
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is not None and sys.stderr.isatty():
+        tqdm.tqdm.write(line, file=file)
+    else:
+        print(line, file=file, flush=True)
+
+
+def _plural(unit: str) -> str:
+    return f"{unit}es" if unit.endswith(("ch", "s", "x")) else f"{unit}s"
+
+
+def _tqdm(**options: Any) -> Any:
+    """A bar; None, and so lines, where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(**options)
+
+
+# ---------------------------------------------------------------------- compilation
+
+
+@contextmanager
+def saying_what_compiles(shown: bool = True) -> Iterator[None]:
+    """Say it where Numba compiles in this block, which happens on the first use on a machine.
+
+    Once, on standard error, when a compilation takes more than a second.  What is loaded from
+    Numba's cache on the disk is not compiled, and nothing is said.
+    """
+    if not shown:
+        yield
+        return
+    from numba.core import event
+
+    timers: list[threading.Timer] = []
+    depth = 0
+
+    class Listener(event.Listener):  # type: ignore[misc]
+        def on_start(self, event: object) -> None:
+            nonlocal depth
+            depth += 1  # a function compiles those that it calls
+            if depth == 1 and not any(timer.finished.is_set() for timer in timers):
+                timers.append(threading.Timer(PATIENCE, say, (COMPILING, sys.stderr)))
+                timers[-1].daemon = True
+                timers[-1].start()
+
+        def on_end(self, event: object) -> None:
+            nonlocal depth
+            depth -= 1
+            if depth == 0 and timers and timers[-1].is_alive():
+                timers.pop().cancel()
+
+    listener = Listener()
+    event.register("numba:compile", listener)
+    try:
+        yield
+    finally:
+        event.unregister("numba:compile", listener)
+        for timer in timers:
+            timer.cancel()
