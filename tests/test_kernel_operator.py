@@ -447,8 +447,11 @@ def test_a_step_has_the_same_bits_in_autocast(plan, dtype):
         assert (arguments[0][0, 0] @ arguments[1][0, 0]).dtype == dtype
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
-@pytest.mark.parametrize("plan", ["divergence", "perp_neg"])
+@pytest.mark.parametrize(
+    "compiler",
+    ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])],
+)
+@pytest.mark.parametrize("plan", [pytest.param("divergence", marks=pytest.mark.slow), "perp_neg"])
 def test_a_compiled_step_has_the_same_bits_in_autocast(plan, compiler, fresh):
     """Whether the block is around the compiled code or inside of it."""
     function, arguments = everything(PLANS_IN_AUTOCAST[plan])

@@ -33,7 +33,9 @@ def killed_everywhere(name: str, folder: Path, every: int) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("name", "every"), [("calibration", 5), ("sweep", 45)])
+@pytest.mark.parametrize(
+    ("name", "every"), [("calibration", 5), pytest.param("sweep", 45, marks=pytest.mark.slow)]
+)
 def test_some_calls(name, every, tmp_path):
     found = killed_everywhere(name, tmp_path, every)
     assert found["wrong"] == {}
