@@ -36,6 +36,7 @@ from dng_math.guidance import (
     Unguided,
     innermost,
     tracker_of,
+    warn_where_noise_is_missing,
 )
 from dng_math.posterior import LogOddsTracker, PaperTracker, temperatures
 from dng_math.schedules import StepCoefficients
@@ -196,6 +197,13 @@ class StepPlan:
     ------
     ValueError, TypeError
         Naming the argument, its value and what is allowed.
+
+    Warns
+    -----
+    UserWarning
+        Where the sampler adds less noise than DDPM (eta < 1) and the rule's tracker has not
+        ``divergence=True``, with which :func:`update_posterior` takes the missing term: the
+        posterior is then wrong.
     """
 
     def __init__(
@@ -207,6 +215,7 @@ class StepPlan:
         cfg_scale: float | Sequence[float] | None = None,
         clip: float | None = None,
         device: torch.device | str | None = None,
+        _warn: bool = True,  # False for callers that warn themselves, of a cure of their own
     ) -> None:
         if not isinstance(coefficients, StepCoefficients):
             raise TypeError(f"coefficients must be a StepCoefficients, got {coefficients!r}")
@@ -249,6 +258,8 @@ class StepPlan:
 
         table = self._table(coded, cfg_scale)
         self._check(table)
+        if _warn:
+            warn_where_noise_is_missing(self.tracker, coefficients, stacklevel=2)
         column = {name: i for i, name in enumerate(COLUMNS)}
         self.has_drift = bool(np.any(table[:, [column["x_drift"], column["drift"]]]))
         # Asked on the host at every step, so kept as a list.

@@ -11,10 +11,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from dng_kernels import normal, reference
@@ -584,6 +586,8 @@ def dng_step(
         ),
         call.target("out.momentum", into.momentum, plan.needs_momentum, x, accumulator),
     )
+    if out is not None:
+        _refuse_shared(result)
     call.launch(
         STEP,
         plan.tracker_code,
@@ -643,6 +647,8 @@ def guide(
         ),
         call.target("out.momentum", into.momentum, plan.needs_momentum, eps, accumulator),
     )
+    if out is not None:
+        _refuse_shared(result)
     call.launch(
         GUIDE,
         plan.tracker_code,
@@ -714,6 +720,26 @@ def _given(out: StepResult | None) -> StepResult:
     if not isinstance(out, StepResult):
         raise TypeError(f"out must be a StepResult of tensors and None, got {type(out).__name__}")
     return out
+
+
+def _refuse_shared(out: StepResult) -> None:
+    """Refuse outputs of which one would be written over by another."""
+    if torch.compiler.is_compiling():
+        return  # its tensors have no address
+    spans = [
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
+        for name, tensor in zip(StepResult._fields, out, strict=True)
+        if tensor is not None
+        and tensor.numel()
+        and not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+    ]
+    spans.sort()
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"out.{name} and out.{other} must not share memory: one result would be written "
+                "over the other; give a tensor of its own to each"
+            )
 
 
 def _third(plan: StepPlan, eps_uncond: Tensor | None, eps_pos: Tensor | None) -> Tensor | None:

@@ -133,6 +133,13 @@ def reals(name: str, value: ArrayLike) -> NDArray[np.float64]:
     result = numpy_array(name, value, "real numbers")
     if np.iscomplexobj(result):
         raise TypeError(f"{name} must be an array of real numbers, got complex ones")
+    # NumPy would read "0.5" as a number, a mask as ones and zeros, and a date as nanoseconds.
+    foreign = {"b": "booleans", "U": "strings", "S": "bytes", "M": "dates", "m": "durations"}
+    found = foreign.get(result.dtype.kind)
+    if result.dtype == object and any(isinstance(v, (bool, str, bytes)) for v in result.flat):
+        found = "strings or booleans"
+    if found is not None:
+        raise TypeError(f"{name} must be an array of real numbers, got {found}")
     try:
         return result.astype(np.float64, copy=False)
     except (TypeError, ValueError) as error:

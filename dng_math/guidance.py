@@ -11,6 +11,7 @@ scale pushes away from what is forbidden.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
@@ -352,8 +353,8 @@ class RatioTracker:
     variance: ClassVar[Literal["matched"]] = "matched"
 
     def init(self, prior: Array) -> Array:
-        """L = 0 at the noisy end, whatever the prior."""
-        return np.zeros_like(prior)
+        """L = 0 at the noisy end, whatever the prior, or the limit that is nearest to 0."""
+        return np.clip(np.zeros_like(prior), self.low, self.high)
 
     def update(
         self,
@@ -365,7 +366,7 @@ class RatioTracker:
         correction: Array | float = 0.0,
     ) -> Array:
         """L at the cleaner end of a step; see :meth:`dng_math.PaperTracker.update`."""
-        if variance == 0:
+        if _checks.non_negative("variance", variance) == 0:
             return state
         log_ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, variance)
         updated = equations.tracker_update(
@@ -403,7 +404,7 @@ class FeedbackGuidance(_Memoryless):
     lambda_ref : float
         Scale that the offset alone would reach at t0.
     log_ratio_max : float
-        Ceiling of L.
+        Ceiling of L, above 0 and not below the floor, log((1 - pi) lambda_max/(lambda_max - 1)).
     """
 
     pi: float = 0.95
@@ -428,6 +429,18 @@ class FeedbackGuidance(_Memoryless):
         _checks.real(
             "log_ratio_max", self.log_ratio_max, "finite and > 0", 0.0, np.inf, closed="()"
         )
+        if self._floor > self.log_ratio_max:
+            raise ValueError(
+                f"log_ratio_max must not be below the floor of L that pi = {self.pi!r} and "
+                f"lambda_max = {self.lambda_max!r} give, {self._floor:g}; got "
+                f"{self.log_ratio_max!r}"
+            )
+
+    @property
+    def _floor(self) -> float:
+        """L at which the scale is lambda_max."""
+        # log1p: for a tiny pi and a large lambda_max the floor is almost 0, and must not reach it.
+        return float(np.log1p(-self.pi) - np.log1p(-1.0 / self.lambda_max))
 
     def tracker(self, coefficients: StepCoefficients) -> RatioTracker:
         """The tracker of L on a schedule, with the paper's offset and temperature."""
@@ -441,8 +454,7 @@ class FeedbackGuidance(_Memoryless):
             small = coefficients.tracker_variance("small")
             at_t1 = np.interp(self.t1, coefficients.time[::-1], small[::-1])
             temperature = abs(2.0 * float(at_t1) * offset / 10.0)
-        low = float(np.log((1.0 - pi) * self.lambda_max / (self.lambda_max - 1.0)))
-        return RatioTracker(temperature, offset, low, self.log_ratio_max)
+        return RatioTracker(temperature, offset, self._floor, self.log_ratio_max)
 
     def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
         """See :class:`Rule`."""
@@ -513,3 +525,33 @@ def tracker_of(
     ):
         return inner.posterior
     return None
+
+
+def warn_where_noise_is_missing(
+    tracker: PaperTracker | LogOddsTracker | RatioTracker | None,
+    coefficients: StepCoefficients,
+    *,
+    stacklevel: int,
+) -> None:
+    """Warn where a tracker will be wrong: with less noise than DDPM's and no divergence term.
+
+    Parameters
+    ----------
+    tracker : PaperTracker, LogOddsTracker, RatioTracker or None
+    coefficients : StepCoefficients
+        The last step is not looked at: no state is used after it.
+    stacklevel : int
+        As of :func:`warnings.warn`, 1 for the caller of this function.
+    """
+    eta = coefficients.eta[:-1]
+    if tracker is None or tracker.divergence or not np.any(eta < 1.0 - 1e-6):
+        return
+    cure = "use DDPM, or DDIM with eta=1"
+    if not isinstance(tracker, RatioTracker):
+        cure += f", or {type(tracker).__name__}(..., divergence=True), which adds the missing term"
+    warnings.warn(
+        f"the sampler adds {'no' if eta.min() == 0 else 'too little'} noise (eta = "
+        f"{eta.min():g}, and the tracker takes it to be 1): the tracked posterior is wrong however "
+        f"many steps are taken; {cure}",
+        stacklevel=stacklevel + 1,
+    )

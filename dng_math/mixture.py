@@ -278,14 +278,21 @@ class GaussianMixture(_checks.ReadOnly):
         """Form of the covariances: "spherical", "diagonal" or "full"."""
         return ("spherical", "diagonal", "full")[self.covariances.ndim - 1]
 
-    def components(self, label: object) -> Indices:
-        """Indices of the components with a label."""
+    def components(self, label: Any) -> Indices:
+        """Sorted indices of the components with a label, or with one of a list of labels."""
         if self.labels is None:
             raise ValueError("components(label) needs a mixture made with labels")
-        found = np.flatnonzero(self.labels == label)
-        if len(found) == 0:
-            raise ValueError(f"label must be one of {np.unique(self.labels)}, got {label!r}")
-        return found
+        several = isinstance(label, (list, tuple, set, frozenset)) or np.ndim(label) == 1
+        wanted: list[Any] = list(label) if several else [label]
+        if not wanted:
+            raise ValueError("label must not be an empty list")
+        chosen = np.zeros(self.n_components, dtype=bool)
+        for each in wanted:
+            found = np.asarray(self.labels == each)
+            if np.ndim(each) > 0 or not found.any():
+                raise ValueError(f"label must be one of {np.unique(self.labels)}, got {each!r}")
+            chosen |= found
+        return np.flatnonzero(chosen)
 
     def component_indices(self, name: str, components: ArrayLike) -> Indices:
         """Sorted indices from indices or a boolean mask; ``name`` is for the error message."""
@@ -316,8 +323,32 @@ class GaussianMixture(_checks.ReadOnly):
         ----------
         alpha, sigma : float
             Not negative, not both zero.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Also where a variance or a mean would be too small or too large for float64.
         """
         alpha, sigma = _noise_level(alpha, sigma)
+        with np.errstate(over="ignore", invalid="ignore"):
+            fields = self._diffused(alpha, sigma)
+        if not all(np.isfinite(values).all() for values in fields):
+            raise ValueError(
+                f"alpha = {alpha} and sigma = {sigma} leave means or variances that float64 cannot "
+                "hold"
+            )
+        variance = fields[2]
+        if variance.ndim == 3:
+            variance = np.diagonal(variance, axis1=1, axis2=2)
+        if variance.min() < SMALLEST_VARIANCE:
+            raise ValueError(
+                f"alpha = {alpha} and sigma = {sigma} leave a variance below "
+                f"{SMALLEST_VARIANCE:g}, which cannot be represented"
+            )
+        return self._new(self._log_weights, *fields, self.labels)
+
+    def _diffused(self, alpha: float, sigma: float) -> tuple[Array, Array, Array, Array]:
+        """Means and covariances, each as double-double; not finite where they overflow."""
         mean, error = _two_product(alpha, self.means)
         mean, mean_low = _two_sum(mean, error + alpha * self._means_low)
         alpha_sq, alpha_sq_low = _two_product(alpha, alpha)
@@ -328,15 +359,7 @@ class GaussianMixture(_checks.ReadOnly):
         added_low = sigma_sq_low if self.covariances.ndim < 3 else sigma_sq_low * np.eye(self.dim)
         covariance, rounding = _two_sum(covariance, added)
         covariance, covariance_low = _two_sum(covariance, rounding + (error + added_low))
-        variance = covariance
-        if covariance.ndim == 3:
-            variance = np.diagonal(covariance, axis1=1, axis2=2)
-        if variance.min() < SMALLEST_VARIANCE:
-            raise ValueError(
-                f"alpha = {alpha} and sigma = {sigma} leave a variance below "
-                f"{SMALLEST_VARIANCE:g}, which cannot be represented"
-            )
-        return self._new(self._log_weights, mean, mean_low, covariance, covariance_low, self.labels)
+        return mean, mean_low, covariance, covariance_low
 
     def restrict(self, components: ArrayLike) -> GaussianMixture:
         """The mixture of some components, renormalised: p(x | components).
@@ -561,13 +584,14 @@ class GaussianMixture(_checks.ReadOnly):
         points = self._points(x)
         if self._ill_conditioned:
             top, log_sum, *_ = self._refine(points, self._all, score=False)
-            return top + log_sum[0]
-        return self._evaluate(points, self._all, *self._nothing)[0][0]
+            return _known(points, top + log_sum[0])
+        return _known(points, self._evaluate(points, self._all, *self._nothing)[0][0])
 
     def _log_sums(self, points: Array, groups: list[Indices]) -> tuple[Array, Array]:
         """Log joint densities of groups of components (G, N), relative to a reference (N,)."""
         log_sum = self._evaluate(points, groups, *self._nothing)[0]
         reference = log_sum.max(axis=0)
+        _beyond(points, reference == -np.inf)
         log_sum -= reference
         # A difference of two log densities carries the rounding errors of both.
         error = self._unit * (np.abs(reference + log_sum) + np.abs(reference))
@@ -576,7 +600,7 @@ class GaussianMixture(_checks.ReadOnly):
             top, relative, *_ = self._refine(points[doubtful], groups, score=False)
             reference[doubtful] = top
             log_sum[:, doubtful] = relative
-        return reference, log_sum
+        return reference, _known(points, log_sum, axis=1)
 
     def _log_joint(self, points: Array) -> Array:
         """log w_k N(x; k) relative to the largest, shape (K, N)."""
@@ -624,6 +648,13 @@ class GaussianMixture(_checks.ReadOnly):
         log_odds = self.log_odds(x, components)
         return log_posterior_from_log_odds(-log_odds if complement else log_odds)
 
+    def posterior(self, x: ArrayLike, components: ArrayLike, *, complement: bool = False) -> Array:
+        """p(components | x), shape (N,), in [0, 1]; arguments as for :meth:`log_posterior`.
+
+        Below 1e-308 it is 0, where :meth:`log_posterior` still tells values apart.
+        """
+        return np.asarray(np.exp(self.log_posterior(x, components, complement=complement)))
+
     # ------------------------------------------------------------------ scores
 
     def _scores(
@@ -642,6 +673,7 @@ class GaussianMixture(_checks.ReadOnly):
         doubtful = np.full(len(points), self._ill_conditioned)
         if sum(len(group) for group in groups) > 1:
             doubtful |= self._unit * np.abs(log_sum).max(axis=0) > 1e-12
+        _beyond(points, log_sum.max(axis=0) == -np.inf)
         log_sum -= log_sum.max(axis=0)
         if doubtful.any():
             _, log_sum[:, doubtful], score[:, doubtful], t, s = self._refine(
@@ -649,7 +681,10 @@ class GaussianMixture(_checks.ReadOnly):
             )
             if trace:
                 traces[:, doubtful], spread[:, doubtful] = t, s
-        return log_sum, score, traces + spread
+        with np.errstate(invalid="ignore"):
+            divergence = traces + spread
+        known = [_known(points, values, axis=1) for values in (log_sum, score, divergence)]
+        return known[0], known[1], known[2]
 
     def score(self, x: ArrayLike) -> Array:
         """grad log p(x), shape (N, D), of points x of shape (N, D); see Accuracy above."""
@@ -702,7 +737,8 @@ class GaussianMixture(_checks.ReadOnly):
         """
         points = self._points(x)
         noisy = self.diffuse(*_noise_level(alpha, sigma))
-        return noisy._evaluate(points, self._all, self.means, self._gain(alpha, noisy))[1][0]
+        mean = noisy._evaluate(points, self._all, self.means, self._gain(alpha, noisy))[1][0]
+        return _known(points, mean)
 
     def posterior_covariance(self, x: ArrayLike, alpha: float, sigma: float) -> Array:
         """Cov[x0 | x_t], shape (N, D, D); arguments as for :meth:`posterior_mean`."""
@@ -729,7 +765,7 @@ class GaussianMixture(_checks.ReadOnly):
             offset = means - mean[:, None]
             result[rows] = np.einsum("nk,kde->nde", weight, within)
             result[rows] += np.einsum("nk,nkd,nke->nde", weight, offset, offset, optimize=True)
-        return result
+        return _known(points, result)
 
     # ------------------------------------------------------------------ samples
 
@@ -759,6 +795,24 @@ class GaussianMixture(_checks.ReadOnly):
             return self.means[component] + np.einsum("nde,ne->nd", deviation[component], noise)
         deviation = np.sqrt(self._per_dimension(self.covariances))
         return self.means[component] + deviation[component] * noise
+
+
+def _beyond(points: Array, bad: NDArray[np.bool_]) -> None:
+    """Refuse the points (N,) that are marked."""
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(
+            f"x must be where float64 can hold the squares of (x - mean) / variance, but they "
+            f"overflow at x[{i}] = {points[i]}"
+        )
+
+
+def _known(points: Array, result: Array, axis: int = 0) -> Array:
+    """What was computed at points (N, D), which ``axis`` counts, where nothing of it is NaN."""
+    if np.isnan(result).any():
+        others = tuple(i for i in range(result.ndim) if i != axis)
+        _beyond(points, np.asarray(np.isnan(result).any(axis=others)))
+    return result
 
 
 def _noise_level(alpha: float, sigma: float, suffix: str = "") -> tuple[float, float]:

@@ -15,7 +15,7 @@ however many steps are taken, unless the divergence of the scores is known
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -102,7 +102,8 @@ class _Tracker:
     Parameters
     ----------
     prior : float, optional
-        p(c) at the noisy end, in (0, 1); default: the mixture's own weight of c.
+        p(c) at the noisy end, in (0, 1), where the tracker keeps the posterior (not below p_min,
+        and of a PaperTracker not above p_max); default: the mixture's own weight of c.
     temperature : float or TimeProfile
         Factor of the log likelihood ratio, >= 0; below 1 for networks, whose errors make the
         ratio overconfident.
@@ -134,6 +135,7 @@ class _Tracker:
     p_max: float = 0.99
     variance: TrackerVariance = "matched"
     divergence: bool = False
+    _clamped_above: ClassVar[bool] = True  # by p_max, which else caps the odds alone
 
     def __post_init__(self) -> None:
         if self.prior is not None:
@@ -144,6 +146,13 @@ class _Tracker:
         _checks.finite("offset_nats", self.offset_nats)
         _checks.real("p_max", self.p_max, "in (0, 1)", 0.0, 1.0, closed="()")
         _checks.real("p_min", self.p_min, "in [0, p_max)", 0.0, self.p_max, closed="[)")
+        ceiling = self.p_max if self._clamped_above else 1.0
+        if self.prior is not None and not self.p_min <= self.prior <= ceiling:
+            allowed = "[p_min, p_max]" if self._clamped_above else "[p_min, 1)"
+            raise ValueError(
+                f"prior must be in {allowed}, where the posterior is kept, with p_min = "
+                f"{self.p_min!r} and p_max = {self.p_max!r}; got {self.prior!r}"
+            )
         _checks.choice("variance", self.variance, TRACKER_VARIANCES)
         _checks.boolean("divergence", self.divergence)
 
@@ -199,13 +208,19 @@ class PaperTracker(_Tracker):
         state, gap_sq, residual_gap : ndarray, same shape
             log p, |mu_c - mu|^2 and (x_next - mu) . (mu_c - mu).
         variance : float
-            Of the transition; at 0 nothing can be compared and the state is returned.
+            Of the transition, >= 0; at 0 nothing can be compared and the state is returned.
         steps : int
             Number of steps of the run, over which ``offset_nats`` is spread.
         correction : ndarray or float
             Divergence correction of the log ratio of c to the base.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the variance is negative or not finite, or steps is not a positive integer.
         """
-        if variance == 0:
+        _checks.integer("steps", steps, 1)
+        if _checks.non_negative("variance", variance) == 0:
             return state
         log_ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, variance) + correction
         return self._clamped(self._updated(state, log_ratio, variance, steps))
@@ -237,6 +252,8 @@ class LogOddsTracker(_Tracker):
     o > 1/(1 - 2g), and the tracked posterior runs away with the sample.
     """
 
+    _clamped_above: ClassVar[bool] = False
+
     def init(self, prior: Array) -> Array:
         """State from p(c) at the noisy end."""
         return np.log(prior) - np.log1p(-prior)
@@ -254,7 +271,8 @@ class LogOddsTracker(_Tracker):
 
         ``correction`` is the divergence correction of the log ratio of c to the rest.
         """
-        if variance == 0:
+        _checks.integer("steps", steps, 1)
+        if _checks.non_negative("variance", variance) == 0:
             return state
         log_ratio = equations.log_odds_ratio(self.odds(state), gap_sq, residual_gap, variance)
         updated = self._updated(state, log_ratio + correction, variance, steps)

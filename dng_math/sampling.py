@@ -169,6 +169,12 @@ def sample(
     ------
     ValueError, TypeError
         Naming the argument, its value and what is allowed.
+
+    Warns
+    -----
+    UserWarning
+        Where the sampler adds less noise than DDPM (eta < 1) and the rule's tracker has not
+        ``divergence=True``: its posterior is then wrong.
     """
     if not isinstance(mixture, GaussianMixture):
         raise TypeError(f"mixture must be a GaussianMixture, got {mixture!r}")
@@ -230,6 +236,7 @@ def sample(
         record=frozenset(record),
         threads=available_threads() if threads is None else _checks.integer("threads", threads, 1),
     )
+    guidance.warn_where_noise_is_missing(tracker, coefficients, stacklevel=2)
     x = _initial(chain, schedule, initial)
     run = _reference if engine == "reference" else _fused
     x, state, records = run(chain, x)
@@ -297,7 +304,7 @@ def _reference(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, 
         base = mixture.posterior_mean(x, alpha, sigma)
         toward = positive.posterior_mean(x, alpha, sigma)
         negative = np.reshape(
-            [part.posterior_mean(x, alpha, sigma) for part in parts], (-1, *base.shape)
+            [part.posterior_mean(x, alpha, sigma) for part in parts], (len(parts), *base.shape)
         )
         joint = [noisy.log_posterior(x, concept) for concept in chain.concepts]
         log_rest = noisy.log_posterior(x, chain.rest)

@@ -420,13 +420,28 @@ class NoiseSchedule(_checks.ReadOnly):
             sigma = np.linspace(low ** (1 / rho), high ** (1 / rho), steps) ** rho
         return cls(np.ones(steps + 1), np.concatenate([[0.0], sigma]))
 
-    def select(self, indices: Sequence[int] | NDArray[np.integer]) -> NoiseSchedule:
-        """The schedule that visits only the given times (indices into 0 ... T, increasing).
+    def select(
+        self, indices: Sequence[int] | NDArray[np.integer] | NDArray[np.bool_]
+    ) -> NoiseSchedule:
+        """The schedule that visits only the given times.
 
         Index 0, the data, is added if it is missing.  The first-order coefficients between the
         times that are left are exact, so nothing else changes.
+
+        Parameters
+        ----------
+        indices : sequence of int, or bool mask of shape (T + 1,)
+            Into 0 ... T, in any order.
         """
         given = _checks.numpy_array("indices", indices, "integers")
+        if given.dtype == np.bool_:
+            if given.shape != (len(self) + 1,):
+                raise ValueError(
+                    f"indices as a mask must have shape ({len(self) + 1},), got {given.shape}"
+                )
+            given = np.flatnonzero(given)
+        if given.ndim != 1 or given.size == 0:
+            raise ValueError(f"indices must be a non-empty list, got {indices!r}")
         chosen = np.unique(np.concatenate([[0], given]))
         if not np.issubdtype(chosen.dtype, np.integer):
             raise TypeError(f"indices must be integers, got {indices!r}")

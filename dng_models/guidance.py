@@ -713,6 +713,7 @@ class GuidedChain:
                 cfg_scale=self.cfg_scale,
                 clip=steps.limit.clip,
                 device=device,
+                _warn=False,
             )
             for rule in rules
         ]
@@ -720,7 +721,8 @@ class GuidedChain:
             return plans, plans
         # Such limits belong to no table: the images themselves are compared.
         return plans, [
-            StepPlan(steps.coefficients, rule, prediction="sample", device=device) for rule in rules
+            StepPlan(steps.coefficients, rule, prediction="sample", device=device, _warn=False)
+            for rule in rules
         ]
 
     def _warn(self, run: _Run) -> None:

@@ -214,7 +214,9 @@ def sample(
     device = device_of(base) if device is None else torch.device(device)
     respaced = schedule if steps is None else schedule.respace(steps)
     coefficients = respaced.coefficients(sampler)
-    plan = StepPlan(coefficients, guidance, prediction=prediction, clip=clip, device=device)
+    plan = StepPlan(
+        coefficients, guidance, prediction=prediction, clip=clip, device=device, _warn=False
+    )
     _check_tracker(plan)
     denoisers = _denoisers(guidance, base, forgetful, positive)
     chain = _Chain(

@@ -48,7 +48,10 @@ PLANS = {
     "perpendicular": StepPlan(C, PerpNeg()),
     "cfg": StepPlan(C, NegativePrompting(2.0), cfg_scale=3.0),
     "divergence": StepPlan(C, DIVERGENT_RULE),
-    "no noise": StepPlan(NoiseSchedule.linear(STEPS).coefficients(DDIM()), TRACKED_RULE),
+    # Its posterior is wrong, which the plan says, and which is not what these tests are about.
+    "no noise": StepPlan(
+        NoiseSchedule.linear(STEPS).coefficients(DDIM()), TRACKED_RULE, _warn=False
+    ),
 }
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -708,6 +711,37 @@ def test_outputs_may_be_the_inputs(plan, names, place):
     for name in StepResult._fields:
         if getattr(result, name) is not None:
             assert torch.equal(getattr(result, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("operation", ["step", "guide"])
+@pytest.mark.parametrize("shared", ["same", "overlapping"])
+def test_two_outputs_in_one_tensor_are_refused(operation, shared):
+    """One result would silently be written over the other."""
+    memory = event((4, *SHAPE[1:]))
+    first, second = memory[:2], memory[:2] if shared == "same" else memory[1:3]
+    name = "x_next" if operation == "step" else "momentum"
+    out = StepResult(None, None, None, None, None)._replace(eps_guided=first, **{name: second})
+    words = (f"out.{name}", "out.eps_guided", "must not share memory")
+    refused(ValueError, words, operation, plan="safe", out=out)
+    # Neighbours in one allocation share none of it.
+    out = out._replace(**{name: memory[2:]})
+    run = dng_step if operation == "step" else guide
+    result = run(**good_arguments(operation, PLANS["safe"]), out=out)
+    assert result.eps_guided is out.eps_guided
+
+
+def test_a_sampler_without_the_trackers_noise_is_warned_of():
+    """At the caller's line; with the divergence, without a tracker or at eta = 1 never."""
+    little = NoiseSchedule.linear(STEPS).coefficients(DDIM(0.5))
+    with pytest.warns(UserWarning, match=r"eta = 0\.5.*PaperTracker.*divergence=True") as caught:
+        StepPlan(little, DynamicNegativeGuidance(1.0, PaperTracker(prior=0.1)))
+    assert [record.filename for record in caught] == [__file__]
+    with pytest.warns(UserWarning, match="DDIM with eta=1$"):
+        StepPlan(little, FeedbackGuidance())  # its tracker has no such option
+    plan = StepPlan(little, DIVERGENT_RULE)
+    plan.to("cpu")
+    StepPlan(little, NegativePrompting(1.0))
+    StepPlan(NoiseSchedule.linear(STEPS).coefficients(DDIM(1.0)), TRACKED_RULE)
 
 
 # ---------------------------------------------------------------- empty batches and samples

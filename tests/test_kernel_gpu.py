@@ -196,7 +196,8 @@ def test_a_step_of_every_kind_is_that_of_float64(rule, layout, options):
     elements = torch.Size(shape[1:]).numel()
     coefficients = NoiseSchedule.linear(STEPS).coefficients(DDIM(0.5))
     chosen = RULES[rule](elements * difference_of(elements) ** 2)
-    plan = StepPlan(coefficients, chosen, device="cuda", **options)
+    # The posterior is wrong with so little noise; a step is compared with a step.
+    plan = StepPlan(coefficients, chosen, device="cuda", _warn=False, **options)
     inputs = inputs_for(plan, shape)
     for name in ("eps", "eps_neg", "eps_uncond"):
         if name in inputs:

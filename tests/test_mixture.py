@@ -611,6 +611,7 @@ TWO = ([0.5, 0.5], [[0.0], [1.0]], [1.0, 1.0])
 ASYMMETRIC = [[[1.0, 0.5], [0.2, 1.0]]]
 INDEFINITE = [[[1.0, 2.0], [2.0, 1.0]]]
 
+LABELLED = GaussianMixture([0.5, 0.5], [[0.0], [1.0]], [1.0, 1.0], labels=["a", "b"])
 BAD = [
     (lambda: GaussianMixture([0.5, -0.5], *TWO[1:]), "weights must not be negative.*-0.5"),
     (lambda: GaussianMixture([0.0, 0.0], *TWO[1:]), "weights must not be all zero"),
@@ -644,6 +645,10 @@ BAD = [
     (lambda: GaussianMixture(*TWO).diffuse(0.0, 0.0), "alpha and sigma must not both be zero"),
     (lambda: GaussianMixture(*TWO).diffuse(np.nan, 1.0), "alpha.*nan"),
     (lambda: GaussianMixture(*TWO).diffuse(1e-200, 0.0), "cannot be represented"),
+    (lambda: GaussianMixture(*TWO).diffuse(1.0, 1e160), r"sigma = 1e\+160.*cannot hold"),
+    (lambda: GaussianMixture(*TWO).diffuse(1e160, 1.0), r"alpha = 1e\+160.*cannot hold"),
+    (lambda: LABELLED.components(["a", "c"]), "label must be one of.*'c'"),
+    (lambda: LABELLED.components([]), "label must not be an empty list"),
     (lambda: GaussianMixture(*TWO).reverse_transition([0.0], 0.5, 0.5, 0.4, 0.6), "less noisy"),
     (lambda: GaussianMixture(*TWO).reverse_transition([0.0], 0.0, 1.0, 0.0, 0.6), "alpha_s > 0"),
     (lambda: GaussianMixture(*TWO).reverse_transition([[0.0]], 0.5, 0.5), "x must have shape"),
@@ -651,6 +656,57 @@ BAD = [
     (lambda: GaussianMixture.from_points([0.0], 1.0), "points must have shape"),
     (lambda: GaussianMixture(*TWO).sample(-1), "n must be.*-1"),
 ]
+
+
+FAR = {
+    "score": lambda m, x: m.score(x),
+    "score_divergence": lambda m, x: m.score_divergence(x),
+    "responsibilities": lambda m, x: m.responsibilities(x),
+    "log_posterior": lambda m, x: m.log_posterior(x, [0]),
+    "posterior": lambda m, x: m.posterior(x, [0]),
+    "log_posterior_gradient": lambda m, x: m.log_posterior_gradient(x, [0]),
+    "posterior_mean": lambda m, x: m.posterior_mean(x, 1.0, 1.0),
+    "posterior_covariance": lambda m, x: m.posterior_covariance(x, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["spherical", "diagonal", "full"])
+@pytest.mark.parametrize("query", FAR.values(), ids=FAR)
+def test_what_float64_cannot_square_is_refused_and_never_nan(query, kind):
+    mixture = moderate(0, kind, 3, 2)
+    assert np.isfinite(query(mixture, [[1e150, 0.0]])).all()
+    for far in (1e160, 1e300):
+        with pytest.raises(ValueError, match=r"x must be.*overflow at x\[1\]"):
+            query(mixture, [[0.0, 0.0], [far, 0.0]])
+    assert not np.isnan(mixture.log_prob([[1e160, 0.0]])).any()
+
+
+def test_the_divergence_of_tiny_variances_is_right_or_refused():
+    x = [[1.0]]
+    tiny = GaussianMixture(TWO[0], [[-1.0], [1.0]], [1e-140, 1e-140])
+    np.testing.assert_allclose(tiny.score_divergence(x), -1e140)
+    tiny = GaussianMixture(TWO[0], [[-1.0], [1.0]], [1e-160, 1e-160])
+    with pytest.raises(ValueError, match="x must be"):
+        tiny.score_divergence(x)
+
+
+def test_components_of_a_list_of_labels():
+    """Not compared elementwise: two labels of two components, and more than there are."""
+    assert LABELLED.components("b").tolist() == [1]
+    for labels in (["b", "a"], ("a", "b"), {"a", "b"}, np.array(["a", "b", "a"])):
+        assert LABELLED.components(labels).tolist() == [0, 1]
+    numbered = GaussianMixture([1, 1, 1], np.zeros((3, 1)), np.ones(3), labels=[7, 8, 7])
+    assert numbered.components([7]).tolist() == [0, 2]
+    assert numbered.components([8, 7, 7]).tolist() == [0, 1, 2]
+
+
+def test_posterior_is_that_of_its_logarithm():
+    mixture = moderate(1, "full", 4, 2)
+    x = mixture.sample(50, 0)
+    p, rest = mixture.posterior(x, [0, 2]), mixture.posterior(x, [0, 2], complement=True)
+    np.testing.assert_allclose(p, mixture.responsibilities(x)[:, [0, 2]].sum(axis=1), rtol=1e-9)
+    np.testing.assert_allclose(p + rest, 1.0, rtol=1e-12)
+    assert np.array_equal(p, np.exp(mixture.log_posterior(x, [0, 2])))
 
 
 @pytest.mark.parametrize(("call", "message"), BAD)
@@ -662,6 +718,10 @@ def test_bad_values(call, message):
 WRONG_TYPES = [
     (lambda: GaussianMixture(["a", "b"], *TWO[1:]), "weights must be an array of real numbers"),
     (lambda: GaussianMixture([1j, 1], *TWO[1:]), "weights must be an array of real numbers"),
+    (lambda: GaussianMixture(["0.5", "0.5"], *TWO[1:]), "weights must be.*got strings"),
+    (lambda: GaussianMixture([True, False], *TWO[1:]), "weights must be.*got booleans"),
+    (lambda: GaussianMixture([0.5, 0.5], [[b"0"], [b"1"]], [1, 1]), "means must be.*got bytes"),
+    (lambda: GaussianMixture(np.array([True, 0.5], dtype=object), *TWO[1:]), "weights must be"),
     (lambda: GaussianMixture(*TWO).restrict([0.5]), "components must be component indices"),
     (lambda: GaussianMixture(*TWO).diffuse("1", 1.0), "alpha must be a real number"),
     (lambda: GaussianMixture(*TWO).diffuse(True, 1.0), "alpha must be a real number"),

@@ -394,8 +394,9 @@ def test_images_that_are_not_finite_are_warned_of():
 
 
 def test_a_sampler_without_the_trackers_noise_is_warned_of():
-    with pytest.warns(UserWarning, match="eta is 0.*will be wrong"):
+    with pytest.warns(UserWarning, match="eta is 0.*will be wrong") as caught:
         sample(NET, denoiser(FORBIDDEN), DNG, sampler=DDIM(0.0), **GOOD)
+    assert len(caught) == 1  # and not once more by the plan of its steps
     sample(NET, denoiser(FORBIDDEN), DNG, sampler=DDIM(1.0), **GOOD)
 
 

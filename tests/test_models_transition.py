@@ -508,7 +508,7 @@ def test_rows_of_a_run(name: str) -> None:
             assert np.array_equal(getattr(c, f"kernel_{kind}"), getattr(c, kind))
         assert np.array_equal(c.kernel_var, c.step_var)
     tracked = DynamicNegativeGuidance(2.0, PaperTracker(prior=0.1, temperature=0.2))
-    StepPlan(c, tracked, prediction=run.prediction, clip=run.limit.clip)
+    StepPlan(c, tracked, prediction=run.prediction, clip=run.limit.clip, _warn=False)
 
 
 def test_three_names_of_one_sampler() -> None:

@@ -60,6 +60,8 @@ RULES = {
     "log-odds, divergence": DynamicNegativeGuidance(1.0, LogOddsTracker(divergence=True)),
     "fbg": FeedbackGuidance(),
 }
+# Posteriors are wrong there, which `sample` says: these tests compare them with one another.
+TOO_LITTLE_NOISE = pytest.mark.filterwarnings("ignore:the sampler adds:UserWarning")
 SAMPLERS = [DDPM(), DDPM("large"), DDIM(0.5), DDIM(0.0), EulerMaruyama(), ProbabilityFlow()]
 SCHEDULES = [
     LINEAR.respace(20),
@@ -88,6 +90,7 @@ def both(mixture, schedule, rule, **options):
     return fused, reference
 
 
+@TOO_LITTLE_NOISE
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("kind", ["spherical", "diagonal", "full"])
 def test_fused_engine_is_the_reference(kind, rule):
@@ -110,6 +113,18 @@ def test_perp_neg_fused_is_the_reference():
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_no_samples_have_the_same_shapes_of_both_engines(rule):
+    mixture = moderate(0, "diagonal", 5, 2)
+    for result in both(mixture, LINEAR.respace(4), rule, n=0):
+        assert result.x.shape == (0, 2)
+        assert result.trajectory.shape == (5, 0, 2)
+        assert result.scale.shape == (4, 1, 0) and result.exact.shape == (5, 1, 0)
+    for engine in ("fused", "reference"):
+        assert sample(mixture, LINEAR.respace(4), n=0, engine=engine).x.shape == (0, 2)
+
+
+@TOO_LITTLE_NOISE
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_matrix_products_are_the_reference(rule):
     """A data set of 150 points in 6 dimensions takes the other way to its predictions."""
     rng = np.random.default_rng(0)
@@ -124,6 +139,7 @@ def test_matrix_products_are_the_reference(rule):
     assert_same(*pair, CHAIN)
 
 
+@TOO_LITTLE_NOISE
 @pytest.mark.parametrize("tracker", [None, PaperTracker(), LogOddsTracker(divergence=True)])
 def test_several_concepts(tracker):
     mixture = moderate(3, "diagonal", 5, 2)
@@ -308,6 +324,27 @@ def test_trackers_follow_the_exact_posterior(tracker):
     assert errors[0] < errors[1] < errors[2]
 
 
+@pytest.mark.parametrize("engine", ["fused", "reference"])
+@pytest.mark.parametrize("sampler", [DDIM(0.0), DDIM(0.5), ProbabilityFlow()], ids=repr)
+def test_a_sampler_without_the_trackers_noise_is_warned_of(sampler, engine):
+    """By the name of the cure, at the caller's line, once."""
+    options = {"n": 2, "forbidden": [1], "engine": engine}
+    schedule = LINEAR.respace(5)
+    for tracker in (PaperTracker, LogOddsTracker):
+        rule = LimitedInterval(DynamicNegativeGuidance(1.0, tracker()), 0.1, 0.9)
+        with pytest.warns(UserWarning, match=rf"{tracker.__name__}.*divergence=True") as caught:
+            sample(FOUR_MODES, schedule, rule, sampler=sampler, **options)
+        assert [record.filename for record in caught] == [__file__]
+        # Warnings are errors: nothing is said where nothing is wrong.
+        rule = DynamicNegativeGuidance(1.0, tracker(divergence=True))
+        sample(FOUR_MODES, schedule, rule, sampler=sampler, **options)
+        rule = DynamicNegativeGuidance(1.0, tracker())
+        for enough in (DDIM(1.0), DDPM("large"), EulerMaruyama()):
+            sample(FOUR_MODES, schedule, rule, sampler=enough, **options)
+    sample(FOUR_MODES, schedule, DynamicNegativeGuidance(1.0), sampler=sampler, **options)
+
+
+@TOO_LITTLE_NOISE
 @pytest.mark.parametrize("tracker", [PaperTracker, LogOddsTracker])
 def test_deterministic_samplers_need_the_divergence(tracker):
     """Without it no number of steps helps; with it the tracker follows (theory 5)."""

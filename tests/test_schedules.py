@@ -186,10 +186,24 @@ BAD = [
     (lambda: NoiseSchedule.linear(10).respace(11), "steps.*from 1 to 10.*11"),
     (lambda: NoiseSchedule.linear(10).select([11]), "indices"),
     (lambda: NoiseSchedule.linear(10).select([0]), "indices"),
+    (lambda: NoiseSchedule.linear(10).select([]), "indices must be a non-empty list"),
+    (lambda: NoiseSchedule.linear(10).select(5), "indices must be a non-empty list, got 5"),
+    (lambda: NoiseSchedule.linear(10).select([[1, 2]]), "indices must be a non-empty list"),
+    (lambda: NoiseSchedule.linear(10).select([True, False]), r"mask must have shape \(11,\)"),
     (lambda: DDPM("medium"), "variance.*'medium'"),
     (lambda: DDIM(1.5), r"eta.*\[0, 1\].*1.5"),
     (lambda: NoiseSchedule.linear(5).coefficients().tracker_variance("x"), "choice.*'x'"),
 ]
+
+
+def test_a_mask_selects_the_times_that_it_marks():
+    """And is not read as the indices 1 and 0."""
+    schedule = NoiseSchedule.linear(10)
+    marked = schedule.select(np.isin(np.arange(11), [3, 7, 10]))
+    listed = schedule.select([3, 7, 10])
+    for name in ("alpha", "sigma", "time"):
+        assert np.array_equal(getattr(marked, name), getattr(listed, name))
+    assert len(marked) == 3
 
 
 @pytest.mark.parametrize(("call", "message"), BAD)

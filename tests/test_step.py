@@ -206,6 +206,7 @@ def plan_of(rule, sampler, kind="epsilon", cfg_scale=None, clip=None, device=Non
         cfg_scale=cfg_scale,
         clip=clip,
         device=device,
+        _warn=False,  # a step is compared with a step, whatever its posterior is worth
     )
 
 

@@ -31,7 +31,7 @@ from dng_math import (
     Unguided,
     equations,
 )
-from dng_math.guidance import Predictions, innermost, tracker_of
+from dng_math.guidance import Predictions, RatioTracker, innermost, tracker_of
 from dng_math.posterior import (
     at_steps,
     log_odds_from_log_posterior,
@@ -432,8 +432,27 @@ def test_noise_step_mean_is_the_step_mean():
     assert error(a, equations.step_mean(x, x0, c.x_factor, c.x0_factor)) < 1e-11
 
 
+def test_a_cap_of_the_odds_does_not_limit_the_log_odds_trackers_prior():
+    """Its state goes above p_max; only what enters the scale does not."""
+    tracker = LogOddsTracker(prior=0.7, p_max=0.5)
+    state = tracker.init(np.array(0.7))
+    np.testing.assert_allclose(np.exp(tracker.log_posterior(state)), 0.7)
+    np.testing.assert_allclose(tracker.odds(state), 1.0)
+
+
+@pytest.mark.parametrize("pi", [1e-9, 0.01, 0.5, 0.95])
+def test_feedback_starts_within_its_largest_scale(pi):
+    """With a small pi the floor of L is above 0, where a scale would be 1/pi."""
+    rule = FeedbackGuidance(pi=pi, lambda_max=8.0)
+    tracker = rule.tracker(NoiseSchedule.linear(10).coefficients())
+    state = tracker.init(np.array(0.5))
+    assert 1.0 < float(equations.feedback_scale(tracker.odds(state), pi)) < 8.0 * (1 + 1e-6)
+    assert state == max(0.0, tracker.low)
+
+
 # ---------------------------------------------------------------- bad input
 
+ZERO = np.zeros(1)
 BAD = [
     (lambda: PaperTracker(prior=0.0), r"prior must be in \(0, 1\), got 0.0"),
     (lambda: PaperTracker(prior=1.0), "prior"),
@@ -460,6 +479,13 @@ BAD = [
     (lambda: FeedbackGuidance(t0=0.0), "t0"),
     (lambda: FeedbackGuidance(temperature=-1.0), "temperature"),
     (lambda: FeedbackGuidance(log_ratio_max=0.0), "log_ratio_max"),
+    (lambda: FeedbackGuidance(pi=1e-9, log_ratio_max=0.01), "log_ratio_max.*floor.*0.105.*0.01"),
+    (lambda: PaperTracker(prior=0.995), r"prior must be in \[p_min, p_max\].*0.99;.*0.995"),
+    (lambda: LogOddsTracker(prior=1e-7), r"prior must be in \[p_min, 1\).*1e-06.*1e-07"),
+    (lambda: PaperTracker().update(ZERO, ZERO, ZERO, -1.0, 5), "variance.*>= 0.*-1.0"),
+    (lambda: LogOddsTracker().update(ZERO, ZERO, ZERO, float("nan"), 5), "variance.*nan"),
+    (lambda: RatioTracker(1.0, 0.0, -1.0, 1.0).update(ZERO, ZERO, ZERO, -1.0, 5), "variance"),
+    (lambda: PaperTracker().update(ZERO, ZERO, ZERO, 1.0, 0), "steps.*>= 1.*0"),
     (lambda: TimeProfile((), ()), "at least 1"),
     (lambda: TimeProfile((0.1, 0.2), (1.0,)), "same length.*2 and 1"),
     (lambda: TimeProfile((0.2, 0.1), (1.0, 1.0)), "times must increase"),
