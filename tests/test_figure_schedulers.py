@@ -15,10 +15,14 @@ from figures import schedulers, style
 from figures.__main__ import draw_figures
 from tests.tolerances import error
 
-pytestmark = pytest.mark.filterwarnings(
-    # diffusers' DEIS gives tensors to NumPy's functions.
-    "ignore:__array_wrap__ must accept context:DeprecationWarning"
-)
+pytestmark = [
+    # Computing it takes twenty seconds; the schedulers have tests of their own.
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        # diffusers' DEIS gives tensors to NumPy's functions.
+        "ignore:__array_wrap__ must accept context:DeprecationWarning"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
