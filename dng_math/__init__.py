@@ -22,6 +22,8 @@ __all__ = [
     "ExactPosterior",
     "FeedbackGuidance",
     "GaussianMixture",
+    "GuidedLogDensity",
+    "GuidedPrediction",
     "LimitedInterval",
     "LogOddsTracker",
     "NegativePrompting",
@@ -34,10 +36,16 @@ __all__ = [
     "TimeProfile",
     "Unguided",
     "__version__",
+    "divergence_correction",
+    "divergence_gap",
+    "guided_density",
+    "guided_log_density",
+    "predict",
     "sample",
 ]
 
 if TYPE_CHECKING:
+    from dng_math.density import GuidedLogDensity, guided_density, guided_log_density
     from dng_math.guidance import (
         ClassifierFreeGuidance,
         ClassifierGuidance,
@@ -52,6 +60,12 @@ if TYPE_CHECKING:
     )
     from dng_math.mixture import GaussianMixture
     from dng_math.posterior import ExactPosterior, LogOddsTracker, PaperTracker, TimeProfile
+    from dng_math.prediction import (
+        GuidedPrediction,
+        divergence_correction,
+        divergence_gap,
+        predict,
+    )
     from dng_math.sampling import ChainResult, sample
     from dng_math.schedules import (
         DDIM,
@@ -64,6 +78,9 @@ if TYPE_CHECKING:
 else:
     # Hidden from type checkers, to which a module __getattr__ says that every name exists.
     _HOME = {
+        "GuidedLogDensity": "density",
+        "guided_density": "density",
+        "guided_log_density": "density",
         "ClassifierFreeGuidance": "guidance",
         "ClassifierGuidance": "guidance",
         "ContrastiveCFG": "guidance",
@@ -79,6 +96,10 @@ else:
         "LogOddsTracker": "posterior",
         "PaperTracker": "posterior",
         "TimeProfile": "posterior",
+        "GuidedPrediction": "prediction",
+        "divergence_correction": "prediction",
+        "divergence_gap": "prediction",
+        "predict": "prediction",
         "ChainResult": "sampling",
         "sample": "sampling",
         "DDIM": "schedules",

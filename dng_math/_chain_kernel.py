@@ -14,17 +14,11 @@ from __future__ import annotations
 import numpy as np
 
 from dng_math import equations
+from dng_math._codes import EXACT, FEEDBACK, NO_TRACKER, PERPENDICULAR, RATIO, SAFE, TOWARD
 from dng_math._elementary import exp, log
 from dng_math._jit import block_kernel, kernel, scalar
 from dng_math._mixture_kernels import BLOCK, DIAGONAL, block_groups, exponentiate
 from dng_math._rule_kernels import (
-    EXACT,
-    FEEDBACK,
-    NO_TRACKER,
-    PERPENDICULAR,
-    RATIO,
-    SAFE,
-    TOWARD,
     copy,
     divergences,
     fill,
@@ -302,7 +296,7 @@ def advance(  # type: ignore[no-untyped-def]
     steps, variances, active = plan
     kind, matrix, with_divergence = way
     groups, log_weight, mean, covariance, norm_sq, centre = model
-    p_groups, p_log_weight, p_mean, p_covariance, p_norm_sq, has_positive = target
+    p_groups, p_log_weight, p_mean, p_covariance, p_norm_sq = target
     rule, parameters, tracker, tracker_parameters = guidance
     first_lane, record_x, record_scale, record_state, record_exact = records
     peak, moved, no_low, precision, gain = diffused
@@ -313,6 +307,7 @@ def advance(  # type: ignore[no-untyped-def]
     x0, guided, x_next, z, odds, scale, memory, spare, spare_pair = of_samples
     n_blocks, dimensions, _ = x.shape
     n_groups = len(groups) - 1
+    has_positive = len(p_log_weight) > 0
 
     for n in range(len(steps)):
         alpha, sigma, x_factor, x0_factor, deviation = (
@@ -364,11 +359,14 @@ def advance(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
             elif rule == TOWARD or rule == PERPENDICULAR or rule == FEEDBACK:
                 copy(value[n_groups - 1], positive[0])
+            if rule == PERPENDICULAR and len(p_groups) < 3:
+                # Opposite of the rest is the forbidden; of everything, nothing: no direction.
+                copy(positive[0] if has_positive else value[0], positive[1])
             if tracker != NO_TRACKER:
                 tracked_odds(tracker, own_state, tracker_parameters[n, 4], odds)
             if active[n]:
                 guide(
-                    rule, parameters, n, -alpha / sigma, x0, value, share, log_sum, positive[0],
+                    rule, parameters, n, -alpha / sigma, x0, value, share, log_sum, positive,
                     odds, memory[b], work, scale, guided,
                 )  # fmt: skip
             else:
@@ -438,7 +436,7 @@ def chain(  # type: ignore[no-untyped-def]
     covariance,
     norm_sq,
     centre,
-    has_positive,
+    positive_groups,
     positive_log_weight,
     positive_mean,
     positive_covariance,
@@ -459,8 +457,9 @@ def chain(  # type: ignore[no-untyped-def]
     steps (N, 9) holds alpha_t, sigma_t, x_factor, x0_factor, sqrt(step_var), the kernel's
     factors of x and x0, eta and beta_ts; variances (N,) is the tracker's, tracker_parameters
     (N, 5) are as `track` takes them, and active (N,) says where the rule acts.  groups bounds the
-    concepts and, last, the rest.  The records of all chunks are (N + 1, lanes, ...), record_scale
-    (N, lanes, ...), or empty; first_lane is the lane of this chunk's first sample.
+    concepts and, last, the rest; positive_groups bounds what is led to, where that is not the
+    rest, and for Perp-Neg everything else.  The records of all chunks are (N + 1, lanes, ...),
+    record_scale (N, lanes, ...), or empty; first_lane is the lane of this chunk's first sample.
     """
     n_blocks, dimensions, _ = x.shape
     concepts = state.shape[1]
@@ -488,7 +487,7 @@ def chain(  # type: ignore[no-untyped-def]
     carried = dimensions if rule == SAFE else 0
     rows = largest + 4 + dimensions
     rows += n_groups * (dimensions + 7) + 1
-    rows += dimensions + 2
+    rows += 2 * (dimensions + 2)
     rows += 3 * dimensions + 1 + 2 * concepts
     pool = aligned_pool(rows, first_lane // (n_blocks * BLOCK))
     at = 0
@@ -513,11 +512,11 @@ def chain(  # type: ignore[no-untyped-def]
     )
     at += n_groups * (dimensions + 7) + 1
     of_positive = (
-        pool[at : at + 1],
-        pool[at + 1 : at + 2],
-        pool[at + 2 : at + 2 + dimensions].reshape((1, dimensions, BLOCK)),
+        pool[at : at + 2],
+        pool[at + 2 : at + 4],
+        pool[at + 4 : at + 4 + 2 * dimensions].reshape((2, dimensions, BLOCK)),
     )
-    at += dimensions + 2
+    at += 2 * (dimensions + 2)
     of_samples = (
         pool[at : at + dimensions],
         pool[at + dimensions : at + 2 * dimensions],
@@ -538,12 +537,11 @@ def chain(  # type: ignore[no-untyped-def]
         (kind, matrix, with_divergence),
         (groups, log_weight, mean, covariance, norm_sq, centre),
         (
-            np.array([0, positives]),
+            positive_groups,
             positive_log_weight,
             positive_mean,
             positive_covariance,
             positive_norm_sq,
-            has_positive,
         ),
         (rule, parameters, tracker, tracker_parameters),
         (first_lane, record_x, record_scale, record_state, record_exact),

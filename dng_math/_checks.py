@@ -11,19 +11,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_NO_REAL = (bool, np.bool_, str, bytes, complex, np.complexfloating)
+
+
+def shown(value: object) -> str:
+    """What was given, for a message: its repr, or what fits of it on a line or two."""
+    try:
+        text = repr(value)
+    except Exception:  # an object of one's own
+        text = f"an object of {type(value)}"
+    return text if len(text) <= 160 else f"{text[:120]}... ({type(value).__name__})"
+
 
 def real(name: str, value: object, allowed: str, low: float, high: float, *, closed: str) -> float:
     """A finite float between low and high; ``closed`` names the ends that belong: "[]", "(]"..."""
     if isinstance(value, (bool, np.bool_, str, bytes)) or not np.isscalar(value):
-        raise TypeError(f"{name} must be a real number ({allowed}), got {value!r}")
+        raise TypeError(f"{name} must be a real number ({allowed}), got {shown(value)}")
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number ({allowed}), got {value!r}") from None
+        raise TypeError(f"{name} must be a real number ({allowed}), got {shown(value)}") from None
+    except OverflowError:
+        number = math.inf
     above = number >= low if closed[0] == "[" else number > low
     below = number <= high if closed[1] == "]" else number < high
     if not (math.isfinite(number) and above and below):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return number
 
 
@@ -46,14 +59,22 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """An int from low to high (included)."""
     allowed = f">= {low}" if high is None else f"from {low} to {high}"
     if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an integer {allowed}, got {value!r}")
+        raise TypeError(f"{name} must be an integer {allowed}, got {shown(value)}")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     # A tensor without numbers has a RuntimeError of its own.
     except (TypeError, RuntimeError):
-        raise TypeError(f"{name} must be an integer {allowed}, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer {allowed}, got {shown(value)}") from None
     if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be an integer {allowed}, got {shown(value)}")
+    return number
+
+
+def size(name: str, value: object, low: int) -> int:
+    """An int that an array can have as its length: from low to 2^40, a terabyte of bytes."""
+    number = integer(name, value, low)
+    if number > 2**40:
+        raise ValueError(f"{name} must be an integer from {low} to 2^40, got {shown(value)}")
     return number
 
 
@@ -61,14 +82,14 @@ def choice(name: str, value: object, allowed: Collection[str]) -> str:
     """One of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         listed = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+        raise ValueError(f"{name} must be one of {listed}; got {shown(value)}")
     return value
 
 
 def boolean(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -102,6 +123,11 @@ def numpy_array(name: str, value: object, of: str) -> NDArray[Any]:
     # A tensor refuses with whatever error its library has for the reason.
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
+        if "inhomogeneous" in reason:
+            raise TypeError(
+                f"{name} must be an array of {of}, got a ragged list, whose parts differ in "
+                f"length: {shown(value)}"
+            ) from None
         cure = ""
         if _holds_tensor(value):
             cure = (
@@ -119,6 +145,13 @@ def _hidden(value: object) -> int:
     return 0
 
 
+def _holds_boolean(value: object) -> bool:
+    """Whether one is among the numbers of a list, where NumPy would make it a 0 or a 1."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_boolean, value))
+    return isinstance(value, (bool, np.bool_))
+
+
 def _holds_tensor(value: object) -> bool:
     """Whether it is a tensor of torch or a list of them; torch need not be there to be asked."""
     if isinstance(value, (list, tuple)):
@@ -133,17 +166,41 @@ def reals(name: str, value: ArrayLike) -> NDArray[np.float64]:
     result = numpy_array(name, value, "real numbers")
     if np.iscomplexobj(result):
         raise TypeError(f"{name} must be an array of real numbers, got complex ones")
+    if isinstance(value, (list, tuple)) and _holds_boolean(value):
+        raise TypeError(f"{name} must be an array of real numbers, got booleans: {shown(value)}")
     # NumPy would read "0.5" as a number, a mask as ones and zeros, and a date as nanoseconds.
-    foreign = {"b": "booleans", "U": "strings", "S": "bytes", "M": "dates", "m": "durations"}
+    foreign = {
+        "b": "booleans",
+        "U": "strings",
+        "S": "bytes",
+        "M": "dates",
+        "m": "durations",
+        "V": "records",
+    }
     found = foreign.get(result.dtype.kind)
-    if result.dtype == object and any(isinstance(v, (bool, str, bytes)) for v in result.flat):
-        found = "strings or booleans"
+    if result.dtype == object:
+        # It would also read None as NaN, and 1 + 0j as 1.
+        wrong = [v for v in result.flat if v is None or isinstance(v, _NO_REAL)]
+        found = shown(wrong[0]) if wrong else None
     if found is not None:
         raise TypeError(f"{name} must be an array of real numbers, got {found}")
     try:
         return result.astype(np.float64, copy=False)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array of real numbers: {error}") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array of real numbers, got {shown(value)}") from None
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be an array of numbers that float64 can hold, got {shown(value)}"
+        ) from None
+
+
+def known(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    """A float64 array of any shape, infinite perhaps, but nowhere NaN."""
+    result = reals(name, value)
+    if np.isnan(result).any():
+        bad = tuple(int(i) for i in np.argwhere(np.isnan(result))[0])
+        raise ValueError(f"{name} must not be NaN, got NaN at index {bad}")
+    return result
 
 
 def array(name: str, value: ArrayLike, shape: tuple[int | str, ...]) -> NDArray[np.float64]:
@@ -167,6 +224,21 @@ def filled(name: str, value: ArrayLike, shape: tuple[int | str, ...]) -> NDArray
     if result.size == 0:
         raise ValueError(f"{name} must not be empty, got shape {result.shape}")
     return result
+
+
+def generator(name: str, value: object) -> np.random.Generator:
+    """A generator of random numbers: the one given, or of a seed, or for None of no fixed seed."""
+    sources = (np.random.Generator, np.random.BitGenerator, np.random.SeedSequence)
+    if value is None or isinstance(value, sources):
+        return np.random.default_rng(value)
+    try:
+        seed = integer(name, value, 0)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a numpy.random.Generator, an integer seed >= 0 or None, "
+            f"got {shown(value)}"
+        ) from None
+    return np.random.default_rng(seed)
 
 
 def frozen(values: Any) -> NDArray[Any]:

@@ -300,6 +300,38 @@ def inverse_factors(cov, cov_low, factor, factor_low, log_det):  # type: ignore[
 
 
 @kernel
+def precisions(cov, cov_low, factor, factor_low, precision, shrink):  # type: ignore[no-untyped-def]
+    """P = W^T W and C P, in double-double until they are rounded; all arrays (K, D, D).
+
+    C commutes with the matrix that W belongs to, so that C P is symmetric.  Its entries are what
+    is left of terms that are larger by the condition number, which double would lose.
+    """
+    components, dimensions, _ = cov.shape
+    p = np.empty((dimensions, dimensions, 2))
+    for k in range(components):
+        for i in range(dimensions):
+            for j in range(i + 1):
+                s, t = 0.0, 0.0
+                for e in range(i, dimensions):
+                    a, b = dd.multiply(
+                        factor[k, e, i], factor_low[k, e, i], factor[k, e, j], factor_low[k, e, j]
+                    )
+                    s, t = dd.add(s, t, a, b)
+                p[i, j, 0], p[i, j, 1] = s, t
+                p[j, i, 0], p[j, i, 1] = s, t
+                precision[k, i, j] = s
+                precision[k, j, i] = s
+        for i in range(dimensions):
+            for j in range(i + 1):
+                s, t = 0.0, 0.0
+                for e in range(dimensions):
+                    a, b = dd.multiply(cov[k, i, e], cov_low[k, i, e], p[e, j, 0], p[e, j, 1])
+                    s, t = dd.add(s, t, a, b)
+                shrink[k, i, j] = s
+                shrink[k, j, i] = s
+
+
+@kernel
 def refined_groups(  # type: ignore[no-untyped-def]
     x,
     groups,

@@ -7,13 +7,24 @@ for predictions of x0, with the arithmetic of :mod:`dng_math.equations` compiled
 from __future__ import annotations
 
 from dng_math import equations
+from dng_math._codes import (
+    CONTRASTIVE,
+    EXACT,
+    FEEDBACK,
+    LOG_ODDS,
+    NEGATIVE,
+    PAPER,
+    PERPENDICULAR,
+    SAFE,
+    TOWARD,
+    TRACKED,
+    UNGUIDED,
+)
 from dng_math._elementary import exp
 from dng_math._jit import block_kernel, scalar
 from dng_math._mixture_kernels import BLOCK
 from dng_math.guidance import PerpNeg
 
-UNGUIDED, TOWARD, NEGATIVE, SAFE, PERPENDICULAR, CONTRASTIVE, EXACT, TRACKED, FEEDBACK = range(9)
-NO_TRACKER, PAPER, LOG_ODDS, RATIO = range(4)
 LARGEST_LOG_RATIO = 700.0  # e^700 is still a double
 ROUNDING_SQ = PerpNeg.ROUNDING_SQ
 
@@ -69,7 +80,10 @@ def tracked_odds(tracker, state, cap, odds):  # type: ignore[no-untyped-def]
 def guide(  # type: ignore[no-untyped-def]
     rule, p, step, to_noise, x0, value, share, log_sum, positive, odds, memory, work, scale, guided
 ):
-    """Guided prediction of x0 (D, BLOCK) and scale (M, BLOCK); p are the rule's parameters."""
+    """Guided prediction of x0 (D, BLOCK) and scale (M, BLOCK); p are the rule's parameters.
+
+    positive (2, D, BLOCK) is what is led to and, for Perp-Neg, what it leads away from.
+    """
     dimensions, concepts = x0.shape[0], scale.shape[0]
     g = p[0]
     a, b = work[0], work[1]
@@ -80,7 +94,7 @@ def guide(  # type: ignore[no-untyped-def]
     elif rule == TOWARD:
         fill(scale, g)
         for d in range(dimensions):
-            base, other, out = x0[d], positive[d], guided[d]
+            base, other, out = x0[d], positive[0, d], guided[d]
             for i in range(BLOCK):
                 out[i] = toward(base[i], other[i] - base[i], g)
     elif rule == NEGATIVE:
@@ -126,9 +140,9 @@ def guide(  # type: ignore[no-untyped-def]
             a[i] = 0.0
             b[i] = 0.0
         for d in range(dimensions):
-            base, other, pos = x0[d], value[0, d], positive[d]
+            base, other, pos, opposite = x0[d], value[0, d], positive[0, d], positive[1, d]
             for i in range(BLOCK):
-                direction = pos[i] - base[i]
+                direction = pos[i] - opposite[i]
                 a[i] += direction * direction
                 b[i] += (other[i] - base[i]) * direction
         floor = work[2]
@@ -141,11 +155,11 @@ def guide(  # type: ignore[no-untyped-def]
         for i in range(BLOCK):
             b[i] = b[i] / a[i] if a[i] > floor[i] else 0.0
         for d in range(dimensions):
-            base, other, pos, out = x0[d], value[0, d], positive[d], guided[d]
+            base, other, out = x0[d], value[0, d], guided[d]
+            pos, opposite = positive[0, d], positive[1, d]
             for i in range(BLOCK):
-                direction = pos[i] - base[i]
-                rest = perpendicular(other[i] - base[i], direction, b[i])
-                out[i] = away(toward(base[i], direction, positive_scale), rest, g)
+                rest = perpendicular(other[i] - base[i], pos[i] - opposite[i], b[i])
+                out[i] = away(toward(base[i], pos[i] - base[i], positive_scale), rest, g)
     elif rule == CONTRASTIVE:
         row = scale[0]
         for i in range(BLOCK):
@@ -207,7 +221,7 @@ def guide(  # type: ignore[no-untyped-def]
         for i in range(BLOCK):
             row[i] = feedback_scale(o[i], pi)
         for d in range(dimensions):
-            base, other, out = x0[d], positive[d], guided[d]
+            base, other, out = x0[d], positive[0, d], guided[d]
             for i in range(BLOCK):
                 out[i] = toward(base[i], other[i] - base[i], row[i])
 

@@ -1,12 +1,15 @@
-"""Densities in one dimension by quadrature, and the exact target of guidance among them.
+"""The exact target of guidance: in any dimension, and in one with its distribution function.
 
 Forgetting the components c of a mixture p with scale g targets
 
     q(x) = p(x) p(not c | x)^g / Z                                       (guided target)
 
 because the guided score s - g o (s_c - s), with o = p(c|x)/p(not c|x), is the gradient of
-log p + g log p(not c | .) (Koulischer et al., ICLR 2025, Eq. 10 with the exact posterior).  Its
-distribution function and its quantiles are known here to about twelve digits.
+log p + g log p(not c | .) (Koulischer et al., ICLR 2025, Eq. 10 with the exact posterior).
+
+:func:`guided_log_density` is log q up to log Z in any dimension, with its score, exact draws and
+what is known of Z.  :func:`guided_density` is q itself in one dimension, with its distribution
+function and its quantiles to about twelve digits.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.polynomial import legendre
@@ -225,7 +229,13 @@ class TargetDensity1D(_checks.ReadOnly):
         TypeError, ValueError
             If an end is not real or is NaN, or if lo > hi somewhere.
         """
-        left, right = np.broadcast_arrays(self._points("lo", lo), self._points("hi", hi))
+        left, right = self._points("lo", lo), self._points("hi", hi)
+        try:
+            left, right = np.broadcast_arrays(left, right)
+        except ValueError:
+            raise ValueError(
+                f"lo and hi must have shapes that broadcast, got {left.shape} and {right.shape}"
+            ) from None
         if (left > right).any():
             worst = np.argmax(left - right)
             raise ValueError(
@@ -347,7 +357,10 @@ def _resolved_panels(
         log_values = _evaluate(log_density, nodes.reshape(-1)).reshape(nodes.shape)
         previous, shift = shift, max(shift, float(log_values.max()))
         if shift == -math.inf:
-            raise ValueError("log_density must be above -inf somewhere on [lo, hi]")
+            raise ValueError(
+                "log_density must be above -inf somewhere on [lo, hi], got -inf at every point of "
+                f"[{left.min()}, {right.max()}]"
+            )
         accepted *= math.exp(previous - shift)
         values = np.exp(log_values - shift)
         series = values @ _TO_LEGENDRE.T
@@ -379,6 +392,327 @@ def _resolved_panels(
     return left[order], right[order], log_values[order]
 
 
+class LogNormaliser(NamedTuple):
+    """log Z, in nats, and how far it may be off.
+
+    Attributes
+    ----------
+    value : float
+        log Z.
+    error : float
+        0 where it is known in closed form; the estimated error of a quadrature; or the standard
+        error of an estimate from random draws.
+    """
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedLogDensity(_checks.ReadOnly):
+    """log p(x) + g log p(not components | x): see :func:`guided_log_density`, which makes it.
+
+    Attributes
+    ----------
+    mixture : GaussianMixture
+    forbidden : ndarray, shape (M,)
+        Sorted indices of the forbidden components.
+    guidance_scale : float
+        The exponent g.
+    """
+
+    mixture: GaussianMixture
+    forbidden: NDArray[np.intp]
+    guidance_scale: float
+
+    def __call__(self, x: ArrayLike) -> Array:
+        """The log density up to a constant, in nats, shape (N,), of points x of shape (N, D)."""
+        value = self.mixture.log_prob(x)
+        if self.guidance_scale == 0.0:
+            return value
+        allowed = self.mixture.log_posterior(x, self.forbidden, complement=True)
+        return np.asarray(value + self.guidance_scale * allowed)
+
+    def score(self, x: ArrayLike) -> Array:
+        """Its gradient, s - g o (s_c - s), shape (N, D): the score of DNG, Eq. 10."""
+        # o (s - s_c) = s_r - s, where nothing diverges as p(c | x) -> 1.
+        value = self.mixture.score(x)
+        return value + self.guidance_scale * self.mixture.log_posterior_gradient(x, self._allowed)
+
+    @property
+    def _allowed(self) -> NDArray[np.intp]:
+        return np.setdiff1d(np.arange(self.mixture.n_components), self.forbidden)
+
+    def _proposal(self) -> tuple[GaussianMixture, float, float]:
+        """A mixture m, and c and h with q Z = c m(x) p(not components | x)^h, h >= 0."""
+        if self.guidance_scale < 1.0:
+            return self.mixture, 1.0, self.guidance_scale
+        weight = float(self.mixture.weights[self._allowed].sum())
+        return self.mixture.restrict(self._allowed), weight, self.guidance_scale - 1.0
+
+    def sample(self, n: int, rng: np.random.Generator | int | None = None) -> Array:
+        """n independent draws from the normalised density, exactly, shape (n, D).
+
+        By rejection (von Neumann 1951): draws of p without the components are kept with probability
+        p(not components | x)^(g - 1), or for g < 1 draws of p with probability
+        p(not components | x)^g.
+
+        Parameters
+        ----------
+        n : int
+        rng : numpy.random.Generator, or int seed, optional
+
+        Raises
+        ------
+        ValueError, TypeError
+            If g < 0, where that probability has no bound, or if fewer than one draw in 10,000 is
+            kept.
+        """
+        n = _checks.size("n", n, 0)
+        self._bounded("sample")
+        generator = _checks.generator("rng", rng)
+        proposal, _, power = self._proposal()
+        kept, count, drawn = [np.empty((0, self.mixture.dim))], 0, 0
+        while count < n:
+            size = _CHUNK if drawn else max(64, min(n, _CHUNK))
+            x = proposal.sample(size, generator)
+            drawn += size
+            if power > 0:
+                log_kept = self.mixture.log_posterior(x, self.forbidden, complement=True)
+                x = x[np.log1p(-generator.random(size)) <= power * log_kept]
+            kept.append(x)
+            count += len(x)
+            if drawn >= 100 * _CHUNK and count < 1e-4 * drawn:
+                raise ValueError(
+                    f"guidance_scale must leave something to draw: of {drawn} draws without the "
+                    f"components {count} are kept at {self.guidance_scale!r}"
+                )
+        return np.concatenate(kept)[:n]
+
+    def log_normaliser(
+        self, draws: int | None = None, rng: np.random.Generator | int | None = None
+    ) -> LogNormaliser:
+        """log Z, Z = int p p(not components | x)^g dx, with its error.
+
+        In closed form for g = 0 (0) and g = 1 (the log weight of the allowed components).  Else by
+        adaptive Gauss-Legendre quadrature in one and two dimensions, and beyond, or where ``draws``
+        is given, as the mean of p(not components | x)^(g - 1) over draws of p without the
+        components times their weight, or for g < 1 of p(not components | x)^g over draws of p.
+
+        Parameters
+        ----------
+        draws : int, optional
+            Number of random draws, at least 100.
+        rng : numpy.random.Generator, or int seed, optional
+            For the draws.
+
+        Returns
+        -------
+        LogNormaliser
+            ``(value, error)``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If draws are needed and not given; for draws, if g < 0 or if their effective number
+            (sum w)^2 / sum w^2 is below 100, which leaves no honest standard error; for quadrature,
+            if q cannot be normalised (possible for g < 0 only) or its modes are too many or too
+            narrow.
+        """
+        if draws is not None:
+            draws = _checks.size("draws", draws, 100)
+        generator = _checks.generator("rng", rng)
+        if self.guidance_scale == 0.0:
+            return LogNormaliser(0.0, 0.0)
+        if self.guidance_scale == 1.0:
+            return LogNormaliser(math.log(self.mixture.weights[self._allowed].sum()), 0.0)
+        if draws is not None:
+            return self._from_draws(draws, generator)
+        if self.mixture.dim == 1:
+            target = guided_density(self.mixture, self.forbidden, self.guidance_scale)
+            return LogNormaliser(target.log_normaliser, 1e-11)
+        if self.mixture.dim == 2:
+            return self._by_cubature()
+        raise ValueError(
+            f"draws must be given in {self.mixture.dim} dimensions for guidance_scale = "
+            f"{self.guidance_scale!r}: log Z is known in closed form for 0 and 1, and by "
+            "quadrature in one and two dimensions; got None"
+        )
+
+    def _bounded(self, name: str) -> None:
+        if self.guidance_scale < 0:
+            raise ValueError(
+                f"guidance_scale must be >= 0 for {name}, as below p(not components | x)^g has no "
+                f"bound; got {self.guidance_scale!r}"
+            )
+
+    def _from_draws(self, draws: int, generator: np.random.Generator) -> LogNormaliser:
+        self._bounded("draws")
+        proposal, weight, power = self._proposal()
+        total = squares = 0.0
+        for start in range(0, draws, _CHUNK):
+            x = proposal.sample(min(_CHUNK, draws - start), generator)
+            allowed = self.mixture.log_posterior(x, self.forbidden, complement=True)
+            total += math.fsum(np.exp(power * allowed))
+            squares += math.fsum(np.exp(2.0 * power * allowed))
+        effective = total * total / squares if squares > 0 else 0.0
+        if effective < 100.0:
+            raise ValueError(
+                f"draws must be more, or guidance_scale smaller: of {draws} draws at "
+                f"{self.guidance_scale!r} the effective number is {effective:.1f}, and 100 are "
+                "needed for a standard error"
+            )
+        # Of log Z: the relative standard error of the mean weight.
+        error = math.sqrt(max(0.0, 1.0 / effective - 1.0 / draws))
+        return LogNormaliser(math.log(weight) + math.log(total / draws), error)
+
+    def _by_cubature(self) -> LogNormaliser:
+        live = self.mixture.weights > 0
+        if self.mixture.kind == "full":
+            covariances = self.mixture.covariances[live]
+        else:
+            variances = self.mixture._per_dimension(self.mixture.covariances)[live]
+            covariances = variances[:, :, None] * np.eye(2)
+        return _cubature(self, self.mixture.means[live], covariances)
+
+
+def guided_log_density(
+    mixture: GaussianMixture, components: ArrayLike, guidance_scale: float
+) -> GuidedLogDensity:
+    """Log density of the exact guided target, up to a constant, in any dimension.
+
+    ``log p(x) + g log p(not components | x)``, whose gradient is the score of DNG with the exact
+    posterior (Koulischer et al., ICLR 2025, Eq. 10).  At g = 0 it is that of the mixture, at g = 1
+    that of ``mixture.restrict(the others)`` plus the log of their weight.
+
+    Parameters
+    ----------
+    mixture : GaussianMixture
+        In D dimensions.
+    components : array_like of int, or bool mask of shape (K,)
+        The forbidden components.
+    guidance_scale : float
+        The exponent g, finite.  Negative values attract.
+
+    Returns
+    -------
+    GuidedLogDensity
+        A function of points x of shape (N, D), with ``score(x)``, exact draws ``sample(n, rng)``
+        and ``log_normaliser()``.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of another kind.
+    ValueError
+        If ``components`` do not name components, or leave none with weight, or if g is not finite.
+
+    Examples
+    --------
+    >>> mixture = GaussianMixture([0.3, 0.7], [[0.0, 0.0], [2.0, 0.0]], [1.0, 1.0],
+    ...                           covariance_type="spherical")
+    >>> target = guided_log_density(mixture, [0], 2.0)
+    >>> log_z, error = target.log_normaliser()
+    >>> density = np.exp(target([[2.0, 0.0]]) - log_z)
+    >>> target.sample(4, rng=0).shape
+    (4, 2)
+    """
+    if not isinstance(mixture, GaussianMixture):
+        raise TypeError(f"mixture must be a GaussianMixture, got {_checks.shown(mixture)}")
+    forbidden = mixture.component_indices("components", components)
+    g = _checks.finite("guidance_scale", guidance_scale)
+    allowed = np.setdiff1d(np.arange(mixture.n_components), forbidden)
+    # At g = 0 the forbidden components do not matter.
+    if g != 0.0 and mixture.weights[allowed].sum() == 0:
+        raise ValueError(f"components must leave some component allowed, got {components!r}")
+    return GuidedLogDensity(mixture, _checks.frozen(forbidden), g)
+
+
+_SQUARE_NODES, _SQUARE_WEIGHTS = legendre.leggauss(12)
+_TO_SQUARE_LEGENDRE = (
+    (np.arange(12) + 0.5)[:, None] * legendre.legvander(_SQUARE_NODES, 11).T * _SQUARE_WEIGHTS
+)
+_MAX_CELLS = 50_000
+
+
+def _box(log_density: Callable[[Array], Array], centres: Array, widths: Array) -> Array:
+    """Corners (2, 2) of a rectangle that holds all of a guided density but e^-60."""
+    low, high = (centres - 12.0 * widths).min(axis=0), (centres + 12.0 * widths).max(axis=0)
+    step = widths.max(axis=0)
+    share = np.linspace(0.0, 1.0, 201)
+    for _ in range(64):
+        grid = low + (high - low) * np.stack(np.meshgrid(share, share), axis=-1)
+        inside = np.concatenate([grid.reshape(-1, 2), centres])
+        floor = log_density(inside).max() - 60.0
+        edges = [grid[:, 0], grid[0], grid[:, -1], grid[-1]]
+        enough = np.reshape([log_density(edge).max() < floor for edge in edges], (2, 2))
+        if enough.all():
+            return np.array([low, high])
+        step = 2.0 * step
+        low, high = np.where(enough[0], low, low - step), np.where(enough[1], high, high + step)
+    raise ValueError(
+        "guidance_scale must leave a density that can be normalised; with these components its "
+        f"tails do not decay within {low.tolist()} and {high.tolist()}"
+    )
+
+
+def _cubature(
+    log_density: Callable[[Array], Array], centres: Array, covariances: Array
+) -> LogNormaliser:
+    """log of the integral over the plane, by cells that are quartered.
+
+    A cell is done when the highest third of its Legendre series is below 1e-13 of the whole, and
+    when it is no wider than six deviations of a mode's narrowest axis where it comes within eight
+    of that mode: nodes further apart could miss it.
+    """
+    box = _box(log_density, centres, np.sqrt(np.diagonal(covariances, axis1=1, axis2=2)))
+    narrow = np.sqrt(np.linalg.eigvalsh(covariances)[:, 0])
+    whiten = np.linalg.inv(np.linalg.cholesky(covariances))
+    size = (box[1] - box[0]) / 16.0
+    cells = box[0] + size * np.stack(np.meshgrid(range(16), range(16)), axis=-1).reshape(-1, 2)
+    nodes = np.stack(np.meshgrid(_SQUARE_NODES, _SQUARE_NODES, indexing="ij"), axis=-1)
+    shift, accepted, doubt = -math.inf, 0.0, 0.0
+    count = 0
+    while len(cells):
+        count += len(cells)
+        if count > _MAX_CELLS:
+            raise ValueError(
+                "mixture must have fewer or wider modes for quadrature in two dimensions: "
+                f"{_MAX_CELLS} cells do not resolve the density; give draws"
+            )
+        points = (cells[:, None, None] + 0.5 * size * (1.0 + nodes)).reshape(-1, 2)
+        log_values = np.concatenate(
+            [log_density(points[i : i + _CHUNK]) for i in range(0, len(points), _CHUNK)]
+        ).reshape(len(cells), 12, 12)
+        previous, shift = shift, max(shift, float(log_values.max()))
+        accepted *= math.exp(previous - shift)
+        doubt *= math.exp(previous - shift)
+        values = np.exp(log_values - shift)
+        series = np.abs(_TO_SQUARE_LEGENDRE @ values @ _TO_SQUARE_LEGENDRE.T)
+        area = 0.25 * float(size.prod())
+        masses = area * np.einsum("i,cij,j->c", _SQUARE_WEIGHTS, values, _SQUARE_WEIGHTS)
+        tail = (
+            4.0
+            * area
+            * np.maximum(series[:, 8:].max(axis=(1, 2)), series[:, :, 8:].max(axis=(1, 2)))
+        )
+        total = accepted + float(masses.sum())
+        # Below the rounding of the values themselves nothing converges any more.
+        rounding = 1e-15 * masses * (1.0 + np.abs(log_values).max(axis=(1, 2)))
+        good = tail <= np.maximum(1e-13 * total, rounding)
+        for k in np.flatnonzero(size.max() > 6.0 * narrow):
+            halves = np.linalg.norm(0.5 * size * [[1, 1], [1, -1]] @ whiten[k].T, axis=-1)
+            distance = np.linalg.norm((cells + 0.5 * size - centres[k]) @ whiten[k].T, axis=-1)
+            good &= distance > 8.0 + halves.max()
+        accepted += float(masses[good].sum())
+        doubt += float(tail[good].sum())
+        left = cells[~good]
+        size = 0.5 * size
+        corners = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]) * size
+        cells = (left[:, None] + corners).reshape(-1, 2)
+    return LogNormaliser(shift + math.log(accepted), doubt / accepted)
+
+
 def guided_density(
     mixture: GaussianMixture,
     components: ArrayLike,
@@ -394,7 +728,7 @@ def guided_density(
     Parameters
     ----------
     mixture : GaussianMixture
-        In one dimension, with positive variances.
+        In one dimension; :func:`guided_log_density` takes any.
     components : array_like of int
         The forbidden components, as ``mixture.log_posterior`` takes them.
     guidance_scale : float
@@ -414,34 +748,24 @@ def guided_density(
     TypeError
         If ``guidance_scale`` or ``bounds`` are not numbers.
     ValueError
-        If the mixture is not one-dimensional or has a component without width, if every
-        component is forbidden, or if q cannot be normalised (possible for g < 0 only).
+        If the mixture is not one-dimensional, if every component is forbidden, or if q cannot be
+        normalised (possible for g < 0 only).
     """
+    guided = guided_log_density(mixture, components, guidance_scale)
     if mixture.dim != 1:
-        raise ValueError(f"mixture must have dimension 1, got {mixture.dim}")
-    g = _checks.real("guidance_scale", guidance_scale, "finite", -math.inf, math.inf, closed="()")
-    centres = np.asarray(mixture.means, dtype=np.float64).reshape(-1)
-    widths = np.sqrt(np.asarray(mixture.covariances, dtype=np.float64).reshape(-1))
-    if not (widths > 0.0).all():
-        raise ValueError(f"mixture must have positive variances, got {widths.min() ** 2!r}")
-    if g != 0.0:
-        # 0 * -inf is no limit worth having: at g = 0 the forbidden components do not matter.
-        allowed = mixture.log_posterior(centres[:, None], components, complement=True)
-        if np.all(np.asarray(allowed) == -np.inf):
-            raise ValueError(f"components must leave some component allowed, got {components!r}")
+        raise ValueError(
+            f"mixture must have dimension 1, got {mixture.dim}: guided_log_density takes any"
+        )
+    centres, widths = mixture.means[:, 0], np.sqrt(mixture.covariances.reshape(-1))
 
     def log_density(x: Array) -> Array:
-        points = x[:, None]
-        value = mixture.log_prob(points)
-        if g == 0.0:
-            return value
-        return value + g * mixture.log_posterior(points, components, complement=True)
+        return guided(x[:, None])
 
     if bounds is None:
         lo, hi = _bounds(log_density, centres, widths)
     else:
-        if np.shape(bounds) != (2,):
-            raise ValueError(f"bounds must be (lo, hi), got {bounds!r}")
+        if not isinstance(bounds, (tuple, list, np.ndarray)) or len(bounds) != 2:
+            raise ValueError(f"bounds must be (lo, hi), got {_checks.shown(bounds)}")
         lo, hi = (
             _checks.real(f"bounds[{i}]", bound, "finite", -math.inf, math.inf, closed="()")
             for i, bound in enumerate(bounds)

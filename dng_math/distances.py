@@ -27,15 +27,24 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
 from dng_math import _checks
-from dng_math.density import TargetDensity1D, guided_density
+from dng_math.density import (
+    GuidedLogDensity,
+    LogNormaliser,
+    TargetDensity1D,
+    guided_density,
+    guided_log_density,
+)
 from dng_math.mixture import GaussianMixture
 
 __all__ = [
+    "GuidedLogDensity",
+    "LogNormaliser",
     "TargetDensity1D",
     "binomial_interval",
     "forbidden_mass",
     "frechet_distance",
     "guided_density",
+    "guided_log_density",
     "kl_categorical",
     "kl_to_target",
     "ks_critical_value",
@@ -213,13 +222,10 @@ def kl_to_target(
     values = _checks.filled("samples", samples, ("N",))
     if not isinstance(target, TargetDensity1D):
         raise TypeError(f"target must be a TargetDensity1D, got {target!r}")
-    if direction not in ("target_to_sample", "sample_to_target"):
-        raise ValueError(
-            f"direction must be one of 'target_to_sample', 'sample_to_target'; got {direction!r}"
-        )
+    _checks.choice("direction", direction, ("target_to_sample", "sample_to_target"))
     pseudocount = _checks.non_negative("pseudocount", pseudocount)
-    if np.ndim(bins) == 0:
-        edges = np.linspace(target.lo, target.hi, _checks.integer("bins", bins, 1) + 1)
+    if not isinstance(bins, (list, tuple, np.ndarray)):
+        edges = np.linspace(target.lo, target.hi, _checks.size("bins", bins, 1) + 1)
     else:
         edges = _checks.filled("bins", bins, ("E",))
         if edges.size < 2 or not (np.diff(edges) > 0.0).all():
@@ -271,6 +277,8 @@ def forbidden_mass(samples: ArrayLike, mixture: GaussianMixture, components: Arr
         ``components`` do not name components of it.
     """
     points = _checks.filled("samples", samples, ("N", "D"))
+    if not isinstance(mixture, GaussianMixture):
+        raise TypeError(f"mixture must be a GaussianMixture, got {_checks.shown(mixture)}")
     if points.shape[1] != mixture.dim:
         raise ValueError(
             f"samples must have shape (N, {mixture.dim}), as the mixture has, got {points.shape}"

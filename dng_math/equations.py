@@ -4,6 +4,8 @@ The functions use + - * / and nothing else, so the same source runs on Python fl
 arrays as it stands, compiled by Numba on a CPU, by Triton on a GPU, and on torch tensors.
 Exponentials, clamps and gates belong to the callers: each backend has its own.
 
+The sections are those of docs/theory.md, where every equation is derived or has its source.
+
 Notation: ``x = alpha x0 + sigma eps`` at the noisier time t, ``x_next`` at the cleaner time s.
 A *prediction* is of the noise or of x0; the guidance rules are affine, so they read the same
 for both.  ``difference`` is another prediction minus the base prediction.  The reverse step has
@@ -19,7 +21,7 @@ SLD = 2211.05105, Perp-Neg = 2304.04968, contrastive CFG = 2411.17077, FBG = 250
 
 
 def noise_from_score(score, sigma):
-    """Noise prediction eps = -sigma grad log p(x); DNG section 2."""
+    """Noise prediction eps = -sigma grad log p(x); DNG section 2; docs/theory.md, section 2.3."""
     return -sigma * score
 
 
@@ -34,22 +36,22 @@ def noise_from_x0(x, x0, alpha, sigma):
 
 
 def x0_from_noise(x, eps, alpha, sigma):
-    """x0 with x = alpha x0 + sigma eps; DDPM Eq. 15."""
+    """x0 with x = alpha x0 + sigma eps; DDPM Eq. 15; docs/theory.md, section 2.3."""
     return (x - sigma * eps) / alpha
 
 
 def x0_from_score(x, score, alpha, sigma):
-    """Posterior mean of x0 by Tweedie's formula."""
+    """Posterior mean of x0 by Tweedie's formula; docs/theory.md, section 4.2."""
     return (x + sigma * sigma * score) / alpha
 
 
 def x0_from_velocity(x, velocity, alpha, sigma):
-    """x0 from v = alpha eps - sigma x0 (arXiv 2202.00512)."""
+    """x0 from v = alpha eps - sigma x0 (arXiv 2202.00512); docs/theory.md, section 2.3."""
     return (alpha * x - sigma * velocity) / (alpha * alpha + sigma * sigma)
 
 
 def x0_from_flow(x, velocity, sigma):
-    """x0 from the flow-matching velocity eps - x0, where alpha = 1 - sigma."""
+    """x0 from the velocity eps - x0, where alpha = 1 - sigma; docs/theory.md, section 2.3."""
     return x - sigma * velocity
 
 
@@ -57,27 +59,27 @@ def x0_from_flow(x, velocity, sigma):
 
 
 def transition_alpha(alpha_t, alpha_s):
-    """alpha_ts of p(x_t | x_s) = N(alpha_ts x_s, beta_ts)."""
+    """alpha_ts of p(x_t | x_s) = N(alpha_ts x_s, beta_ts); docs/theory.md, section 2.1."""
     return alpha_t / alpha_s
 
 
 def transition_variance(sigma_t, sigma_s, alpha_ts):
-    """beta_ts; for one DDPM step this is beta_t."""
+    """beta_ts; for one DDPM step this is beta_t; docs/theory.md, section 2.1."""
     return sigma_t * sigma_t - alpha_ts * alpha_ts * sigma_s * sigma_s
 
 
 def posterior_variance(beta_ts, sigma_s, sigma_t):
-    """Variance of p(x_s | x_t, x0), the "small" variance; DDPM Eq. 7."""
+    """Variance of p(x_s | x_t, x0), "small"; DDPM Eq. 7; docs/theory.md, section 3.1."""
     return beta_ts * (sigma_s * sigma_s) / (sigma_t * sigma_t)
 
 
 def step_mean(x, x0, x_factor, x0_factor):
-    """Mean of the reverse step; DDPM Eq. 7, DDIM Eq. 12."""
+    """Mean of the reverse step; DDPM Eq. 7, DDIM Eq. 12; docs/theory.md, section 3.2."""
     return x_factor * x + x0_factor * x0
 
 
 def noise_step_mean(x, eps, alpha_ts, beta_ts, sigma_t):
-    """Mean of the DDPM step from a noise prediction; DDPM Eq. 11."""
+    """Mean of the DDPM step from a noise prediction; DDPM Eq. 11; docs/theory.md, section 3.3."""
     return (x - beta_ts / sigma_t * eps) / alpha_ts
 
 
@@ -87,7 +89,7 @@ def step(mean, deviation, noise):
 
 
 def step_residual(x, base, shift, noise, x_drift, base_drift, factor, deviation):
-    """x_next - mu_base, without forming either (derived).
+    """x_next - mu_base, without forming either (derived; docs/theory.md, section 6.6).
 
     ``shift`` is the guided prediction minus the base one, ``factor`` what multiplies a prediction
     in the step.  The drifts are the factors of the step minus those of the transition that mu_base
@@ -100,42 +102,57 @@ def step_residual(x, base, shift, noise, x_drift, base_drift, factor, deviation)
 
 
 def toward(base, difference, scale):
-    """base + scale difference: CFG Eq. 6, FBG Eq. 8."""
+    """base + scale difference: CFG Eq. 6, FBG Eq. 8; docs/theory.md, sections 5.3 and 5.7."""
     return base + scale * difference
 
 
 def away(base, difference, scale):
-    """base - scale difference: negative prompting, and DNG Eq. 10 with its dynamic scale."""
+    """base - scale difference: negative prompting, and DNG Eq. 10 with its dynamic scale.
+
+    docs/theory.md, sections 5.1 and 5.3.
+    """
     return base - scale * difference
 
 
 def dynamic_scale(guidance_scale, posterior, remainder):
-    """lambda = g p / (1 - p), DNG Eq. 10; ``remainder`` is 1 - p, or 1 - sum_j p_j for several."""
+    """lambda = g p / (1 - p), DNG Eq. 10; ``remainder`` is 1 - p, or 1 - sum_j p_j for several.
+
+    docs/theory.md, sections 5.1 and 5.2.
+    """
     return guidance_scale * posterior / remainder
 
 
 def perpendicular(difference, direction, projection):
-    """The part of ``difference`` orthogonal to ``direction``; Perp-Neg Eq. 5."""
+    """The part of ``difference`` orthogonal to ``direction``; Perp-Neg Eq. 5.
+
+    docs/theory.md, section 5.5.
+    """
     return difference - projection * direction
 
 
 def contrastive_scale(guidance_scale, decay):
-    """Scale of contrastive CFG, with decay = exp(-tau |eps_neg - eps|^2)."""
+    """Scale of contrastive CFG, with decay = exp(-tau |eps_neg - eps|^2).
+
+    docs/theory.md, section 5.6.
+    """
     return guidance_scale * (2.0 * decay) / (1.0 + decay)
 
 
 def safe_correction(scale, difference, momentum_scale, momentum):
-    """SLD's gamma, Eq. 6 there and Eq. 21 of DNG; ``scale`` is elementwise."""
+    """SLD's gamma, Eq. 6 there and Eq. 21 of DNG; ``scale`` is elementwise.
+
+    docs/theory.md, section 5.4.
+    """
     return scale * difference + momentum_scale * momentum
 
 
 def safe_momentum(momentum, correction, decay):
-    """SLD's momentum for the next step, Eq. 7 there."""
+    """SLD's momentum for the next step, Eq. 7 there; docs/theory.md, section 5.4."""
     return decay * momentum + (1.0 - decay) * correction
 
 
 def feedback_scale(ratio, pi):
-    """FBG's lambda = e^L / (e^L - (1 - pi)), with ratio = e^L."""
+    """FBG's lambda = e^L / (e^L - (1 - pi)), with ratio = e^L; docs/theory.md, section 5.7."""
     return ratio / (ratio - (1.0 - pi))
 
 
@@ -143,12 +160,17 @@ def feedback_scale(ratio, pi):
 
 
 def log_likelihood_ratio(gap_sq, residual_gap, variance):
-    """log N(x_next; mu_other, v) - log N(x_next; mu_base, v); DNG Eq. 12."""
+    """log N(x_next; mu_other, v) - log N(x_next; mu_base, v); DNG Eq. 12.
+
+    docs/theory.md, section 6.2.
+    """
     return (2.0 * residual_gap - gap_sq) / (2.0 * variance)
 
 
 def log_odds_ratio(odds, gap_sq, residual_gap, variance):
-    """log N(x_next; mu_c, v) - log N(x_next; mu_rest, v), with mu_rest = mu - odds gap (derived).
+    """log N(x_next; mu_c, v) - log N(x_next; mu_rest, v), with mu_rest = mu - odds gap.
+
+    Derived; docs/theory.md, section 6.3.
 
     The base is the mixture p c + (1 - p) rest, so its mean lies between the two.  ``odds`` is
     p / (1 - p) as the caller caps it.
@@ -159,6 +181,8 @@ def log_odds_ratio(odds, gap_sq, residual_gap, variance):
 def tracker_update(state, log_ratio, variance, temperature, offset, offset_nats):
     """The tracked log p(c|x_s), or log-odds, from its value at t; DNG Eq. 12 and Algorithm 2.
 
+    docs/theory.md, sections 6.2, 6.3 and 6.8.
+
     With :func:`log_likelihood_ratio` and a state log p this is the paper's tracker, with
     :func:`log_odds_ratio` and a state log p/(1-p) the normalised one.  ``offset`` is the
     paper's and is divided by 2 v; ``offset_nats`` is added as it is.
@@ -167,7 +191,9 @@ def tracker_update(state, log_ratio, variance, temperature, offset, offset_nats)
 
 
 def divergence_correction(eta, beta_ts, divergence_gap):
-    """What the kernel's log ratio misses when the reverse noise is eta < 1 (derived).
+    """What the log ratio of a step misses when the reverse noise is eta < 1.
+
+    Derived; docs/theory.md, section 6.9.
 
     ``divergence_gap`` is div s_c - div s, the difference of the divergences of the scores.
     """
@@ -175,5 +201,8 @@ def divergence_correction(eta, beta_ts, divergence_gap):
 
 
 def rest_divergence_gap(odds, divergence_gap, score_gap_sq):
-    """div s_c - div s_rest from div s_c - div s and |s_c - s|^2 (derived)."""
+    """div s_c - div s_rest from div s_c - div s and |s_c - s|^2.
+
+    Derived; docs/theory.md, section 6.9.
+    """
     return (1.0 + odds) * (divergence_gap + odds * score_gap_sq)

@@ -19,7 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dng_math import _checks, equations
-from dng_math.posterior import ExactPosterior, LogOddsTracker, PaperTracker
+from dng_math.posterior import (
+    ExactPosterior,
+    LogOddsTracker,
+    PaperTracker,
+    checked_statistics,
+    refuse_no_coefficients,
+)
 from dng_math.schedules import StepCoefficients
 
 Array = NDArray[np.float64]
@@ -47,6 +53,10 @@ class Predictions:
         Noise units per unit of these predictions: 1 for noise, -alpha/sigma for x0.
     step, time : int, float
         Step from the noisy end; time in (0, 1], 1 at the noisy end.
+    direction : ndarray, shape (N, D), or None
+        A positive multiple of ``positive - base`` that keeps its digits where those two agree to
+        rounding; None: their difference itself.  In an exact mixture it is positive minus the
+        prediction of all other components.
     """
 
     base: Array
@@ -58,6 +68,7 @@ class Predictions:
     to_noise: float
     step: int
     time: float
+    direction: Array | None = None
 
     @property
     def difference(self) -> Array:
@@ -87,6 +98,22 @@ class Rule(Protocol):
     ) -> tuple[Array, Array, Array | None]:
         """Guided prediction (N, D), scale (M, N) and memory for the next step."""
         ...
+
+
+def refuse_no_rule(name: str, value: object) -> None:
+    """Refuse what is no rule; a class of rules is none either."""
+    needed = ("init", "guide", "needs_positive", "several_concepts")
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a guidance rule, got the class {value.__name__}: "
+            f"{value.__name__}(...) makes one"
+        )
+    missing = [attribute for attribute in needed if not hasattr(value, attribute)]
+    if missing:
+        raise TypeError(
+            f"{name} must be a guidance rule, with {', '.join(needed)}; got "
+            f"{_checks.shown(value)} without {', '.join(missing)}"
+        )
 
 
 class _Memoryless:
@@ -227,8 +254,13 @@ class PerpNeg(_Memoryless):
     """Perp-Neg (arXiv 2304.04968, Eq. 5): only what is orthogonal to the positive direction.
 
     ``base + positive_scale u - g (d - (d.u / u.u) u)`` with u = positive - base and
-    d = negative - base, per sample.  Where u is zero to rounding (|u| <= 1e-12 |base|) nothing is
-    projected out.
+    d = negative - base, per sample.  Where u is zero to rounding (|u| <= 1e-12 |base|) there is no
+    direction, and nothing is projected out.
+
+    In an exact mixture u has a direction wherever the positive components differ from the others,
+    however little of it is left: it is taken from their two predictions, whose difference does not
+    vanish.  With everything that is not forbidden as the positive, d points exactly away from it
+    (base = p negative + (1 - p) positive), so nothing of d is left, at any g.
     """
 
     guidance_scale: float = 1.0
@@ -243,14 +275,15 @@ class PerpNeg(_Memoryless):
     def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
         """See :class:`Rule`."""
         assert predictions.positive is not None
-        direction = predictions.positive - predictions.base
+        toward = predictions.positive - predictions.base
+        direction = toward if predictions.direction is None else predictions.direction
         difference = predictions.difference[0]
         norm_sq = np.sum(direction * direction, axis=-1, keepdims=True)
         dot = np.sum(difference * direction, axis=-1, keepdims=True)
         floor = self.ROUNDING_SQ * np.sum(predictions.base**2, axis=-1, keepdims=True)
         projection = np.divide(dot, norm_sq, out=np.zeros_like(dot), where=norm_sq > floor)
         guided = equations.away(
-            equations.toward(predictions.base, direction, self.positive_scale),
+            equations.toward(predictions.base, toward, self.positive_scale),
             equations.perpendicular(difference, direction, projection),
             self.guidance_scale,
         )
@@ -285,7 +318,8 @@ class ContrastiveCFG(_Memoryless):
 class DynamicNegativeGuidance(_Memoryless):
     """DNG Eq. 10: ``base - lambda (negative - base)`` with lambda = g p / (1 - p), per sample.
 
-    Several concepts (derived): ``base - g sum_k p_k (negative_k - base) / (1 - sum_j p_j)``.
+    Several concepts: ``base - g sum_k p_k (negative_k - base) / (1 - sum_j p_j)`` (derived;
+    docs/theory.md, section 5.2).
 
     Parameters
     ----------
@@ -352,6 +386,11 @@ class RatioTracker:
     divergence: ClassVar[bool] = False
     variance: ClassVar[Literal["matched"]] = "matched"
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which L is kept."""
+        return self.low, self.high
+
     def init(self, prior: Array) -> Array:
         """L = 0 at the noisy end, whatever the prior, or the limit that is nearest to 0."""
         return np.clip(np.zeros_like(prior), self.low, self.high)
@@ -366,6 +405,7 @@ class RatioTracker:
         correction: Array | float = 0.0,
     ) -> Array:
         """L at the cleaner end of a step; see :meth:`dng_math.PaperTracker.update`."""
+        checked_statistics(state, gap_sq, residual_gap, correction)
         if _checks.non_negative("variance", variance) == 0:
             return state
         log_ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, variance)
@@ -444,6 +484,7 @@ class FeedbackGuidance(_Memoryless):
 
     def tracker(self, coefficients: StepCoefficients) -> RatioTracker:
         """The tracker of L on a schedule, with the paper's offset and temperature."""
+        refuse_no_coefficients(coefficients)
         pi, steps = self.pi, len(coefficients)
         offset = self.step_offset
         if offset is None:
@@ -478,8 +519,7 @@ class LimitedInterval:
     t_hi: float = 1.0
 
     def __post_init__(self) -> None:
-        if not hasattr(self.rule, "guide"):
-            raise TypeError(f"rule must be a guidance rule, got {self.rule!r}")
+        refuse_no_rule("rule", self.rule)
         _checks.real("t_hi", self.t_hi, "in [0, 1]", 0.0, 1.0, closed="[]")
         _checks.real("t_lo", self.t_lo, "in [0, t_hi]", 0.0, self.t_hi, closed="[]")
 

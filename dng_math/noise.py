@@ -11,11 +11,10 @@ The normals of one sample and one stream form a sequence; entry ``j`` is lane ``
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
 from numpy.typing import NDArray
 
+from dng_math import _checks
 from dng_math._elementary import log, sine_cosine_turn
 from dng_math._jit import kernel, run_blocks, scalar
 
@@ -115,11 +114,12 @@ def standard_normal(
     TypeError
         If an argument is not an integer.
     """
-    limits = {"seed": 64, "n": 62, "dimensions": 31, "step": 31, "first_sample": 62, "stream": 16}
+    limits = {"seed": 64, "n": 40, "dimensions": 31, "step": 31, "first_sample": 62, "stream": 16}
     values = (seed, n, dimensions, step, first_sample, stream)
     for (name, bits), value in zip(limits.items(), values, strict=True):
-        if not 0 <= operator.index(value) < 2**bits:
-            raise ValueError(f"{name} must be in [0, 2**{bits}), got {value!r}")
+        _checks.integer(name, value, 0, 2**bits - 1)
+    if threads is not None:
+        _checks.integer("threads", threads, 1)
     out = np.empty((n, dimensions))
     rows = max(1, 65536 // max(1, dimensions))
 
@@ -147,7 +147,13 @@ def _fill_uniforms(seed, first_sample, stream, out):  # type: ignore[no-untyped-
 def standard_uniform(
     seed: int, n: int, *, first_sample: int = 0, stream: int = CHOICE_STREAM
 ) -> NDArray[np.float64]:
-    """One uniform in (0, 1) a sample, of (seed, first_sample + i), shape (n,)."""
+    """One uniform in (0, 1) a sample, of (seed, first_sample + i), shape (n,).
+
+    Parameters and errors are those of :func:`standard_normal`.
+    """
+    limits = {"seed": 64, "n": 40, "first_sample": 62, "stream": 16}
+    for (name, bits), value in zip(limits.items(), (seed, n, first_sample, stream), strict=True):
+        _checks.integer(name, value, 0, 2**bits - 1)
     out = np.empty(n)
     _fill_uniforms(np.uint64(seed), np.uint64(first_sample), np.uint64(stream), out)
     return out

@@ -32,14 +32,51 @@ T = TypeVar("T")
 
 def log_posterior_from_log_odds(log_odds: ArrayLike) -> Array:
     """log p from log p/(1-p), without overflow; any shape, float64."""
-    return -np.logaddexp(0.0, -_checks.reals("log_odds", log_odds))
+    return -np.logaddexp(0.0, -_checks.known("log_odds", log_odds))
 
 
 def log_odds_from_log_posterior(log_posterior: ArrayLike) -> Array:
     """log p/(1-p) from log p <= 0, any shape, float64; infinite at p = 1."""
-    log_p = _checks.reals("log_posterior", log_posterior)
+    log_p = _checks.known("log_posterior", log_posterior)
+    if np.any(log_p > 0):
+        raise ValueError(f"log_posterior must be <= 0, got {log_p.max()}")
     with np.errstate(divide="ignore"):
         return log_p - np.log(-np.expm1(log_p))
+
+
+def refuse_no_coefficients(value: object) -> None:
+    """Refuse what is no table of steps."""
+    if not isinstance(value, StepCoefficients):
+        raise TypeError(
+            "coefficients must be StepCoefficients (schedule.coefficients(sampler)), got "
+            f"{_checks.shown(value)}"
+        )
+
+
+def checked_statistics(
+    state: ArrayLike, gap_sq: ArrayLike, residual_gap: ArrayLike, correction: ArrayLike
+) -> None:
+    """Refuse statistics of a step that no tracker could be updated with."""
+    shape = _checks.known("state", state).shape
+    for name, value in (("gap_sq", gap_sq), ("residual_gap", residual_gap)):
+        given = _checks.reals(name, value)
+        if given.shape != shape:
+            raise ValueError(f"{name} must have the shape of state, {shape}, got {given.shape}")
+        _checks.array(name, given, shape)  # finite
+        if name == "gap_sq" and np.any(given < 0):
+            raise ValueError(f"gap_sq must be >= 0, got {given.min()}")
+    given = _checks.reals("correction", correction)
+    if given.ndim and given.shape != shape:
+        raise ValueError(f"correction must be a number or have shape {shape}, got {given.shape}")
+    if not np.isfinite(given).all():
+        raise ValueError(f"correction must be finite, got {given[~np.isfinite(given)][0]}")
+
+
+def _probabilities(prior: ArrayLike) -> Array:
+    values = _checks.known("prior", prior)
+    if np.any((values < 0) | (values > 1)):
+        raise ValueError(f"prior must be in [0, 1], got {values[(values < 0) | (values > 1)][0]}")
+    return values
 
 
 @dataclass(frozen=True)
@@ -82,6 +119,7 @@ class TimeProfile:
 
     def over(self, coefficients: StepCoefficients) -> Array:
         """Mean over the interval of every step, shape (N,): whatever the number of steps."""
+        refuse_no_coefficients(coefficients)
         edges = np.append(coefficients.time, 0.0)
         # With every knot among the points the trapezoids are the integral itself.
         points = np.union1d(edges, self.times)
@@ -119,12 +157,25 @@ class _Tracker:
         "published" with ``DDPM("large")`` is the published implementation.
         See :meth:`dng_math.StepCoefficients.tracker_variance`.
     divergence : bool
-        Add the term that a sampler with eta < 1 needs.
+        Add the term that a sampler with eta < 1 needs; in a loop of one's own it is the
+        ``correction`` of ``update``, from :func:`dng_math.divergence_correction`.
 
     Raises
     ------
     ValueError, TypeError
         If a value is out of range.
+
+    Examples
+    --------
+    Step i of a deterministic loop of one's own, with ``c = schedule.coefficients(DDIM(0.0))`` and
+    ``at = dng_math.predict(..., prediction_type="sample")``::
+
+        x_next = c.x_factor[i] * x + c.x0_factor[i] * at.guided
+        gap = c.kernel_x0_factor[i] * (at.negative - at.base)
+        residual = x_next - c.kernel_x_factor[i] * x - c.kernel_x0_factor[i] * at.base
+        term = dng_math.divergence_correction(mixture, x, c, i, tracker, state, forbidden=[1])
+        state = tracker.update(state, (gap**2).sum(-1), (residual * gap).sum(-1),
+                               c.tracker_variance(tracker.variance)[i], len(c), term)
     """
 
     prior: float | None = None
@@ -189,8 +240,9 @@ class PaperTracker(_Tracker):
     """
 
     def init(self, prior: Array) -> Array:
-        """State from p(c) at the noisy end."""
-        return self._clamped(np.log(prior))
+        """State from p(c) at the noisy end, in [0, 1], any shape."""
+        with np.errstate(divide="ignore"):
+            return self._clamped(np.log(_probabilities(prior)))
 
     def update(
         self,
@@ -217,32 +269,41 @@ class PaperTracker(_Tracker):
         Raises
         ------
         ValueError, TypeError
-            If the variance is negative or not finite, or steps is not a positive integer.
+            If the variance is negative or not finite, or steps is not a positive integer; or if
+            a statistic has another shape than the state or is not finite.
         """
         _checks.integer("steps", steps, 1)
+        checked_statistics(state, gap_sq, residual_gap, correction)
         if _checks.non_negative("variance", variance) == 0:
             return state
         log_ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, variance) + correction
         return self._clamped(self._updated(state, log_ratio, variance, steps))
 
-    def _clamped(self, log_posterior: Array) -> Array:
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """log p_min and log p_max, between which the state is kept."""
         with np.errstate(divide="ignore"):
-            return np.clip(log_posterior, np.log(self.p_min), np.log(self.p_max))
+            return float(np.log(self.p_min)), float(np.log(self.p_max))
+
+    def _clamped(self, log_posterior: Array) -> Array:
+        return np.clip(log_posterior, *self.bounds)
 
     def log_posterior(self, state: Array) -> Array:
         """log p(c | x_t)."""
-        return state
+        return _checks.known("state", state)
 
     def odds(self, state: Array) -> Array:
         """p / (1 - p)."""
-        posterior = np.exp(state)
+        posterior = np.exp(_checks.known("state", state))
         return posterior / (1.0 - posterior)
 
 
 @_with_parameters
 @dataclass(frozen=True)
 class LogOddsTracker(_Tracker):
-    """The normalised tracker (derived): c against the rest, whose mean is mu - odds gap.
+    """The normalised tracker: c against the rest, whose mean is mu - odds gap.
+
+    Derived; docs/theory.md, section 6.3.
 
     The state is log p/(1-p), float64, any shape, never below that of p_min; the odds that
     enter the update and the scale are capped at p_max / (1 - p_max).
@@ -255,8 +316,10 @@ class LogOddsTracker(_Tracker):
     _clamped_above: ClassVar[bool] = False
 
     def init(self, prior: Array) -> Array:
-        """State from p(c) at the noisy end."""
-        return np.log(prior) - np.log1p(-prior)
+        """State from p(c) at the noisy end, in [0, 1], any shape."""
+        p = _probabilities(prior)
+        with np.errstate(divide="ignore"):
+            return self._clamped(np.log(p) - np.log1p(-p))
 
     def update(
         self,
@@ -272,27 +335,40 @@ class LogOddsTracker(_Tracker):
         ``correction`` is the divergence correction of the log ratio of c to the rest.
         """
         _checks.integer("steps", steps, 1)
+        checked_statistics(state, gap_sq, residual_gap, correction)
         if _checks.non_negative("variance", variance) == 0:
             return state
         log_ratio = equations.log_odds_ratio(self.odds(state), gap_sq, residual_gap, variance)
-        updated = self._updated(state, log_ratio + correction, variance, steps)
+        return self._clamped(self._updated(state, log_ratio + correction, variance, steps))
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The log-odds of p_min, which the state stays above, and of p_max, which caps the odds."""
         with np.errstate(divide="ignore"):
-            floor = np.log(self.p_min) - np.log1p(-self.p_min)
-        return np.maximum(updated, floor)
+            low, high = (np.log(p) - np.log1p(-p) for p in (self.p_min, self.p_max))
+        return float(low), float(high)
+
+    def _clamped(self, log_odds: Array) -> Array:
+        return np.maximum(log_odds, self.bounds[0])
 
     def log_posterior(self, state: Array) -> Array:
         """log p(c | x_t)."""
-        return log_posterior_from_log_odds(state)
+        return log_posterior_from_log_odds(_checks.known("state", state))
 
     def odds(self, state: Array) -> Array:
         """p / (1 - p), capped."""
-        return np.exp(np.minimum(state, np.log(self.p_max) - np.log1p(-self.p_max)))
+        return np.exp(np.minimum(_checks.known("state", state), self.bounds[1]))
 
 
 def temperatures(
     tracker: PaperTracker | LogOddsTracker | RatioTracker, coefficients: StepCoefficients
 ) -> Array:
     """Temperature of every step, shape (N,): the number, or a profile's mean over the step."""
+    refuse_no_coefficients(coefficients)
+    if isinstance(tracker, type) or not hasattr(tracker, "temperature"):
+        raise TypeError(
+            f"tracker must be a PaperTracker or LogOddsTracker, got {_checks.shown(tracker)}"
+        )
     if isinstance(tracker.temperature, TimeProfile):
         return tracker.temperature.over(coefficients)
     return np.full(len(coefficients), tracker.temperature)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,17 +19,25 @@ from threadpoolctl import threadpool_limits
 
 from dng_math import _chain_kernel as fused
 from dng_math import _checks, equations, guidance, noise
-from dng_math import _rule_kernels as rules
+from dng_math._codes import rule_code, tracker_code
 from dng_math._jit import available_threads, run_blocks
 from dng_math._mixture_kernels import BLOCK, DIAGONAL, FULL
-from dng_math.guidance import Predictions, RatioTracker, Rule, innermost, tracker_of
+from dng_math.guidance import RatioTracker, Rule, innermost, tracker_of
 from dng_math.mixture import GaussianMixture
 from dng_math.posterior import (
-    ExactPosterior,
     LogOddsTracker,
     PaperTracker,
     at_steps,
     temperatures,
+)
+from dng_math.prediction import (
+    Roles,
+    checked_mixture,
+    checked_rule,
+    divergence_correction,
+    guided_by,
+    predictions_at,
+    roles_of,
 )
 from dng_math.schedules import NoiseSchedule, Sampler, StepCoefficients
 
@@ -75,12 +83,9 @@ class ChainResult:
 class _Chain:
     """Arguments of :func:`sample` after checking."""
 
-    mixture: GaussianMixture
+    roles: Roles
     coefficients: StepCoefficients
     rule: Rule
-    concepts: list[Indices]
-    rest: Indices
-    positive: Indices | None
     tracker: Tracker | None
     prior: Array
     n: int
@@ -92,27 +97,13 @@ class _Chain:
     @property
     def rows(self) -> int:
         """Rows of states and scales: one a concept, and one where there is none."""
-        return max(1, len(self.concepts))
+        return max(1, len(self.roles.concepts))
 
     @property
     def variances(self) -> Array:
         """What the tracker divides by."""
         choice = "matched" if self.tracker is None else self.tracker.variance
         return self.coefficients.tracker_variance(choice)
-
-
-def _concepts(mixture: GaussianMixture, forbidden: object) -> list[Indices]:
-    if forbidden is None:
-        return []
-    parts: list[Any] = [forbidden]
-    if isinstance(forbidden, (list, tuple)) and all(np.ndim(part) == 1 for part in forbidden):
-        parts = list(forbidden)
-    if len(parts) == 0:
-        raise ValueError("forbidden must not be empty")
-    concepts = [mixture.component_indices("forbidden", part) for part in parts]
-    if sum(map(len, concepts)) > len(np.unique(np.concatenate(concepts))):
-        raise ValueError(f"forbidden concepts must not share components, got {forbidden!r}")
-    return concepts
 
 
 def sample(
@@ -176,45 +167,24 @@ def sample(
         Where the sampler adds less noise than DDPM (eta < 1) and the rule's tracker has not
         ``divergence=True``: its posterior is then wrong.
     """
-    if not isinstance(mixture, GaussianMixture):
-        raise TypeError(f"mixture must be a GaussianMixture, got {mixture!r}")
+    mixture = checked_mixture(mixture)
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {schedule!r}")
-    if rule is None:
-        rule = guidance.Unguided()
-    if not hasattr(rule, "guide"):
-        raise TypeError(f"rule must be a guidance rule, got {rule!r}")
-    unknown = sorted(set(record) - set(RECORDS))
-    if isinstance(record, str) or unknown:
-        raise ValueError(f"record must be a collection of {RECORDS}, got {record!r}")
+        raise TypeError(f"schedule must be a NoiseSchedule, got {_checks.shown(schedule)}")
+    rule = checked_rule(rule)
+    record = _records(record)
     _checks.choice("engine", engine, ("fused", "reference"))
     coefficients = schedule.coefficients(sampler)
 
-    concepts = _concepts(mixture, forbidden)
-    taken = np.concatenate([*concepts, np.empty(0, dtype=np.intp)])
-    rest = np.setdiff1d(np.arange(mixture.n_components), taken)
-    if mixture.weights[rest].sum() == 0:
-        raise ValueError("forbidden must leave some components with weight: all are forbidden")
-    for concept in concepts:
-        if mixture.weights[concept].sum() == 0:
-            raise ValueError(f"forbidden components {concept.tolist()} have no weight")
-    allowed = None if positive is None else mixture.component_indices("positive", positive)
-    if allowed is not None and mixture.weights[allowed].sum() == 0:
-        raise ValueError(f"positive components {allowed.tolist()} have no weight")
-
+    roles = roles_of(mixture, rule, forbidden, positive)
+    concepts = roles.concepts
     tracker = tracker_of(rule, coefficients)
-    inner = innermost(rule)
-    if len(concepts) > 1 and not rule.several_concepts:
-        raise ValueError(f"forbidden must be one concept for {inner!r}, got {len(concepts)}")
-    unforbidden = isinstance(inner, guidance.Unguided) or (
-        allowed is not None and rule.needs_positive and not isinstance(inner, guidance.PerpNeg)
-    )
-    if not concepts and not unforbidden:
-        raise ValueError(f"forbidden must name the unwanted components for {inner!r}, got None")
     for name, missing in (("tracked", tracker is None), ("exact", not concepts)):
         if name in record and missing:
             needed = "a rule with a tracked posterior" if name == "tracked" else "forbidden"
-            raise ValueError(f"record={name!r} needs {needed}")
+            raise ValueError(
+                f"record must not hold {name!r} without what it needs, {needed}; got "
+                f"{sorted(record)}"
+            )
     eta_matters = tracker is not None and tracker.divergence
     if eta_matters and np.any(coefficients.sigma_t == 0):
         raise ValueError("schedule must have sigma > 0 where the divergence is corrected")
@@ -222,18 +192,15 @@ def sample(
     own_weights = [mixture.weights[concept].sum() for concept in concepts] or [1.0]
     given = None if tracker is None else getattr(tracker, "prior", None)
     chain = _Chain(
-        mixture=mixture,
+        roles=roles,
         coefficients=coefficients,
         rule=rule,
-        concepts=concepts,
-        rest=rest,
-        positive=allowed,
         tracker=tracker,
         prior=np.array(own_weights if given is None else [given] * max(1, len(concepts))),
-        n=_checks.integer("n", n, 0),
+        n=_checks.size("n", n, 0),
         seed=_checks.integer("seed", seed, 0, 2**64 - 1),
         first_sample=_checks.integer("first_sample", first_sample, 0, 2**62),
-        record=frozenset(record),
+        record=record,
         threads=available_threads() if threads is None else _checks.integer("threads", threads, 1),
     )
     guidance.warn_where_noise_is_missing(tracker, coefficients, stacklevel=2)
@@ -256,8 +223,16 @@ def sample(
     )
 
 
+def _records(record: object) -> frozenset[str]:
+    if isinstance(record, (str, bytes)) or not isinstance(record, Collection):
+        raise TypeError(f"record must be a collection of {RECORDS}, got {_checks.shown(record)}")
+    if any(not isinstance(name, str) or name not in RECORDS for name in record):
+        raise ValueError(f"record must be a collection of {RECORDS}, got {_checks.shown(record)}")
+    return frozenset(record)
+
+
 def _initial(chain: _Chain, schedule: NoiseSchedule, initial: object) -> Array:
-    dimensions = chain.mixture.dim
+    dimensions = chain.roles.mixture.dim
     if not isinstance(initial, str):
         return _checks.array("initial", initial, (chain.n, dimensions))  # type: ignore[arg-type]
     _checks.choice("initial", initial, ("noise", "exact"))
@@ -274,19 +249,17 @@ def _initial(chain: _Chain, schedule: NoiseSchedule, initial: object) -> Array:
     u = noise.standard_uniform(
         chain.seed, chain.n, first_sample=chain.first_sample, stream=noise.CHOICE_STREAM
     )
-    bounds = np.cumsum(chain.mixture.weights)
+    bounds = np.cumsum(chain.roles.mixture.weights)
     chosen = np.searchsorted(bounds / bounds[-1], u, side="right")
-    return chain.mixture.diffuse(schedule.alpha[-1], schedule.sigma[-1])._draw(chosen, z)
+    return chain.roles.mixture.diffuse(schedule.alpha[-1], schedule.sigma[-1])._draw(chosen, z)
 
 
 # ---------------------------------------------------------------------- the reference engine
 
 
 def _reference(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Array]]:
-    mixture, c, rule, tracker = chain.mixture, chain.coefficients, chain.rule, chain.tracker
-    parts = [mixture.restrict(concept) for concept in chain.concepts]
-    rest = mixture.restrict(chain.rest)
-    positive = rest if chain.positive is None else mixture.restrict(chain.positive)
+    roles, c, rule, tracker = chain.roles, chain.coefficients, chain.rule, chain.tracker
+    mixture = roles.mixture
     memory = rule.init(chain.n, mixture.dim)
     state = None
     if tracker is not None:
@@ -300,26 +273,18 @@ def _reference(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, 
 
     for i, variance in enumerate(chain.variances):
         alpha, sigma = float(c.alpha_t[i]), float(c.sigma_t[i])
-        noisy = mixture.diffuse(alpha, sigma)
-        base = mixture.posterior_mean(x, alpha, sigma)
-        toward = positive.posterior_mean(x, alpha, sigma)
-        negative = np.reshape(
-            [part.posterior_mean(x, alpha, sigma) for part in parts], (len(parts), *base.shape)
-        )
-        joint = [noisy.log_posterior(x, concept) for concept in chain.concepts]
-        log_rest = noisy.log_posterior(x, chain.rest)
-        predictions = Predictions(
-            base=base,
-            negative=negative if len(negative) else base[None],
-            positive=toward,
-            rest=rest.posterior_mean(x, alpha, sigma),
-            log_ratio=np.array(joint) - log_rest if joint else None,
+        predictions = predictions_at(
+            rule,
+            roles,
+            x,
+            alpha,
+            sigma,
+            "sample",
             odds=None if tracker is None or state is None else tracker.odds(state),
-            to_noise=-alpha / sigma,
             step=i,
             time=float(c.time[i]),
         )
-        guided, scale, memory = rule.guide(predictions, memory)
+        guided, scale, memory = guided_by(rule, predictions, memory)
         x_next = equations.step_mean(x, guided, c.x_factor[i], c.x0_factor[i])
         if c.step_var[i] > 0:
             z = noise.standard_normal(
@@ -329,16 +294,23 @@ def _reference(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, 
         keep("trajectory", x)
         keep("scale", scale)
         keep("tracked", state)
-        keep("exact", np.array(joint) if joint else None)
+        if "exact" in rows:
+            noisy = mixture.diffuse(alpha, sigma)
+            keep("exact", np.array([noisy.log_posterior(x, part) for part in roles.concepts]))
         if tracker is not None and trackers is not None and state is not None:
-            others = toward[None] if isinstance(tracker, RatioTracker) else negative
+            base, others = predictions.base, predictions.negative
+            if isinstance(tracker, RatioTracker):
+                assert predictions.positive is not None
+                others = predictions.positive[None]
             gap = c.kernel_x0_factor[i] * (others - base)
             residual = x_next - equations.step_mean(
                 x, base, c.kernel_x_factor[i], c.kernel_x0_factor[i]
             )
             correction: Array | float = 0.0
-            if tracker.divergence:
-                correction = _correction(chain, i, x, noisy, tracker.odds(state))
+            if not isinstance(tracker, RatioTracker) and tracker.divergence:
+                correction = divergence_correction(
+                    mixture, x, c, i, tracker, state, forbidden=roles.concepts
+                )
             state = trackers[i].update(
                 state,
                 np.sum(gap * gap, axis=-1),
@@ -351,23 +323,8 @@ def _reference(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, 
     keep("trajectory", x)
     keep("tracked", state)
     if "exact" in rows:
-        keep("exact", np.zeros((len(parts), chain.n)))
+        keep("exact", np.zeros((len(roles.concepts), chain.n)))
     return x, state, {name: np.array(values) for name, values in rows.items()}
-
-
-def _correction(chain: _Chain, i: int, x: Array, noisy: GaussianMixture, odds: Array) -> Array:
-    """The divergence correction of the tracker's log ratio, shape (M, N)."""
-    c = chain.coefficients
-    score, divergence = noisy.score(x), noisy.score_divergence(x)
-    corrections = []
-    for concept, o in zip(chain.concepts, odds, strict=True):
-        part = noisy.restrict(concept)
-        gap = part.score_divergence(x) - divergence
-        if isinstance(chain.tracker, LogOddsTracker):
-            score_gap_sq = np.sum((part.score(x) - score) ** 2, axis=-1)
-            gap = equations.rest_divergence_gap(o, gap, score_gap_sq)
-        corrections.append(equations.divergence_correction(c.eta[i], c.beta_ts[i], gap))
-    return np.array(corrections)
 
 
 # ---------------------------------------------------------------------- the fused engine
@@ -375,52 +332,27 @@ def _correction(chain: _Chain, i: int, x: Array, noisy: GaussianMixture, odds: A
 
 def _rule_parameters(rule: Rule) -> tuple[int, Array]:
     """The kernel's code of a rule, and its parameters in the order that `guide` reads them."""
-    inner = innermost(rule)
-    match inner:
-        case guidance.Unguided():
-            code, values = rules.UNGUIDED, [0.0]
-        case guidance.ClassifierFreeGuidance(g):
-            code, values = rules.TOWARD, [g]
-        case guidance.NegativePrompting(g):
-            code, values = rules.NEGATIVE, [g]
-        case guidance.SafeLatentDiffusion(g, threshold, gate, scale, momentum, decay, warmup):
-            absolute = float(gate == "absolute")
-            code, values = rules.SAFE, [g, threshold, scale, momentum, decay, absolute, warmup]
-        case guidance.PerpNeg(g, positive_scale):
-            code, values = rules.PERPENDICULAR, [g, positive_scale]
-        case guidance.ContrastiveCFG(g, temperature):
-            code, values = rules.CONTRASTIVE, [g, temperature]
-        case guidance.DynamicNegativeGuidance(g, ExactPosterior()):
-            code, values = rules.EXACT, [g]
-        case guidance.DynamicNegativeGuidance(g, PaperTracker() | LogOddsTracker() as posterior):
-            code, values = rules.TRACKED, [g, posterior.p_max]
-        case guidance.FeedbackGuidance(pi):
-            code, values = rules.FEEDBACK, [1.0, pi]
-        case _:
-            raise TypeError(
-                f"rule must be one of dng_math.guidance for engine='fused', got {inner!r}; "
-                "engine='reference' runs any object with init and guide"
-            )
-    return code, np.array(values, dtype=np.float64)
+    coded = rule_code(rule)
+    if coded is None:
+        raise TypeError(
+            f"rule must be one of dng_math.guidance for engine='fused', got {innermost(rule)!r}; "
+            "engine='reference' runs any object with init and guide"
+        )
+    values = [coded.guidance_scale, *coded.parameters.values()]
+    return coded.code, np.array(values, dtype=np.float64)
 
 
 def _tracker_parameters(tracker: Tracker | None, c: StepCoefficients) -> tuple[int, Array]:
     """The kernel's code of a tracker, and a row (temperature, offset, nats, low, high) a step."""
-    if tracker is None:
-        return rules.NO_TRACKER, np.zeros((len(c), 5))
-    rows = np.empty((len(c), 5))
-    rows[:, 0] = temperatures(tracker, c)
-    if isinstance(tracker, RatioTracker):
-        rows[:, 1:] = [0.0, tracker.step_offset, tracker.low, tracker.high]
-        return rules.RATIO, rows
-    with np.errstate(divide="ignore"):
-        bounds = np.log([tracker.p_min, tracker.p_max])
-        code = rules.PAPER
-        if isinstance(tracker, LogOddsTracker):
-            code = rules.LOG_ODDS
-            bounds -= np.log1p([-tracker.p_min, -tracker.p_max])
-    rows[:, 1:] = [tracker.offset, tracker.offset_nats / len(c), *bounds]
-    return code, rows
+    rows = np.zeros((len(c), 5))
+    if tracker is not None:
+        rows[:, 0] = temperatures(tracker, c)
+        if isinstance(tracker, RatioTracker):
+            offsets = [0.0, tracker.step_offset]
+        else:
+            offsets = [tracker.offset, tracker.offset_nats / len(c)]
+        rows[:, 1:] = [*offsets, *tracker.bounds]
+    return tracker_code(tracker), rows
 
 
 def _component_arrays(
@@ -436,9 +368,10 @@ def _component_arrays(
 
 
 def _fused(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Array]]:
-    mixture, c = chain.mixture, chain.coefficients
+    roles, c = chain.roles, chain.coefficients
+    mixture = roles.mixture
     steps, dimensions = len(c), mixture.dim
-    live = [part[mixture.weights[part] > 0] for part in (*chain.concepts, chain.rest)]
+    live = [part[mixture.weights[part] > 0] for part in (*roles.concepts, roles.rest)]
     order = np.concatenate(live)
     groups = np.concatenate([[0], np.cumsum([len(part) for part in live])])
     matrix = (
@@ -447,9 +380,13 @@ def _fused(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Arra
         and bool(np.all(mixture.covariances == mixture.covariances[0]))
     )
     centre = mixture.weights @ mixture.means if matrix else np.zeros(dimensions)
-    positive = order[:0]
-    if chain.positive is not None and chain.rule.needs_positive:
-        positive = chain.positive[mixture.weights[chain.positive] > 0]
+    positive, p_groups = order[:0], np.array([0, 0])
+    if roles.positive is not None and chain.rule.needs_positive:
+        positive = roles.positive[mixture.weights[roles.positive] > 0]
+        p_groups = np.array([0, len(positive)])
+        if isinstance(innermost(chain.rule), guidance.PerpNeg) and len(roles.opposite):
+            positive = np.concatenate([positive, roles.opposite])
+            p_groups = np.append(p_groups, len(positive))
     log_weight, mean, covariance, norm_sq = _component_arrays(mixture, order, centre)
     p_log_weight, p_mean, p_covariance, p_norm_sq = _component_arrays(mixture, positive, centre)
     rule, parameters = _rule_parameters(chain.rule)
@@ -498,7 +435,7 @@ def _fused(chain: _Chain, x: Array) -> tuple[Array, Array | None, dict[str, Arra
         covariance,
         norm_sq,
         centre,
-        len(positive) > 0,
+        p_groups,
         p_log_weight,
         p_mean,
         p_covariance,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,30 @@ from dng_math import _checks, equations
 Array = NDArray[np.float64]
 TrackerVariance = Literal["matched", "small", "large", "published"]
 TRACKER_VARIANCES: tuple[TrackerVariance, ...] = ("matched", "small", "large", "published")
+
+
+def x0_of(kind: str, x: Any, prediction: Any, alpha: Any, sigma: Any) -> Any:
+    """x0 of what a network returns; numbers, arrays or tensors of shapes that broadcast.
+
+    Parameters
+    ----------
+    kind : {"epsilon", "v_prediction", "sample", "flow"}
+        The noise, v = alpha eps - sigma x0, x0 itself, or eps - x0.
+    x, prediction : float, ndarray or Tensor
+        x_t = alpha x0 + sigma eps, and the prediction there.
+    alpha, sigma : float or ndarray
+        Of the schedule.
+    """
+    match kind:
+        case "epsilon":
+            return equations.x0_from_noise(x, prediction, alpha, sigma)
+        case "v_prediction":
+            return equations.x0_from_velocity(x, prediction, alpha, sigma)
+        case "flow":
+            return equations.x0_from_flow(x, prediction, sigma)
+        case "sample":
+            return prediction
+    raise ValueError(f"kind must be 'epsilon', 'v_prediction', 'sample' or 'flow', got {kind!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +86,12 @@ class StepCoefficients(_checks.ReadOnly):
     kernel_var: Array
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            object.__setattr__(self, name, _checks.frozen(value))
+        columns = {name: _checks.array(name, value, ("N",)) for name, value in vars(self).items()}
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"all columns must have the same length, got {lengths}")
+        for name, column in columns.items():
+            object.__setattr__(self, name, _checks.frozen(column))
 
     def __len__(self) -> int:
         return len(self.time)
@@ -102,6 +130,8 @@ class Sampler(Protocol):
 
 
 def _intervals(schedule: NoiseSchedule) -> dict[str, Array]:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {schedule!r}")
     alpha_t, alpha_s = schedule.alpha[:0:-1], schedule.alpha[-2::-1]
     sigma_t, sigma_s = schedule.sigma[:0:-1], schedule.sigma[-2::-1]
     alpha_ts = equations.transition_alpha(alpha_t, alpha_s)
@@ -340,6 +370,8 @@ class NoiseSchedule(_checks.ReadOnly):
         bar = _checks.array("alpha_bar", alpha_bar, ("T",))
         if len(bar) == 0 or np.any((bar < 0) | (bar >= 1)):
             raise ValueError(f"alpha_bar must be non-empty and in [0, 1), got {bar}")
+        if np.any(np.diff(bar) >= 0):
+            raise ValueError(f"alpha_bar must be strictly decreasing, got {bar}")
         bar = np.concatenate([[1.0], bar])
         return cls(np.sqrt(bar), np.sqrt(1.0 - bar))
 
@@ -359,7 +391,7 @@ class NoiseSchedule(_checks.ReadOnly):
 
         rho = 1 is :meth:`linear`, rho = 2 has the shape of :meth:`scaled_linear`.
         """
-        steps = _checks.integer("steps", steps, 1)
+        steps = _checks.size("steps", steps, 1)
         rho = _checks.positive("rho", rho)
         low = _checks.real("beta_min", beta_min, "in (0, 1)", 0.0, 1.0, closed="()")
         high = _checks.real("beta_max", beta_max, "in [beta_min, 1)", low, 1.0, closed="[)")
@@ -382,7 +414,7 @@ class NoiseSchedule(_checks.ReadOnly):
     @classmethod
     def cosine(cls, steps: int = 1000, s: float = 0.008, beta_max: float = 0.999) -> NoiseSchedule:
         """alpha_bar = cos^2((t/T + s)/(1 + s) pi/2), betas capped (arXiv 2102.09672, Eq. 17)."""
-        steps = _checks.integer("steps", steps, 1)
+        steps = _checks.size("steps", steps, 1)
         s = _checks.non_negative("s", s)
         cap = _checks.real("beta_max", beta_max, "in (0, 1)", 0.0, 1.0, closed="()")
         bar = np.cos((np.arange(steps + 1) / steps + s) / (1 + s) * (np.pi / 2)) ** 2
@@ -391,7 +423,7 @@ class NoiseSchedule(_checks.ReadOnly):
     @classmethod
     def flow(cls, steps: int = 1000) -> NoiseSchedule:
         """Flow matching: sigma = t/T and alpha = 1 - sigma, to pure noise at T."""
-        sigma = np.linspace(0.0, 1.0, _checks.integer("steps", steps, 1) + 1)
+        sigma = np.linspace(0.0, 1.0, _checks.size("steps", steps, 1) + 1)
         return cls(1.0 - sigma, sigma)
 
     @classmethod
@@ -410,7 +442,7 @@ class NoiseSchedule(_checks.ReadOnly):
             None: geometric (Song et al. 2021).  Otherwise sigma^(1/rho) is linear in t; 7 is
             EDM's (arXiv 2206.00364, Eq. 5).
         """
-        steps = _checks.integer("steps", steps, 2)
+        steps = _checks.size("steps", steps, 2)
         low = _checks.positive("sigma_min", sigma_min)
         high = _checks.real("sigma_max", sigma_max, "> sigma_min", low, np.inf, closed="()")
         if rho is None:
@@ -441,12 +473,12 @@ class NoiseSchedule(_checks.ReadOnly):
                 )
             given = np.flatnonzero(given)
         if given.ndim != 1 or given.size == 0:
-            raise ValueError(f"indices must be a non-empty list, got {indices!r}")
+            raise ValueError(f"indices must be a non-empty list, got {_checks.shown(indices)}")
+        if not np.issubdtype(given.dtype, np.integer):
+            raise TypeError(f"indices must be integers, got {_checks.shown(indices)}")
         chosen = np.unique(np.concatenate([[0], given]))
-        if not np.issubdtype(chosen.dtype, np.integer):
-            raise TypeError(f"indices must be integers, got {indices!r}")
         if len(chosen) < 2 or chosen[0] < 0 or chosen[-1] > len(self):
-            raise ValueError(f"indices must be from 1 to {len(self)}, got {indices!r}")
+            raise ValueError(f"indices must be from 1 to {len(self)}, got {_checks.shown(indices)}")
         time = self.time[chosen]
         return NoiseSchedule(self.alpha[chosen], self.sigma[chosen], time / time[-1])
 
@@ -458,8 +490,15 @@ class NoiseSchedule(_checks.ReadOnly):
     def coefficients(self, sampler: Sampler | None = None) -> StepCoefficients:
         """Coefficients of every step for a sampler (default: DDPM with the small variance)."""
         sampler = DDPM() if sampler is None else sampler
-        if not hasattr(sampler, "coefficients"):
+        if isinstance(sampler, type) or not hasattr(sampler, "coefficients"):
             raise TypeError(
-                f"sampler must be a DDPM, DDIM, EulerMaruyama or ProbabilityFlow, got {sampler!r}"
+                "sampler must be a DDPM, DDIM, EulerMaruyama or ProbabilityFlow (an object, not "
+                f"the class), got {_checks.shown(sampler)}"
             )
-        return sampler.coefficients(self)
+        coefficients = sampler.coefficients(self)
+        if not isinstance(coefficients, StepCoefficients) or len(coefficients) != len(self):
+            raise TypeError(
+                f"sampler must return StepCoefficients of {len(self)} steps from its coefficients, "
+                f"got {_checks.shown(coefficients)} from {_checks.shown(sampler)}"
+            )
+        return coefficients

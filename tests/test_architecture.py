@@ -21,7 +21,7 @@ FORBIDDEN = {
     "benchmarks": USERS - {"benchmarks"},
 }
 SHARED = {f"dng_math.{name}" for name in ("equations", "guidance", "posterior", "schedules")}
-LIGHT = SHARED | {"dng_math._checks"}
+LIGHT = SHARED | {"dng_math._checks", "dng_math._codes"}
 ARITHMETIC = (
     *(ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Return, ast.Assign, ast.Expr),
     *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.UnaryOp, ast.USub),

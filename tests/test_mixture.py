@@ -154,7 +154,7 @@ def test_density_integrates_to_one():
     assert total == pytest.approx(1.0, abs=1e-9)
 
 
-# ---------------------------------------------------------------- identities (theory 3)
+# -------------------------------------------------- identities (docs/theory.md, section 4)
 
 
 @given(mixtures(), seeds, levels)
@@ -648,7 +648,7 @@ BAD = [
     (lambda: GaussianMixture(*TWO).diffuse(1.0, 1e160), r"sigma = 1e\+160.*cannot hold"),
     (lambda: GaussianMixture(*TWO).diffuse(1e160, 1.0), r"alpha = 1e\+160.*cannot hold"),
     (lambda: LABELLED.components(["a", "c"]), "label must be one of.*'c'"),
-    (lambda: LABELLED.components([]), "label must not be an empty list"),
+    (lambda: LABELLED.components([]), "label must be a label or a list of some"),
     (lambda: GaussianMixture(*TWO).reverse_transition([0.0], 0.5, 0.5, 0.4, 0.6), "less noisy"),
     (lambda: GaussianMixture(*TWO).reverse_transition([0.0], 0.0, 1.0, 0.0, 0.6), "alpha_s > 0"),
     (lambda: GaussianMixture(*TWO).reverse_transition([[0.0]], 0.5, 0.5), "x must have shape"),

@@ -172,7 +172,7 @@ BAD = [
     (lambda: NoiseSchedule([1.0, -0.5], [0.0, 0.5]), ">= 0"),
     (lambda: NoiseSchedule([1.0, np.nan], [0.0, 0.5]), "alpha must be finite.*nan"),
     (lambda: NoiseSchedule([1.0, 0.5], [0.0, 0.5], [0.0, 0.5]), "time must increase"),
-    (lambda: NoiseSchedule.from_alpha_bar([0.9, 0.95]), "not monotone"),
+    (lambda: NoiseSchedule.from_alpha_bar([0.9, 0.95]), "alpha_bar must be strictly decreasing"),
     (lambda: NoiseSchedule.from_alpha_bar([1.0, 0.9]), "alpha_bar"),
     (lambda: NoiseSchedule.from_alpha_bar([]), "alpha_bar"),
     (lambda: NoiseSchedule.from_betas([0.1, -0.1]), "betas"),
