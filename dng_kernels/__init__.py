@@ -1,14 +1,9 @@
-"""The fused step of Dynamic Negative Guidance: one Triton kernel, and its torch reference."""
+"""The fused step of Dynamic Negative Guidance: specification, CPU path and Triton kernel."""
 
+from dng_kernels.naive import StepResult
+from dng_kernels.noise import noise_keys, standard_normal
 from dng_kernels.plan import StepPlan
-from dng_kernels.step import (
-    StepResult,
-    dng_step,
-    guide,
-    noise_keys,
-    standard_normal,
-    update_posterior,
-)
+from dng_kernels.step import dng_step, guide, update_posterior
 
 __all__ = [
     "StepPlan",

@@ -1,17 +1,16 @@
 """The step as one Triton kernel: every tensor is read once and written once.
 
-A sample is cut into chunks whose length depends on its size alone, one program a chunk, so what a
-sample becomes does not depend on the batch.  A program adds up what its chunk knows of the two
-sums, writes that down, and draws a number from the sample's counter; whoever draws the last adds
-the chunks up in their order and updates the state.  Integers are counted, floats are not: two runs
-are bit-equal.
+It computes what :mod:`dng_kernels.naive` does, with :mod:`dng_math.equations` compiled.
 
-Contrastive CFG and Perp-Neg must have the sums before they can guide.  Their programs draw
-tickets: those with a sample's first tickets add up, the later ones wait for them and then take the
-step.  A ticket is drawn by a program that runs, and the early ones never wait, so this ends
-whatever order programs are started in.
+One program takes one chunk of a sample.  The length of a chunk depends on the sample's size alone,
+so a sample's result does not depend on the batch.  A program writes down the sums over its chunk
+and increments the sample's counter; the program that increments it last adds up the chunks in their
+order and updates the state.  Only integers are added atomically, so two runs are bit-equal.
 
-The arithmetic is that of :mod:`dng_math.equations`, compiled.
+Contrastive CFG and Perp-Neg need the sums before they can guide.  Their programs draw tickets: the
+programs with a sample's first tickets compute the sums, and the others wait for them and then take
+the step.  Only a running program draws a ticket, and the first ones never wait, so there is no
+deadlock in whatever order programs are started.
 """
 
 from __future__ import annotations
@@ -24,19 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dng_kernels import normal, plan
+from dng_kernels import normal
 from dng_kernels.layout import SUMS, chunking, is_channels_last, readable
-from dng_kernels.reference import GUIDE, STEP, UPDATE, Inputs, Outputs, Variant
-from dng_math import equations
+from dng_kernels.naive import Inputs, StepResult
+from dng_kernels.plan import COLUMN, GUIDE, LARGEST, STEP, UPDATE, WIDTH, Variant
+from dng_math import _codes, equations
 
-# ------------------------------------------------ what is written elsewhere, compiled
+# ------------------------------------------------ equations, compiled
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of pure arithmetic as part of a kernel.
+    """A function of pure arithmetic, compiled into the kernels that call it.
 
-    The interpreter runs it as it is: there it needs no wrapping, which would look for
-    ``triton.language`` in a module that must not import it.
+    The interpreter runs the function as it is: wrapped, it would look for ``triton.language`` in
+    a module that must not import it.
     """
     jitted = triton.jit(function)
     return jitted if isinstance(jitted, triton.JITFunction) else function
@@ -64,47 +64,48 @@ sine = _compiled(normal.sine)
 cosine = _compiled(normal.cosine)
 
 _STEP, _GUIDE, _UPDATE = tl.constexpr(STEP), tl.constexpr(GUIDE), tl.constexpr(UPDATE)
-_TRACKED, _FEEDBACK = tl.constexpr(plan.TRACKED), tl.constexpr(plan.FEEDBACK)
-_TOWARD, _SAFE = tl.constexpr(plan.TOWARD), tl.constexpr(plan.SAFE)
-_CONTRASTIVE = tl.constexpr(plan.CONTRASTIVE)
-_PERPENDICULAR = tl.constexpr(plan.PERPENDICULAR)
-_NO_TRACKER, _PAPER = tl.constexpr(plan.NO_TRACKER), tl.constexpr(plan.PAPER)
-_LOG_ODDS = tl.constexpr(plan.LOG_ODDS)
-_LARGEST = tl.constexpr(plan.LARGEST)
-_WIDTH = tl.constexpr(plan.WIDTH)
-(
-    _X_FACTOR,
-    _FACTOR,
-    _DEVIATION,
-    _KERNEL_X_FACTOR,
-    _KERNEL_FACTOR,
-    _X_DRIFT,
-    _DRIFT,
-    _VARIANCE,
-    _ACTIVE,
-    _APPLIED,
-    _TO_NOISE,
-    _FROM_NOISE,
-    _X0_X_FACTOR,
-    _X0_FACTOR,
-    _CLIP,
-    _CFG_SCALE,
-    _GUIDANCE_SCALE,
-    _TEMPERATURE,
-    _OFFSET,
-    _OFFSET_NATS,
-    _LOW,
-    _HIGH,
-    _LOG_ODDS_CAP,
-    _ETA,
-    _BETA,
-    _SCORE_FACTOR,
-    _RULE_0,
-    _RULE_1,
-    _RULE_2,
-    _RULE_3,
-    _RULE_4,
-) = (tl.constexpr(column) for column in range(len(plan.COLUMNS)))
+_TRACKED, _FEEDBACK = tl.constexpr(_codes.TRACKED), tl.constexpr(_codes.FEEDBACK)
+_TOWARD, _SAFE = tl.constexpr(_codes.TOWARD), tl.constexpr(_codes.SAFE)
+_CONTRASTIVE = tl.constexpr(_codes.CONTRASTIVE)
+_PERPENDICULAR = tl.constexpr(_codes.PERPENDICULAR)
+_PAPER, _LOG_ODDS = tl.constexpr(_codes.PAPER), tl.constexpr(_codes.LOG_ODDS)
+_LARGEST = tl.constexpr(LARGEST)
+_WIDTH = tl.constexpr(WIDTH)
+_X_FACTOR = tl.constexpr(COLUMN["x_factor"])
+_FACTOR = tl.constexpr(COLUMN["factor"])
+_DEVIATION = tl.constexpr(COLUMN["deviation"])
+_KERNEL_X_FACTOR = tl.constexpr(COLUMN["kernel_x_factor"])
+_KERNEL_FACTOR = tl.constexpr(COLUMN["kernel_factor"])
+_X_DRIFT = tl.constexpr(COLUMN["x_drift"])
+_DRIFT = tl.constexpr(COLUMN["drift"])
+_VARIANCE = tl.constexpr(COLUMN["variance"])
+_ACTIVE = tl.constexpr(COLUMN["active"])
+_APPLIED = tl.constexpr(COLUMN["applied"])
+_TO_NOISE = tl.constexpr(COLUMN["to_noise"])
+_FROM_NOISE = tl.constexpr(COLUMN["from_noise"])
+_X0_X_FACTOR = tl.constexpr(COLUMN["x0_x_factor"])
+_X0_FACTOR = tl.constexpr(COLUMN["x0_factor"])
+_CLIP = tl.constexpr(COLUMN["clip"])
+_CFG_SCALE = tl.constexpr(COLUMN["cfg_scale"])
+_GUIDANCE_SCALE = tl.constexpr(COLUMN["guidance_scale"])
+_TEMPERATURE = tl.constexpr(COLUMN["temperature"])
+_OFFSET = tl.constexpr(COLUMN["offset"])
+_OFFSET_NATS = tl.constexpr(COLUMN["offset_nats"])
+_LOW = tl.constexpr(COLUMN["low"])
+_HIGH = tl.constexpr(COLUMN["high"])
+_LOG_ODDS_CAP = tl.constexpr(COLUMN["log_odds_cap"])
+_ETA = tl.constexpr(COLUMN["eta"])
+_BETA = tl.constexpr(COLUMN["beta"])
+_SCORE_FACTOR = tl.constexpr(COLUMN["score_factor"])
+_THRESHOLD = tl.constexpr(COLUMN["threshold"])
+_SLOPE = tl.constexpr(COLUMN["slope"])
+_MOMENTUM_SCALE = tl.constexpr(COLUMN["momentum_scale"])
+_MOMENTUM_DECAY = tl.constexpr(COLUMN["momentum_decay"])
+_ABSOLUTE = tl.constexpr(COLUMN["absolute"])
+_POSITIVE_SCALE = tl.constexpr(COLUMN["positive_scale"])
+_ROUNDING_SQ = tl.constexpr(COLUMN["rounding_sq"])
+_CONTRASTIVE_TEMPERATURE = tl.constexpr(COLUMN["contrastive_temperature"])
+_PI = tl.constexpr(COLUMN["pi"])
 
 _STEP_STREAM = tl.constexpr(normal.STEP_STREAM)
 _TO_UNIT, _HALF_UNIT = tl.constexpr(normal.TO_UNIT), tl.constexpr(normal.HALF_UNIT)
@@ -112,7 +113,7 @@ _TO_ANGLE = tl.constexpr(normal.TO_ANGLE)
 _HALF_ROOT = tl.constexpr(normal.HALF_ROOT)
 _LN2_HIGH, _LN2_LOW = tl.constexpr(normal.LN2_HIGH), tl.constexpr(normal.LN2_LOW)
 
-# How noise reaches the kernel, and how a sample lies in memory.
+# Where the kernel takes its noise from.
 NO_NOISE, GIVEN, SEED, KEYS = range(4)
 _GIVEN, _SEED, _KEYS = tl.constexpr(GIVEN), tl.constexpr(SEED), tl.constexpr(KEYS)
 
@@ -124,7 +125,7 @@ _SUMS = tl.constexpr(SUMS)
 
 @triton.jit
 def philox(seed, sample, group, tag):
-    """Four random words of each counter, in 64-bit integers."""
+    """Four random words for each counter, in 64-bit integers."""
     c0 = sample & 0xFFFFFFFF
     c1 = (sample >> 32) & 0xFFFFFFFF
     c2 = group
@@ -140,7 +141,7 @@ def philox(seed, sample, group, tag):
 
 @triton.jit
 def normal_pair(radius_word, angle_word):
-    """Two independent standard normals of uint32 words; dng_kernels.normal in Triton."""
+    """Two independent standard normals from uint32 words, as in :mod:`dng_kernels.normal`."""
     u = radius_word.to(tl.float32) * _TO_UNIT + _HALF_UNIT
     bits = u.to(tl.int32, bitcast=True) + (0x3F800000 - _HALF_ROOT)
     exponent = ((bits >> 23) - 127).to(tl.float32)
@@ -162,9 +163,9 @@ def normal_pair(radius_word, angle_word):
 def normals(
     seed, sample, tag, first, D, channels, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Normals of the places first ... first + BLOCK - 1 in memory; first is a multiple of 4."""
+    """Normals for the places first ... first + BLOCK - 1 in memory; first is a multiple of 4."""
     if CHANNELS_LAST:
-        # Numbers belong to elements in C order: every place looks its own up.
+        # Normals are numbered by the elements in C order: every place computes its element.
         place = first + tl.arange(0, BLOCK).to(tl.int64)
         element = (place % channels) * (D // channels) + place // channels
         c0, c1, c2, c3 = philox(seed, sample, element >> 2, tag)
@@ -214,10 +215,10 @@ def scale_of(row, odds, a, RULE: tl.constexpr):
     if RULE == _TRACKED:
         scale = dynamic_scale(guidance_scale, odds, 1.0)
     elif RULE == _FEEDBACK:
-        scale = feedback_scale(odds, tl.load(row + _RULE_0))
+        scale = feedback_scale(odds, tl.load(row + _PI))
     elif RULE == _CONTRASTIVE:
         to_noise = tl.load(row + _TO_NOISE)
-        decay = tl.exp(-tl.load(row + _RULE_0) * to_noise * to_noise * a)
+        decay = tl.exp(-tl.load(row + _CONTRASTIVE_TEMPERATURE) * to_noise * to_noise * a)
         scale = contrastive_scale(guidance_scale, decay)
     else:
         scale = guidance_scale
@@ -283,7 +284,7 @@ def finish(
     TRACKER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """Write what there is one of a sample, from the sums a and b over all of it."""
+    """Write state and scale of a sample, from the sums a and b over all of it."""
     if state_next is not None:
         if DIVERGENCE:
             div = tl.load(divergence + sample).to(tl.float32)
@@ -293,7 +294,7 @@ def finish(
         tl.store(state_next + sample, updated)
     if scale_out is not None:
         if RULE == _SAFE:
-            # Never 0 / 0: an empty sample has no mean.
+            # An empty sample has no mean: 0 / 0 must not happen.
             mean = a / tl.maximum(D, 1)
             scale = tl.load(row + _GUIDANCE_SCALE) * tl.load(row + _APPLIED) * mean
         tl.store(scale_out + sample, scale)
@@ -310,7 +311,7 @@ def x0_of(x, prediction, x_factor, factor, clip):
 
 @triton.jit
 def chunk_sums(eps, eps_neg, eps_third, first, end, RULE: tl.constexpr, BLOCK: tl.constexpr):
-    """What a rule must know before it can guide, of the places first ... end - 1.
+    """The sums that a rule needs before it can guide, over the places first ... end - 1.
 
     |delta|^2 for contrastive CFG; |direction|^2, delta . direction and |eps|^2 for Perp-Neg.
     """
@@ -365,9 +366,10 @@ def chunk_step(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Guide, step and add up the places first ... end - 1 of a sample.
+    """Guide, take the step and add up, for the places first ... end - 1 of a sample.
 
-    Returns |delta|^2 and residual . delta where a posterior is tracked, SLD's scale for SLD.
+    Returns |delta|^2 and residual . delta if a posterior is tracked; the sum of the elementwise
+    scale for SLD.
     """
     if CFG:
         cfg_scale = tl.load(row + _CFG_SCALE)
@@ -386,18 +388,18 @@ def chunk_step(
     if MODE != _UPDATE and RULE == _SAFE:
         strength = tl.load(row + _GUIDANCE_SCALE) * tl.load(row + _APPLIED)
         to_noise, from_noise = tl.load(row + _TO_NOISE), tl.load(row + _FROM_NOISE)
-        threshold, slope = tl.load(row + _RULE_0), tl.load(row + _RULE_1)
-        momentum_scale, decay = tl.load(row + _RULE_2), tl.load(row + _RULE_3)
-        absolute, active = tl.load(row + _RULE_4) > 0, tl.load(row + _ACTIVE) > 0
+        threshold, slope = tl.load(row + _THRESHOLD), tl.load(row + _SLOPE)
+        momentum_scale, decay = tl.load(row + _MOMENTUM_SCALE), tl.load(row + _MOMENTUM_DECAY)
+        absolute, active = tl.load(row + _ABSOLUTE) > 0, tl.load(row + _ACTIVE) > 0
     if MODE != _UPDATE and RULE == _PERPENDICULAR:
-        positive_scale = tl.load(row + _ACTIVE) * tl.load(row + _RULE_0)
+        positive_scale = tl.load(row + _ACTIVE) * tl.load(row + _POSITIVE_SCALE)
 
     a = tl.zeros([BLOCK], tl.float32)
     b = tl.zeros([BLOCK], tl.float32)
     lane = tl.arange(0, BLOCK)
     for start in range(first, end, BLOCK):
         inside = lane < end - start
-        # All loads first: they are in flight together.
+        # All loads come first, so that they are in flight together.
         e = tl.load(eps + start + lane, mask=inside, other=0.0).to(tl.float32)
         n = tl.load(eps_neg + start + lane, mask=inside, other=0.0).to(tl.float32)
         if CFG or RULE == _PERPENDICULAR:
@@ -477,7 +479,7 @@ def chunk_step(
 # ------------------------------------------------ the kernel
 
 
-# Numbers that say nothing of alignment: another value must not compile another kernel.
+# These numbers tell nothing about alignment: don't compile for their values.
 @triton.jit(do_not_specialize=["chunks", "batch", "channels", "seed", "first_sample"])
 def fused_step(
     table,
@@ -528,7 +530,7 @@ def fused_step(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a chunk (two for rules that need the sums first); see the module."""
+    """One program a chunk, or two for rules that need the sums first; see the module."""
     TWO_PASSES: tl.constexpr = (MODE != _UPDATE) and (
         RULE == _CONTRASTIVE or RULE == _PERPENDICULAR
     )
@@ -597,13 +599,13 @@ def fused_step(
                     pass
                 tl.debug_barrier()
                 there = slot < chunks
-                # Past the first-level cache, which may hold what was there before.
+                # Not from the first-level cache, which may hold older numbers.
                 at = sums + slot * _SUMS
                 a = tl.sum(tl.load(at, mask=there, other=0.0, cache_modifier=".cg"))
                 b = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg"))
                 c = tl.sum(tl.load(at + 2, mask=there, other=0.0, cache_modifier=".cg"))
             if RULE == _PERPENDICULAR:
-                known = a > tl.load(row + _RULE_1) * c
+                known = a > tl.load(row + _ROUNDING_SQ) * c
                 projection = tl.where(known, b / tl.where(known, a, 1.0), 0.0)
         scale = scale_of(row, odds, a, RULE)
         sample_index = first_sample + sample
@@ -642,7 +644,7 @@ def fused_step(
             CHANNELS_LAST,
             BLOCK,
         )
-        last = part == 0  # where there is nothing to add up or to clear, any program will do
+        last = part == 0  # any program, if there is nothing to add up and nothing to clear
         if TWO_PASSES and not SINGLE:
             tl.debug_barrier()
             last = tl.atomic_add(left, 1, sem="acq_rel") == chunks - 1
@@ -691,7 +693,7 @@ def fused_step(
 
 def arguments(
     inputs: Inputs,
-    outputs: Outputs,
+    outputs: StepResult,
     variant: Variant,
     table: Tensor,
     index: Tensor,
@@ -708,14 +710,14 @@ def arguments(
     block, chunk, chunks = chunking(elements)
     strides = {}
     events: dict[str, Tensor | None] = {}
-    for name, tensor in zip(
-        (*_INPUT_EVENTS, *_OUTPUT_EVENTS), (*inputs[:7], *outputs[:3]), strict=True
-    ):
+    written = (outputs.x_next, outputs.eps_guided, outputs.momentum)
+    for name, tensor in zip(_EVENTS, (*inputs[:7], *written), strict=True):
         if tensor is None:
             events[name], strides[f"{name}_stride"] = None, 0
         else:
             events[name], strides[f"{name}_stride"] = readable(tensor, channels_last)
-    two_passes = variant.mode != UPDATE and variant.rule in (plan.CONTRASTIVE, plan.PERPENDICULAR)
+    needs_sums = variant.rule in (_codes.CONTRASTIVE, _codes.PERPENDICULAR)
+    two_passes = variant.mode != UPDATE and needs_sums
     single = chunks == 1
     noise = GIVEN if inputs.noise is not None else KEYS if inputs.keys is not None else NO_NOISE
     if seed is not None:
@@ -754,16 +756,19 @@ def arguments(
     }
 
 
-_INPUT_EVENTS = ("x", "x_next_in", "eps", "eps_neg", "eps_third", "noise", "momentum")
-_OUTPUT_EVENTS = ("x_next", "guided_out", "momentum_out")
+# Tensors (B, ...) that the kernel reads, and those that it writes.
+_EVENTS = (
+    *("x", "x_next_in", "eps", "eps_neg", "eps_third", "noise", "momentum"),
+    *("x_next", "guided_out", "momentum_out"),
+)
 
 
 def options(named: dict[str, Any]) -> dict[str, Any]:
     """How a kernel with these arguments is compiled.
 
-    Multiplications and additions are fused where the compiler likes: it says so, not a default.
-    The common kernels take 64 registers at most; where more are needed, the compiler is told that
-    it may have them, or it would spill some to keep more programs at once.
+    The compiler may fuse multiplications and additions, which is said here and not left to a
+    default.  Common kernels take at most 64 registers; for those that need more the limit is
+    lifted, or the compiler would spill some to run more programs at once.
     """
     heavy = named["CFG"] or named["CLIP"] or named["DRIFT"] or named["CHANNELS_LAST"]
     heavy = heavy or named["D"] % 16 != 0
@@ -772,9 +777,14 @@ def options(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(*launch: Any) -> None:
-    """One launch; arguments as for :func:`arguments`."""
+    """Launch the kernel; arguments as for :func:`arguments`."""
     grid, named = arguments(*launch)
     device = named["eps"].device
+    if device.type != "cuda" and isinstance(fused_step, triton.JITFunction):
+        raise ValueError(
+            f"backend must not be 'triton' for tensors on {device}: the kernel runs on a GPU, or "
+            "anywhere in Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported)"
+        )
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current one
             fused_step[grid](**named, **options(named))

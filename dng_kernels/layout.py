@@ -1,4 +1,4 @@
-"""How a batch lies in memory: what a kernel that sees samples as runs of numbers can read."""
+"""How a batch lies in memory, and how a kernel cuts its samples into chunks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def batch_stride(tensor: Tensor, channels_last: bool) -> int | None:
-    """Distance between samples if each is one dense run in that order, else None.
+    """Distance between samples if each is one dense run of numbers in that order, else None.
 
-    The batch itself may have gaps or repeat, as half of a doubled batch or some channels of a
-    network's output do.
+    There may be gaps between samples, or a sample may repeat: half of a doubled batch and some
+    channels of a network's output are dense in this sense.
     """
     if tensor.is_contiguous() and not channels_last:
         return tensor.numel() // max(1, tensor.shape[0])
@@ -28,7 +28,7 @@ def batch_stride(tensor: Tensor, channels_last: bool) -> int | None:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether channels vary fastest in every sample, and C order does not say the same."""
+    """Whether every sample is dense with the channels varying fastest, and is not in C order."""
     return (
         not tensor.is_contiguous()
         and tensor.ndim > 2
@@ -38,7 +38,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An output in the order of the input: channels last if it is, else C order."""
+    """An empty output in the order of the input: channels last if it is so, else C order."""
     if tensor.is_contiguous():
         return torch.empty_like(tensor, dtype=dtype)
     if is_channels_last(tensor):
@@ -61,20 +61,20 @@ def readable(tensor: Tensor, channels_last: bool) -> tuple[Tensor, int]:
 
 # ---------------------------------------------------------------------- chunks of a sample
 
-MOST_CHUNKS = 1024  # of a sample: one program adds up their sums in one go
+MOST_CHUNKS = 1024  # a sample: one program adds up their sums at once
 SUMS = 3  # numbers that a chunk leaves behind
 LARGEST_BLOCK = 1024
 
 
 def chunking(elements: int) -> tuple[int, int, int]:
-    """Block, chunk and number of chunks of a sample: functions of its size alone."""
+    """Elements a block and a chunk, and chunks a sample: functions of the sample's size alone."""
     block = min(LARGEST_BLOCK, max(128, 1 << max(0, elements - 1).bit_length()))
     chunk = block * max(1, -(-elements // (block * MOST_CHUNKS)))
     return block, chunk, max(1, -(-elements // chunk))
 
 
 def workspace(batch: int, elements: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Counters, which a launch finds and leaves at zero, and room for the sums of the chunks."""
+    """Counters, which every launch finds and leaves at zero, and room for the chunks' sums."""
     _, _, chunks = chunking(elements)
     counters = torch.zeros(2 + 2 * batch, dtype=torch.int32, device=device)
     return counters, torch.empty(batch * chunks * SUMS, dtype=torch.float32, device=device)

@@ -2,12 +2,12 @@
 
 Philox 4x32-10 (Salmon et al., SC 2011) turns the key ``seed`` and the counter
 ``(sample, element // 4, step, stream)`` into four random words, and Box-Muller turns those into
-four normals, the elements 4 j to 4 j + 3 of a sample in C order.  Batch, block and launch do not
-enter.  The words are the same bits on every device; the normals differ by rounding at most,
-because logarithm, sine and cosine are polynomials written here once.
+four normals, the elements 4 j to 4 j + 3 of a sample in C order.  They depend neither on the batch
+nor on how it is cut.  The words have the same bits on every device; the normals differ by rounding
+at most, because logarithm, sine and cosine are polynomials that are written here once.
 
-:mod:`dng_math.noise` makes doubles of two words each; its streams are 0 to 2, these are 3 and 4, so
-that no number is drawn twice from one seed.
+:mod:`dng_math.noise` makes a double of two words; it uses the streams 0 to 2 and this module 3 and
+4, so that no number is drawn twice from one seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 STEP_STREAM = 3
 INITIAL_STREAM = 4
-LARGEST_SAMPLE = 2**34  # elements of a sample that the counter can tell apart
+LARGEST_SAMPLE = 2**34  # elements that the counter tells apart in a sample
 BLOCK = 2**15  # counters at a time on a CPU: their words stay in its cache
 
 TO_UNIT = 2.0**-32
@@ -71,7 +71,7 @@ def cosine(a):  # type: ignore[no-untyped-def]
 def philox(
     seed: Tensor, sample: Tensor, group: Tensor, step_and_stream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random words of each counter, int64 in [0, 2^32); the arguments broadcast."""
+    """Four random words for each counter, int64 in [0, 2^32); the arguments broadcast."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = sample & low, (sample >> 32) & low, group, step_and_stream
     k0, k1 = seed & low, (seed >> 32) & low
@@ -89,7 +89,7 @@ def normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     f = ((bits & 0x7FFFFF) + HALF_ROOT).view(torch.float32) - 1.0
     log_u = (exponent * LN2_LOW + log_tail(f)) + f + exponent * LN2_HIGH
     radius = torch.sqrt(-2.0 * log_u)
-    # The nearest quarter turn, and what is left of the angle.
+    # The nearest quarter turn, and the rest of the angle.
     quarter = (angle_word + 0x20000000) >> 30
     rest = (angle_word - (quarter << 30)).to(torch.float32) * TO_ANGLE
     quarter = quarter & 3
@@ -104,7 +104,7 @@ def normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
 def normals(
     keys: Tensor, elements: int, step: Tensor | int, stream: int = STEP_STREAM, first: int = 0
 ) -> Tensor:
-    """Standard normals of the elements first ... first + elements - 1 of samples.
+    """Standard normals for the elements first ... first + elements - 1 of every sample.
 
     Parameters
     ----------
@@ -132,7 +132,7 @@ def normals(
         return [*normal_pair(c0, c1), *normal_pair(c2, c3)]
 
     if torch.compiler.is_compiling():
-        # A compiler makes one loop of it all, and has no use for blocks.
+        # A compiler fuses all of it into one loop, and would unroll the blocks.
         out = torch.stack(quadruples(slice(None), slice(None)), dim=-1)
     else:
         out = torch.empty(batch, groups, 4, device=keys.device)
@@ -143,3 +143,9 @@ def normals(
                 for lane, z in enumerate(quadruples(rows, columns)):
                     out[rows, columns, lane] = z
     return out.view(batch, 4 * groups)[:, :elements]
+
+
+def keys_of(seed: int, batch: int, first_sample: int, device: torch.device) -> Tensor:
+    """Seed (as an int64) and sample index of consecutive samples, (batch, 2)."""
+    samples = torch.arange(first_sample, first_sample + batch, device=device)
+    return torch.stack([torch.full_like(samples, seed), samples], dim=1)

@@ -1,19 +1,19 @@
-"""Everything about a run that is known before its first step, as one table on the device.
+"""All that is known of a run before its first step, as one table on the device.
 
 A row of the table holds the coefficients of one step and the hyperparameters of the rule and of
-its tracker, so that a kernel reads its numbers from memory with the step index: a captured graph
-replays every step, and a change of hyperparameters compiles nothing.
+its tracker.  A kernel reads its numbers from memory with the step index: a captured graph replays
+every step, and a change of hyperparameters compiles nothing.
 
 Predictions enter as the network gives them.  With ``x0 = P x + Q prediction`` the step
-``x_next = A x + B x0 + sqrt(V) z`` is ``(A + B P) x + B Q prediction + sqrt(V) z``; the folding
-is done here, in float64.
+``x_next = A x + B x0 + sqrt(V) z`` is ``(A + B P) x + B Q prediction + sqrt(V) z``; the factors
+are multiplied here, in float64.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,36 +22,51 @@ from torch import Tensor
 
 from dng_kernels import layout
 from dng_math import _checks, equations
+from dng_math._codes import (
+    EXACT,
+    PERPENDICULAR,
+    SAFE,
+    RuleCode,
+    rule_code,
+    tracker_code,
+)
 from dng_math.guidance import (
-    ClassifierFreeGuidance,
-    ContrastiveCFG,
-    DynamicNegativeGuidance,
-    FeedbackGuidance,
     LimitedInterval,
-    NegativePrompting,
-    PerpNeg,
     RatioTracker,
     Rule,
-    SafeLatentDiffusion,
-    Unguided,
     innermost,
     tracker_of,
     warn_where_noise_is_missing,
 )
 from dng_math.posterior import LogOddsTracker, PaperTracker, temperatures
-from dng_math.schedules import StepCoefficients
+from dng_math.schedules import StepCoefficients, x0_of
 
 Array = NDArray[np.float64]
 Tracker = PaperTracker | LogOddsTracker | RatioTracker
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")
 
-# What the kernels know of a rule.  STATIC pushes away with g, TRACKED with g p/(1-p);
-# TOWARD pulls with g, FEEDBACK with e^L/(e^L - (1 - pi)).
-STATIC, TRACKED, TOWARD, FEEDBACK, SAFE, CONTRASTIVE, PERPENDICULAR = range(7)
-NO_TRACKER, PAPER, LOG_ODDS, RATIO = range(4)
+STEP, GUIDE, UPDATE = range(3)  # the three operations
 
-COLUMNS = (
+
+class Variant(NamedTuple):
+    """What is fixed when a kernel is compiled.
+
+    ``mode`` is STEP, GUIDE or UPDATE; ``rule`` and ``tracker`` are the numbers of
+    :mod:`dng_math._codes`; the rest says whether there is CFG beneath the rule, a clip of x0, a
+    transition of the tracker that differs from the step, and a divergence to take into account.
+    """
+
+    mode: int
+    rule: int
+    tracker: int
+    cfg: bool
+    clip: bool
+    drift: bool
+    divergence: bool
+
+
+SHARED = (
     # x_next = x_factor x + factor prediction + deviation z
     "x_factor",
     "factor",
@@ -65,6 +80,7 @@ COLUMNS = (
     # 1 or 0: inside the guidance interval; and past the warm-up
     "active",
     "applied",
+    # a difference of predictions times to_noise is one of noise predictions
     "to_noise",
     "from_noise",
     # x0 = x0_x_factor x + x0_factor prediction, clipped to [-clip, clip]
@@ -83,72 +99,63 @@ COLUMNS = (
     "eta",
     "beta",
     "score_factor",
-    # the rule: pi; threshold, slope, momentum scale, momentum decay and whether the gate is
-    # absolute; temperature; positive scale and what is rounding in |positive - base|^2/|base|^2
-    "rule_0",
-    "rule_1",
-    "rule_2",
-    "rule_3",
-    "rule_4",
 )
+# A plan has one rule: the rules' own numbers share the columns that follow.
+OWN = (
+    ("threshold", "slope", "momentum_scale", "momentum_decay", "absolute"),  # SLD
+    ("positive_scale", "rounding_sq"),  # Perp-Neg
+    ("contrastive_temperature",),  # contrastive CFG
+    ("pi",),  # FBG
+)
+COLUMN = {name: place for place, name in enumerate(SHARED)} | {
+    name: len(SHARED) + place for names in OWN for place, name in enumerate(names)
+}
 WIDTH = 32  # columns in memory: a row of float32 is one cache line
 LARGEST_STEPS = 2**16  # a step has 16 bits of the noise's counter
 LARGEST = 1e30  # stands for infinity where inf - inf must not happen
 
-
-@dataclass(frozen=True)
-class _Coded:
-    """A rule in numbers."""
-
-    code: int
-    guidance_scale: float
-    parameters: tuple[float, ...] = ()
+# Floats on the host, tensors of no dimension elsewhere; a tuple, which a compiler sees through.
+_Row = namedtuple("_Row", COLUMN)  # type: ignore[misc]
+Row: TypeAlias = Any
+_PLACES = tuple(COLUMN.values())
 
 
-def _code(rule: Rule) -> _Coded:
-    if isinstance(rule, Unguided):
-        return _Coded(STATIC, 0.0)
-    if isinstance(rule, ClassifierFreeGuidance):
-        return _Coded(TOWARD, rule.guidance_scale)
-    if isinstance(rule, NegativePrompting):
-        return _Coded(STATIC, rule.guidance_scale)
-    if isinstance(rule, FeedbackGuidance):
-        return _Coded(FEEDBACK, 1.0, (rule.pi,))
-    if isinstance(rule, SafeLatentDiffusion):
-        absolute = float(rule.gate == "absolute")
-        shape = (rule.threshold, rule.scale, rule.momentum_scale, rule.momentum_decay, absolute)
-        return _Coded(SAFE, rule.guidance_scale, shape)
-    if isinstance(rule, ContrastiveCFG):
-        return _Coded(CONTRASTIVE, rule.guidance_scale, (rule.temperature,))
-    if isinstance(rule, PerpNeg):
-        parameters = (rule.positive_scale, rule.ROUNDING_SQ)
-        return _Coded(PERPENDICULAR, rule.guidance_scale, parameters)
-    if isinstance(rule, DynamicNegativeGuidance):
-        if isinstance(rule.posterior, PaperTracker | LogOddsTracker):
-            return _Coded(TRACKED, rule.guidance_scale)
+def named(values: Sequence[Any]) -> Row:
+    """A row of the table by the names of its columns."""
+    return _Row(*[values[place] for place in _PLACES])
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device of that name, which must be there; the CPU for None."""
+    if device is None:
+        return torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        kind = ValueError if isinstance(device, str) else TypeError
+        raise kind(f"device must be a torch.device or its name, got {device!r}") from None
+    try:
+        return torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one that torch finds, got {device!r}: {reason}") from None
+
+
+def _shown(value: object) -> str:
+    """A value in a message: of a tensor what kind it is."""
+    return f"one of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+
+
+def _coded(rule: Rule) -> RuleCode:
+    coded = rule_code(rule)
+    if coded is None:
+        raise TypeError(f"rule must be one of dng_math.guidance, got {rule!r}")
+    if coded.code == EXACT:
         raise ValueError(
             "rule must track its posterior with a PaperTracker or a LogOddsTracker: networks have "
-            f"no exact one; got {rule!r}"
+            f"no exact one; got {innermost(rule)!r}"
         )
-    raise TypeError(f"rule must be one of dng_math.guidance, got {rule!r}")
-
-
-def _x0_factors(prediction: str, c: StepCoefficients) -> tuple[Array, Array]:
-    """P and Q of x0 = P x + Q prediction."""
-    if prediction == "epsilon":
-        if np.any(c.alpha_t == 0):
-            raise ValueError(
-                "prediction must not be 'epsilon' where alpha is 0 (there x says nothing of x0, "
-                f"step {int(np.argmin(c.alpha_t))}): use 'v_prediction', 'sample' or 'flow'"
-            )
-        one = equations.x0_from_noise(1.0, 0.0, c.alpha_t, c.sigma_t)
-        return one, equations.x0_from_noise(0.0, 1.0, c.alpha_t, c.sigma_t)
-    if prediction == "v_prediction":
-        one = equations.x0_from_velocity(1.0, 0.0, c.alpha_t, c.sigma_t)
-        return one, equations.x0_from_velocity(0.0, 1.0, c.alpha_t, c.sigma_t)
-    if prediction == "flow":
-        return np.ones_like(c.sigma_t), equations.x0_from_flow(0.0, 1.0, c.sigma_t)
-    return np.zeros_like(c.sigma_t), np.ones_like(c.sigma_t)
+    return coded
 
 
 def _tracker_columns(tracker: Tracker, c: StepCoefficients) -> dict[str, Array | float]:
@@ -159,18 +166,16 @@ def _tracker_columns(tracker: Tracker, c: StepCoefficients) -> dict[str, Array |
         "eta": c.eta,
         "beta": c.beta_ts,
     }
+    low, high = tracker.bounds
     if isinstance(tracker, RatioTracker):
-        limits = {"offset_nats": tracker.step_offset, "low": tracker.low, "high": tracker.high}
-        return columns | limits
+        return columns | {"offset_nats": tracker.step_offset, "low": low, "high": high}
     columns["offset"] = tracker.offset
     columns["offset_nats"] = tracker.offset_nats / len(c)
-    with np.errstate(divide="ignore"):
-        low, high = np.log(tracker.p_min), np.log(tracker.p_max)
     if isinstance(tracker, LogOddsTracker):
-        low -= np.log1p(-tracker.p_min)
-        cap = high - np.log1p(-tracker.p_max)
-        return columns | {"low": max(low, -LARGEST), "high": LARGEST, "log_odds_cap": cap}
-    return columns | {"low": max(low, -LARGEST), "high": high}
+        columns |= {"high": LARGEST, "log_odds_cap": high}
+    else:
+        columns["high"] = high
+    return columns | {"low": max(low, -LARGEST)}
 
 
 class StepPlan:
@@ -193,6 +198,23 @@ class StepPlan:
     device : torch.device or str, optional
         Where the steps run; default "cpu".
 
+    Attributes
+    ----------
+    coefficients, rule, prediction, clip, device
+        As given.
+    tracker : PaperTracker, LogOddsTracker, RatioTracker or None
+        What the rule tracks; steps then take and return a ``state``.
+    needs_uncond, needs_positive, needs_momentum, needs_divergence : bool
+        Whether steps take ``eps_uncond``, ``eps_pos``, ``momentum``, ``divergence_gap``.
+    noisy : list of bool
+        Whether a step adds noise, and so takes ``noise`` or a ``seed``.
+    indices : tuple of Tensor, shape (), int64
+        Every step as a tensor on the device, to be given as ``step``.
+    table, table64 : Tensor, shape (N, 32), float32 and float64
+        The numbers of every step, on the device; the columns are named by :data:`COLUMN`.
+    variants : tuple of Variant
+        What a kernel is compiled for, of STEP, GUIDE and UPDATE.
+
     Raises
     ------
     ValueError, TypeError
@@ -201,9 +223,9 @@ class StepPlan:
     Warns
     -----
     UserWarning
-        Where the sampler adds less noise than DDPM (eta < 1) and the rule's tracker has not
-        ``divergence=True``, with which :func:`update_posterior` takes the missing term: the
-        posterior is then wrong.
+        If the sampler adds less noise than DDPM (eta < 1) and the rule's tracker lacks
+        ``divergence=True``, with which :func:`update_posterior` adds the missing term: the
+        tracked posterior is then wrong.
     """
 
     def __init__(
@@ -226,6 +248,12 @@ class StepPlan:
         if not hasattr(rule, "guide"):
             raise TypeError(f"rule must be one of dng_math.guidance, got {rule!r}")
         _checks.choice("prediction", prediction, PREDICTION_TYPES)
+        if prediction == "epsilon" and np.any(coefficients.alpha_t == 0):
+            raise ValueError(
+                "prediction must not be 'epsilon' where alpha is 0 (there x says nothing of x0, "
+                f"step {int(np.argmin(coefficients.alpha_t))}): use 'v_prediction', 'sample' or "
+                "'flow'"
+            )
         if not np.all(coefficients.sigma_t > 0):
             step = int(np.argmin(coefficients.sigma_t > 0))
             raise ValueError(
@@ -238,8 +266,7 @@ class StepPlan:
         self.prediction = prediction
         self.clip = None if clip is None else _checks.positive("clip", clip)
         self.tracker = tracker_of(rule, coefficients)
-        coded = _code(innermost(rule))
-        self.rule_code = coded.code
+        coded = _coded(rule)
         self.needs_positive = coded.code == PERPENDICULAR
         self.needs_momentum = coded.code == SAFE
         self.needs_uncond = cfg_scale is not None
@@ -249,28 +276,23 @@ class StepPlan:
                 "cfg_scale must be None for PerpNeg, whose positive_scale does the same; "
                 f"got {cfg_scale!r}"
             )
-        self.tracker_code = {
-            PaperTracker: PAPER,
-            LogOddsTracker: LOG_ODDS,
-            RatioTracker: RATIO,
-            type(None): NO_TRACKER,
-        }[type(self.tracker)]
-
         table = self._table(coded, cfg_scale)
-        self._check(table)
         if _warn:
             warn_where_noise_is_missing(self.tracker, coefficients, stacklevel=2)
-        column = {name: i for i, name in enumerate(COLUMNS)}
-        self.has_drift = bool(np.any(table[:, [column["x_drift"], column["drift"]]]))
         # Asked on the host at every step, so kept as a list.
-        self.noisy: list[bool] = (table[:, column["deviation"]] > 0).tolist()
-        self.ever_noisy = any(self.noisy)
-        self._table64 = torch.from_numpy(table)
-        self._place(torch.device("cpu" if device is None else device))
+        self.noisy: list[bool] = (table[:, COLUMN["deviation"]] > 0).tolist()
+        self._ever_noisy = any(self.noisy)
+        self.variants = self._all_variants(coded.code, table)
+        self._on_host = torch.from_numpy(table)
+        self._place(device_of(device))
 
-    def _table(self, coded: _Coded, cfg_scale: float | Sequence[float] | None) -> Array:
+    def _table(self, coded: RuleCode, cfg_scale: float | Sequence[float] | None) -> Array:
         c, tracker = self.coefficients, self.tracker
-        x0_x_factor, x0_factor = _x0_factors(self.prediction, c)
+        # Of x0 = x0_x_factor x + x0_factor prediction.
+        x0_x_factor, x0_factor = (
+            np.broadcast_to(x0_of(self.prediction, *at, c.alpha_t, c.sigma_t), len(c))
+            for at in ((1.0, 0.0), (0.0, 1.0))
+        )
         to_noise = -(c.alpha_t / c.sigma_t) * x0_factor
         if self.prediction == "epsilon":
             to_noise = np.ones_like(to_noise)
@@ -289,13 +311,11 @@ class StepPlan:
                 "kernel_factor": c.kernel_x0_factor,
             }
         active = np.ones(len(c))
-        rule, inner = self.rule, innermost(self.rule)
+        rule = self.rule
         while isinstance(rule, LimitedInterval):
             active *= (rule.t_lo <= c.time) & (c.time <= rule.t_hi)
             rule = rule.rule
-        applied = active
-        if isinstance(inner, SafeLatentDiffusion):
-            applied = active * (np.arange(len(c)) >= inner.warmup_steps) * (to_noise != 0)
+        warmed_up = np.arange(len(c)) >= coded.parameters.get("warmup_steps", 0)
         columns: dict[str, Array | float] = {
             **steps,
             "x_drift": np.subtract(steps["x_factor"], steps["kernel_x_factor"]),
@@ -303,7 +323,7 @@ class StepPlan:
             "deviation": np.sqrt(np.maximum(c.step_var, 0.0)),
             "variance": c.step_var,
             "active": active,
-            "applied": applied,
+            "applied": active * warmed_up * (to_noise != 0),
             "to_noise": to_noise,
             "from_noise": np.divide(1.0, to_noise, out=np.zeros(len(c)), where=to_noise != 0),
             "x0_x_factor": x0_x_factor,
@@ -311,57 +331,64 @@ class StepPlan:
             "clip": 0.0 if self.clip is None else self.clip,
             "cfg_scale": 1.0,
             "guidance_scale": coded.guidance_scale,
-            **{f"rule_{i}": value for i, value in enumerate(coded.parameters)},
+            **{name: value for name, value in coded.parameters.items() if name in COLUMN},
         }
         if cfg_scale is not None:
-            per_step = np.ndim(cfg_scale) > 0
             columns["cfg_scale"] = (
-                _checks.array("cfg_scale", cfg_scale, (len(c),))
-                if per_step
-                else _checks.finite("cfg_scale", cfg_scale)
+                _checks.finite("cfg_scale", cfg_scale)
+                if np.isscalar(cfg_scale)
+                else _checks.array("cfg_scale", cfg_scale, (len(c),))
             )
         if tracker is not None:
             columns |= _tracker_columns(tracker, c)
             # |s_c - s|^2 from |delta|^2: s is -eps / sigma, and (alpha x0 - x) / sigma^2.
             of_x0 = c.alpha_t / c.sigma_t**2
             columns["score_factor"] = (to_noise / c.sigma_t if self.clip is None else of_x0) ** 2
+        if np.any(c.step_var < 0):
+            step = int(np.argmax(c.step_var < 0))
+            raise ValueError(
+                f"coefficients.step_var must be >= 0, got {c.step_var[step]} at step {step}"
+            )
         table = np.zeros((len(c), WIDTH))
         for name, values in columns.items():
-            table[:, COLUMNS.index(name)] = values
-        return table
-
-    def _check(self, table: Array) -> None:
-        if np.any(self.coefficients.step_var < 0):
-            step = int(np.argmax(self.coefficients.step_var < 0))
-            raise ValueError(
-                "coefficients.step_var must be >= 0, "
-                f"got {self.coefficients.step_var[step]} at step {step}"
-            )
-        variance = table[:, COLUMNS.index("variance")]
+            column = table[:, COLUMN[name]]
+            column[:] = values
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(column.astype(np.float32))
+            if not finite.all():
+                step = int(np.argmin(finite))
+                raise ValueError(
+                    f"coefficients must be finite in float32, but {name} is {column[step]} at "
+                    f"step {step}"
+                )
+        variance = table[:, COLUMN["variance"]]
         if np.any(variance < 0):
             step = int(np.argmax(variance < 0))
             raise ValueError(
                 f"the tracker's variance must be >= 0, got {variance[step]} at step {step}"
             )
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(table.astype(np.float32))
-        if not finite.all():
-            step, column = (int(i) for i in np.argwhere(~finite)[0])
-            raise ValueError(
-                f"coefficients must be finite in float32, but {COLUMNS[column]} is "
-                f"{table[step, column]} at step {step}"
-            )
+        return table
+
+    def _all_variants(self, rule: int, table: Array) -> tuple[Variant, Variant, Variant]:
+        """What a kernel is compiled for, of STEP, GUIDE and UPDATE."""
+        tracker, cfg, clip = tracker_code(self.tracker), self.needs_uncond, self.clip is not None
+        drift = bool(np.any(table[:, [COLUMN["x_drift"], COLUMN["drift"]]]))
+        divergence = self.needs_divergence
+        return (
+            Variant(STEP, rule, tracker, cfg, clip, drift, divergence),
+            Variant(GUIDE, rule, tracker, cfg, False, False, False),
+            Variant(UPDATE, rule, tracker, False, clip, False, divergence),
+        )
 
     def _place(self, device: torch.device) -> None:
-        self.table64 = self._table64.to(device)
-        self.table = self._table64.to(device, torch.float32)
-        if self.rule_code == PERPENDICULAR:
+        self.table64 = self._on_host.to(device)
+        self.table = self._on_host.to(device, torch.float32)
+        if self.needs_positive:
             # In float32 more of a difference is rounding.
-            self.table[:, COLUMNS.index("rule_1")] = torch.finfo(torch.float32).eps ** 2
+            self.table[:, COLUMN["rounding_sq"]] = torch.finfo(torch.float32).eps ** 2
         self.device = self.table.device
-        # Views made once: indexing a tensor at every step costs more than the checks of a step.
-        self.indices = torch.arange(len(self), device=device)
-        self.index_of = list(self.indices.unbind())
+        # Made once: to index a tensor at every step would cost more than to check its arguments.
+        self.indices = torch.arange(len(self), device=device).unbind()
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -374,9 +401,12 @@ class StepPlan:
 
     def to(self, device: torch.device | str) -> StepPlan:
         """A plan of the same steps on another device, with a workspace of its own."""
+        if device is None:
+            raise TypeError("device must be a torch.device or its name, got None")
+        place = device_of(device)
         other = object.__new__(StepPlan)
         other.__dict__.update(self.__dict__)
-        other._place(torch.device(device))
+        other._place(place)
         return other
 
     def workspace(self, batch: int, elements: int) -> tuple[Tensor, Tensor]:
@@ -386,6 +416,8 @@ class StepPlan:
         """
         key = batch, elements
         if key not in self._workspaces:
+            _checks.integer("batch", batch, 0)
+            _checks.integer("elements", elements, 0)
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "the workspace of a batch must exist before a graph is captured: take a step "
@@ -394,14 +426,22 @@ class StepPlan:
             self._workspaces[key] = layout.workspace(batch, elements, self.device)
         return self._workspaces[key]
 
-    def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """State of the tracker before the first step, shape (batch,); None without a tracker.
+    def column(self, name: str) -> Tensor:
+        """A number of every step by its name in :data:`COLUMN`, shape (N,), float64 on the CPU."""
+        return self._on_host[:, COLUMN[_checks.choice("name", name, COLUMN)]]
 
-        log p for :class:`PaperTracker`, log p/(1-p) for :class:`LogOddsTracker`, L for FBG.
+    def row(self, step: int) -> Row:
+        """The numbers of a step, by their names in :data:`COLUMN`; floats, of float64."""
+        return named(self._on_host[_checks.integer("step", step, 0, len(self) - 1)].tolist())
+
+    def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The tracker's state before the first step, shape (batch,); None without a tracker.
+
+        It is log p for :class:`PaperTracker`, log p/(1-p) for :class:`LogOddsTracker`, L for FBG.
         """
         _checks.integer("batch", batch, 0)
         if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
         if self.tracker is None:
             return None
         prior = getattr(self.tracker, "prior", 0.5)
@@ -416,15 +456,19 @@ class StepPlan:
     def init_momentum(self, x: Tensor) -> Tensor | None:
         """SLD's momentum before the first step, zeros like x; None for the other rules.
 
-        It is in units of the noise, float32 (float64 if x is).
+        Its unit is that of the noise; float32, or float64 if x is.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {_shown(x)}")
         if not self.needs_momentum:
             return None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return torch.zeros_like(x, dtype=dtype)
 
     def log_posterior(self, state: Tensor) -> Tensor:
-        """log p(c | x) from a state, any shape; for FBG the log ratio L itself."""
-        if self.tracker_code == LOG_ODDS:
+        """log p(c | x) from a tracker's state, any shape; for FBG the log ratio L itself."""
+        if not isinstance(state, Tensor) or not state.is_floating_point():
+            raise TypeError(f"state must be a floating-point tensor, got {_shown(state)}")
+        if isinstance(self.tracker, LogOddsTracker):
             return torch.nn.functional.logsigmoid(state)
         return state

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dng_kernels import StepPlan, guide, standard_normal, update_posterior
-from dng_kernels.plan import COLUMNS
 from dng_math import _checks
 from dng_math.guidance import (
     ClassifierFreeGuidance,
@@ -39,7 +38,7 @@ from dng_math.guidance import (
     innermost,
 )
 from dng_math.posterior import LogOddsTracker, PaperTracker, TimeProfile
-from dng_math.schedules import TrackerVariance
+from dng_math.schedules import NoiseSchedule, TrackerVariance
 from dng_models.sampling import union_of_concepts
 from dng_models.schedulers import sample_keys
 from dng_models.trace import RunTrace, Trace
@@ -50,6 +49,7 @@ from dng_models.transition import SchedulerRun, advice, scheduler_run
 BOUND_DEVIATIONS = 3.0
 LONGEST_SKIP = 8
 SAME_TIMESTEP = 1e-5  # float32 keeps seven digits of a timestep
+ANY_RUN = NoiseSchedule.linear(2).coefficients()
 
 Network = Callable[[Tensor], Sequence[Tensor]]
 
@@ -169,8 +169,7 @@ class _Run:
 
     def column(self, name: str, plan: StepPlan | None = None) -> float:
         """A number of a plan's table at this step."""
-        row = (self.plan if plan is None else plan).table64[self.step]
-        return float(row[COLUMNS.index(name)])
+        return float((self.plan if plan is None else plan).column(name)[self.step])
 
     def x0(self, x: Tensor, prediction: Tensor) -> Tensor:
         """The image whose step ``A x + B x0`` is the one that the prediction's limits lead to."""
@@ -269,8 +268,8 @@ class GuidedChain:
         _checks.integer("divergence_probes", divergence_probes, 0)
         if skip_below is not None:
             _checks.positive("skip_below", skip_below)
-        if mask is not None and not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a tensor, got {mask!r}")
+        if mask is not None:
+            _check_mask(mask)
         for each in rules:
             posterior = getattr(innermost(each), "posterior", None)
             if getattr(posterior, "divergence", False) and not divergence_probes:
@@ -909,10 +908,11 @@ class GuidedChain:
         plans = run.update_plans * (len(states) // len(run.update_plans))
         gaps: list[Tensor | None] = run.gaps if plans[0].needs_divergence else [None] * len(others)
         with torch.autocast(base.device.type, enabled=False):
-            following = [
+            updated = [
                 update_posterior(plan, run.step, x, x_next, base, other, own, divergence_gap=gap)
                 for plan, other, own, gap in zip(plans, others, states, gaps, strict=True)
             ]
+        following = [found.state for found in updated if found.state is not None]
         run.state = torch.stack(following) if self.concepts is not None else following[0]
 
     # ------------------------------------------------------------------ samplers without noise
@@ -959,7 +959,7 @@ class GuidedChain:
 
     def _matters(self, run: _Run) -> bool:
         """Whether what is unwanted can still change anything: not after the rule's interval."""
-        active = torch.stack([p.table64[:, COLUMNS.index("active")].cpu() for p in run.plans])
+        active = torch.stack([plan.column("active") for plan in run.plans])
         if run.plan.tracker is None:
             return bool((active[:, run.step] > 0).any())
         return bool((active[:, run.step :] > 0).any())
@@ -1049,9 +1049,13 @@ def _rules(rule: Any, concepts: int | None) -> list[Rule]:
     """The rules that were given, each checked."""
     several = isinstance(rule, Sequence) and not isinstance(rule, str)
     rules = list(rule) if several else [rule]
+    if not rules:
+        raise ValueError(f"rule must be a rule, or one for each unwanted concept, got {rule!r}")
     for each in rules:
-        if not hasattr(each, "guide"):
+        if isinstance(each, type) or not hasattr(each, "guide"):
             raise TypeError(f"rule must be one of dng_math.guidance, got {each!r}")
+        # What no run can begin with is refused here, not in the middle of a pipeline's call.
+        StepPlan(ANY_RUN, each, _warn=False).init_state(0)
     if not several:
         return rules
     if len(rules) == 1 and concepts in (None, 1):
@@ -1068,6 +1072,16 @@ def _rules(rule: Any, concepts: int | None) -> list[Rule]:
                 f"{each!r}: only DNG gives each its own posterior"
             )
     return rules
+
+
+def _check_mask(mask: Any) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {mask!r}")
+    if mask.is_complex() or not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError(
+            "mask must be 1 where the sampler's steps decide and 0 elsewhere, in [0, 1], got "
+            f"{mask.dtype} of {tuple(mask.shape)} with other values"
+        )
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from dng_kernels import StepPlan, StepResult, dng_step, standard_normal, update_posterior
-from dng_kernels.plan import COLUMNS, PREDICTION_TYPES, PredictionType
+from dng_kernels.plan import PREDICTION_TYPES, PredictionType
 from dng_math import _checks
 from dng_math.guidance import (
     ClassifierFreeGuidance,
@@ -105,6 +105,8 @@ def timesteps(schedule: NoiseSchedule, steps: int | None = None) -> list[int]:
 
     Index k of the schedule, its k-th noisy time, is timestep k - 1 of the networks.
     """
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {schedule!r}")
     kept = schedule if steps is None else schedule.respace(steps)
     index = np.searchsorted(schedule.time, kept.time[:0:-1] - 0.5 / len(schedule))
     return [int(i) - 1 for i in index]
@@ -205,24 +207,41 @@ def sample(
     batch_size = _checks.integer("batch_size", batch_size, 1)
     _checks.choice("prediction", prediction, PREDICTION_TYPES)
     _checks.choice("evaluation", evaluation, EVALUATIONS)
+    if isinstance(record, str) or not isinstance(record, Collection):
+        raise TypeError(f"record must be a collection of {', '.join(RECORDS)}, got {record!r}")
     for name in record:
         _checks.choice("record", name, RECORDS)
+    shape = _shape(shape)
+    if isinstance(sampler, type):
+        raise TypeError(f"sampler must be a sampler such as DDPM(), got the class {sampler!r}")
+    if noise is not None and not callable(noise):
+        raise TypeError(f"noise must be a callable (step, first_image, shape), got {noise!r}")
+    if progress is not None and not isinstance(progress, str):
+        raise TypeError(f"progress must be a name to show or None, got {progress!r}")
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise TypeError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}")
-    device = device_of(base) if device is None else torch.device(device)
     respaced = schedule if steps is None else schedule.respace(steps)
     coefficients = respaced.coefficients(sampler)
+    if isinstance(guidance, type) or not hasattr(guidance, "guide"):
+        raise TypeError(f"guidance must be a rule of dng_math.guidance, got {guidance!r}")
     plan = StepPlan(
-        coefficients, guidance, prediction=prediction, clip=clip, device=device, _warn=False
+        coefficients,
+        guidance,
+        prediction=prediction,
+        clip=clip,
+        device=device_of(base) if device is None else device,
+        _warn=False,
     )
+    device = plan.device
     _check_tracker(plan)
-    denoisers = _denoisers(guidance, base, forgetful, positive)
+    roles = _denoisers(guidance, base, forgetful, positive)
+    denoisers = list(roles.values())
     chain = _Chain(
         plan=plan,
         timesteps=timesteps(schedule, steps),
-        predict=Predictor(denoisers, device, evaluation, autocast),
+        predict=Predictor(denoisers, device, evaluation, autocast, names=list(roles)),
         concepts=len(forgetful) if isinstance(forgetful, Sequence) else None,
         record=frozenset(record),
     )
@@ -275,6 +294,16 @@ def _images(name: str, values: Tensor, kept: slice) -> Tensor:
     return values.movedim(_image_axis(name, values), 0)[kept].movedim(0, _image_axis(name, values))
 
 
+def _shape(shape: Any) -> tuple[int, ...]:
+    """Of one image."""
+    if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) == 0:
+        raise TypeError(
+            "shape must be a tuple of int, of one image, such as (channels, height, width), got "
+            f"{shape!r}"
+        )
+    return tuple(_checks.integer("shape", length, 1) for length in shape)
+
+
 def device_of(denoiser: object) -> torch.device:
     """Where a network's parameters are; the CPU for what has none."""
     while isinstance(denoiser, Labelled):
@@ -304,7 +333,7 @@ def _denoisers(
     base: Denoiser,
     forgetful: Denoiser | Sequence[Denoiser] | None,
     positive: Denoiser | None,
-) -> list[Denoiser]:
+) -> dict[str, Denoiser]:
     """In the order of a step's arguments: base, what is compared with it, Perp-Neg's positive."""
     rule = innermost(guidance)
     roles: dict[str, object] = {"base": base}
@@ -313,7 +342,7 @@ def _denoisers(
     elif not isinstance(forgetful, Sequence):
         roles["forgetful"] = forgetful
     elif len(forgetful) == 0:
-        raise ValueError("forgetful must not be an empty sequence")
+        raise ValueError(f"forgetful must not be an empty sequence, got {forgetful!r}")
     elif not isinstance(rule, DynamicNegativeGuidance):
         raise ValueError(
             f"forgetful must be one denoiser for {rule!r}, got {len(forgetful)}: only DNG gives "
@@ -328,7 +357,7 @@ def _denoisers(
             raise TypeError(
                 f"{name} must be a network or a callable (x, t) for {rule!r}, got {denoiser!r}"
             )
-    return list(roles.values())  # type: ignore[arg-type]
+    return roles  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------- the predictions
@@ -363,6 +392,8 @@ class Predictor:
         Where they are.
     evaluation, autocast
         As for :func:`sample`.
+    names : sequence of str, optional
+        Of the denoisers, for messages; default "denoisers[0]" and so on.
     """
 
     def __init__(
@@ -371,8 +402,11 @@ class Predictor:
         device: torch.device,
         evaluation: Evaluation = "auto",
         autocast: torch.dtype | None = None,
+        *,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.denoisers = denoisers
+        self.names = names or [f"denoisers[{i}]" for i in range(len(denoisers))]
         self.device = device
         self.autocast = autocast
         self.stacked: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -404,12 +438,8 @@ class Predictor:
         )
         with context:
             predictions = self._predictions(x, times)
-        for prediction in predictions:
-            if prediction.shape != x.shape:
-                raise ValueError(
-                    f"denoisers must return predictions of shape {tuple(x.shape)}, "
-                    f"got {tuple(prediction.shape)}"
-                )
+        for name, prediction in zip(self.names, predictions, strict=True):
+            _check_prediction(name, prediction, x)
         # Sixteen bits are read as they are beside a float32 x.
         return [p.to(x.dtype) if x.dtype == torch.float64 else p for p in predictions]
 
@@ -436,6 +466,20 @@ class Predictor:
             )
             found |= dict(zip(mates, _unwrapped(output).chunk(len(mates)), strict=True))
         return [found[i] for i in range(len(self.denoisers))]
+
+
+def _check_prediction(name: str, prediction: Any, x: Tensor) -> None:
+    """What a denoiser returned is a prediction for x."""
+    wanted = f"predictions of shape {tuple(x.shape)}, tensors of floating-point numbers"
+    if not isinstance(prediction, Tensor):
+        raise TypeError(
+            f"{name} must return {wanted} or outputs with one as their sample, got a "
+            f"{type(prediction).__name__}"
+        )
+    if not prediction.is_floating_point():
+        raise TypeError(f"{name} must return {wanted}, got {prediction.dtype}")
+    if prediction.shape != x.shape:
+        raise ValueError(f"{name} must return {wanted}, got shape {tuple(prediction.shape)}")
 
 
 def _unlike(denoisers: Sequence[Denoiser]) -> str | None:
@@ -604,11 +648,11 @@ class _Chain:
             **noise,
         )
         assert taken.x_next is not None
-        following = [
+        updated = [
             update_posterior(plan, step, x, taken.x_next, eps, other, own)
             for other, own in zip(others, state, strict=True)
         ]
-        return taken, torch.stack(following)
+        return taken, torch.stack([found.state for found in updated if found.state is not None])
 
 
 def union_of_concepts(plan: StepPlan, others: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -628,7 +672,6 @@ def union_of_concepts(plan: StepPlan, others: Tensor, state: Tensor) -> tuple[Te
 
 def _x0(plan: StepPlan, step: int, x: Tensor, prediction: Tensor) -> Tensor:
     """The image that a prediction means."""
-    row = plan.table64[step]
-    on_x, factor = (float(row[COLUMNS.index(name)]) for name in ("x0_x_factor", "x0_factor"))
-    x0 = on_x * x + factor * prediction.to(x.dtype)
+    row = plan.row(step)
+    x0 = row.x0_x_factor * x + row.x0_factor * prediction.to(x.dtype)
     return x0 if plan.clip is None else x0.clamp(-plan.clip, plan.clip)

@@ -207,6 +207,22 @@ class TestTheFirstTensor:
 @pytest.mark.parametrize(
     ("operation", "name"),
     [
+        ("step", "x"),
+        ("step", "eps"),
+        ("guide", "eps"),
+        ("guide", "eps_neg"),
+        ("update", "x"),
+        ("update", "x_next"),
+    ],
+)
+def test_a_sparse_tensor_is_refused_by_name(operation, name):
+    words = (name, "must be a dense tensor", "torch.sparse_coo")
+    refused(TypeError, words, operation, **{name: event().to_sparse()})
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [
         ("step", "eps"),
         ("step", "eps_neg"),
         ("guide", "eps_neg"),
@@ -256,7 +272,7 @@ class TestTransforms:
 
         def of(value):
             result = OPERATIONS[operation](**arguments | {name: value})
-            return tuple(t for t in result if t is not None) if operation != "update" else result
+            return tuple(t for t in result if t is not None)
 
         return of, arguments[name]
 
@@ -486,8 +502,8 @@ class TestThePlanAndWhereInIt:
         OPERATIONS[operation](**arguments | {"step": np.int32(STEPS - 1)})
 
     @pytest.mark.parametrize("value", ["cuda", "", None, 0, ["auto"]])
-    def test_a_backend_is_one_of_three(self, operation, value):
-        words = ("backend", "'auto', 'triton', 'reference'", repr(value))
+    def test_a_backend_is_one_of_four(self, operation, value):
+        words = ("backend", "'auto', 'triton', 'cpu', 'reference'", repr(value))
         refused(ValueError, words, operation, backend=value)
 
     @needs_triton
@@ -670,16 +686,16 @@ def test_what_a_plan_does_not_have_cannot_be_written(plan, name):
     ids=["shape", "dtype", "device", "list", "gradient"],
 )
 def test_an_updated_state_goes_into_a_state(value, error, words):
-    refused(error, ("out", *words), "update", out=value)
+    refused(error, ("out.state", *words), "update", out=StepResult(state=value))
 
 
 @pytest.mark.parametrize("value", [event(), (event(),)], ids=["tensor", "tuple"])
-@pytest.mark.parametrize("operation", ["step", "guide"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_out_is_a_step_result(operation, value):
     refused(TypeError, ("out", "StepResult"), operation, out=value)
 
 
-@pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=needs_triton)])
 def place(request, kernel_device):
     """A backend, and a device where it runs."""
     return request.param, kernel_device if request.param == "triton" else "cpu"
@@ -756,7 +772,7 @@ class TestNothingToDo:
         assert result.x_next.shape == shape and result.state.shape == (0,)
         assert guide(plan, 0, x, x, plan.init_state(0), backend=backend).eps_guided.shape == shape
         updated = update_posterior(plan, 0, x, x, x, x, plan.init_state(0), backend=backend)
-        assert updated.shape == (0,)
+        assert updated.state.shape == (0,)
 
     @pytest.mark.parametrize("shape", [(2, 0), (2, 0, 3), (2, 3, 0)])
     def test_without_elements_the_state_gets_its_offset_alone(self, shape, place):
@@ -773,7 +789,7 @@ class TestNothingToDo:
         # Three roundings of numbers below 4.
         assert torch.allclose(result.state.double(), expected, rtol=0, atol=7e-7)
         updated = update_posterior(plan, 3, x, x, x, x, state, backend=backend)
-        assert torch.allclose(updated.double(), expected, rtol=0, atol=7e-7)
+        assert torch.allclose(updated.state.double(), expected, rtol=0, atol=7e-7)
         # p / (1 - p) of the prior 0.1.
         assert np.allclose(result.scale.cpu(), 1 / 9, rtol=1e-6, atol=0)
 
@@ -824,18 +840,17 @@ class TestAPlan:
         with pytest.raises(ValueError, match="1 to 65536 steps, got 65537"):
             StepPlan(dataclasses.replace(C, **many), Unguided())
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-    @pytest.mark.parametrize("name", ["x_factor", "x0_factor"])
-    def test_has_finite_coefficients(self, name, value):
-        with pytest.raises(ValueError) as caught:
+    @pytest.mark.parametrize("value", [1e300, -1e300])
+    @pytest.mark.parametrize("name", ["x_factor", "x0_factor", "kernel_x_factor"])
+    def test_has_coefficients_that_float32_holds(self, name, value):
+        words = r"coefficients must be finite in float32, but \w+ is -?[0-9.]+e\+[0-9]+ at step 3"
+        with pytest.raises(ValueError, match=words):
             StepPlan(changed(name, 3, value), Unguided())
-        message = str(caught.value)
-        assert "coefficients must be finite" in message
-        assert str(value) in message and "step 3" in message
 
-    def test_has_a_known_variance(self):
-        with pytest.raises(ValueError, match="coefficients must be finite.*deviation is nan.*3"):
-            StepPlan(changed("step_var", 3, float("nan")), Unguided())
+    def test_has_a_variance_that_float32_holds(self):
+        words = "coefficients must be finite.*deviation is 1e\\+150 at step 3"
+        with pytest.raises(ValueError, match=words):
+            StepPlan(changed("step_var", 3, 1e300), Unguided())
 
     def test_has_no_negative_variance(self):
         with pytest.raises(ValueError, match=r"coefficients.step_var must be >= 0, got -0.25 .* 4"):
@@ -923,3 +938,115 @@ class TestAPlan:
 
     def test_says_what_it_is(self):
         assert repr(PLANS["static"]).startswith("StepPlan(10 steps, NegativePrompting(")
+
+
+# ---------------------------------------------------------------- a table of bad values
+
+
+NO_INTEGERS = [None, "1", b"1", 1.5, float("nan"), True, [1], (), {}, torch.tensor(0.5), 1j]
+NO_DEVICES = [3.5, [], {}, object, "nowhere", "cpu:x", ""]
+NO_DTYPES = [None, "float32", np.float32, float, torch.int32, torch.bool, torch.complex64]
+NO_FLAGS = [None, 0, 1, "yes", [], 1.0]
+NO_TENSORS = [None, 0.5, "x", [0.5], np.zeros(2), torch.zeros(2, dtype=torch.int64)]
+LAST = STEPS - 1  # a step without noise
+
+
+def step_with(**changes):
+    return dng_step(**good_arguments("step", PLANS["tracked"]) | changes)
+
+
+def guide_with(**changes):
+    return guide(**good_arguments("guide", PLANS["tracked"]) | changes)
+
+
+def keys_with(**changes):
+    return noise_keys(**{"seed": 1, "batch": 2} | changes)
+
+
+def normal_with(**changes):
+    return standard_normal(**{"seed": 1, "shape": (2, 3)} | changes)
+
+
+def plan_with(**changes):
+    return StepPlan(**{"coefficients": C, "rule": NegativePrompting(1.0)} | changes)
+
+
+# What is called, with what else, which argument, its bad values, and what the message allows.
+BAD = [
+    (step_with, {}, "return_guided", NO_FLAGS, "True or False"),
+    (step_with, {}, "return_scale", NO_FLAGS, "True or False"),
+    (guide_with, {}, "return_scale", NO_FLAGS, "True or False"),
+    # Whether this step makes noise or not, a seed is a seed.
+    (step_with, {"step": LAST}, "seed", ["1", 1.5, True, [1], -1, 2**64], "integer from 0"),
+    (step_with, {"step": LAST}, "first_sample", [*NO_INTEGERS, -1, 2**62], "integer from 0"),
+    (
+        step_with,
+        {"seed": None, "noise": event()},
+        "first_sample",
+        [*NO_INTEGERS, -1, 2**62],
+        "integer from 0",
+    ),
+    (keys_with, {}, "seed", [*NO_INTEGERS, -1, 2**64], "integer from 0 to 18446744073709551615"),
+    (keys_with, {}, "batch", [*NO_INTEGERS, -1], "integer >= 0"),
+    (keys_with, {}, "first_sample", [*NO_INTEGERS, -1, 2**62], "integer from 0"),
+    (keys_with, {}, "device", NO_DEVICES, "torch"),
+    (normal_with, {}, "seed", [None, "1", 1.5, True, [1], -1, 2**64], "integer from 0"),
+    (normal_with, {}, "shape", [None, 3, "23", 1.5, {}, np.array([2, 3])], "tuple of integers"),
+    (normal_with, {}, "shape", [(-1,), (2, -3), (2, 1.5), ("2",), (True, 2), (None,)], "integer"),
+    (normal_with, {}, "shape", [(), []], "(batch, ...)"),
+    (normal_with, {}, "shape", [(1, 2**35)], "2**34 elements a sample"),
+    (normal_with, {}, "step", [*NO_INTEGERS[1:], -1, 2**16], "integer from 0 to 65535"),
+    (normal_with, {}, "first_sample", [*NO_INTEGERS, -1, 2**62], "integer from 0"),
+    (normal_with, {}, "device", NO_DEVICES, "torch"),
+    (normal_with, {}, "dtype", NO_DTYPES, "torch.float32, float64, float16 or bfloat16"),
+    (plan_with, {}, "coefficients", [None, C.alpha_t, "linear", {}, NoiseSchedule], "Coefficients"),
+    (plan_with, {}, "rule", [None, "dng", 1.0, PaperTracker(), PerpNeg, {}], "dng_math.guidance"),
+    (plan_with, {}, "prediction", [None, "eps", 0, [], "EPSILON", b"sample"], "'v_prediction'"),
+    (plan_with, {}, "cfg_scale", ["3", True, b"3", 1j, {}, float("inf")], "cfg_scale must"),
+    (plan_with, {}, "cfg_scale", [[], [1.0], [[1.0] * STEPS], np.array(1.0)], "shape (10,)"),
+    (plan_with, {}, "cfg_scale", [[None] * STEPS], "array of real numbers"),
+    (plan_with, {}, "cfg_scale", [["a"] * STEPS], "array of real numbers, got strings"),
+    (plan_with, {}, "cfg_scale", [[1j] * STEPS], "array of real numbers, got complex ones"),
+    (plan_with, {}, "clip", ["1", True, [1.0], {}, 1j, 0.0, -1.0, float("nan")], "finite and > 0"),
+    (plan_with, {}, "device", NO_DEVICES, "torch"),
+    (PLANS["tracked"].to, {}, "device", [None, *NO_DEVICES], "torch"),
+    (PLANS["tracked"].init_state, {}, "batch", [*NO_INTEGERS, -1], "integer >= 0"),
+    (PLANS["tracked"].init_state, {"batch": 2}, "dtype", [*NO_DTYPES, torch.float16], "float64"),
+    (PLANS["static"].init_momentum, {}, "x", NO_TENSORS, "floating-point tensor"),
+    (PLANS["safe"].init_momentum, {}, "x", NO_TENSORS, "floating-point tensor"),
+    (PLANS["tracked"].log_posterior, {}, "state", NO_TENSORS, "floating-point tensor"),
+    (PLANS["tracked"].row, {}, "step", [*NO_INTEGERS, -1, STEPS], "integer from 0 to 9"),
+    (PLANS["tracked"].column, {}, "name", [None, 3, "rule_0", []], "'x_factor'"),
+    (PLANS["tracked"].workspace, {"elements": 3}, "batch", [None, "1", 1.5, -1], "integer >= 0"),
+    (PLANS["tracked"].workspace, {"batch": 3}, "elements", [None, "1", 1.5, -1], "integer >= 0"),
+]
+
+
+def shown(value):
+    """How a message may write a value."""
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), repr(value)]
+    if isinstance(value, np.ndarray):
+        return [str(value.shape), repr(value), str(value)]
+    # Of a sequence a message may show the shape, or the member that is wrong.
+    return [repr(value), *(map(repr, value) if isinstance(value, list | tuple) else ())]
+
+
+@pytest.mark.parametrize(
+    ("call", "others", "name", "value", "allowed"),
+    [(call, others, name, v, allowed) for call, others, name, vs, allowed in BAD for v in vs],
+)
+def test_a_bad_value_is_refused_by_name(call, others, name, value, allowed):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(**others | {name: value})
+    message = str(caught.value)
+    assert message.startswith(name) and allowed in message, message
+    said = (*shown(value), str(np.shape(value)))
+    assert "got" in allowed or any(text in message for text in said), message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("call", [keys_with, normal_with, plan_with, PLANS["tracked"].to])
+def test_a_device_that_is_not_there_is_refused_by_name(call):
+    with pytest.raises(ValueError, match="device must be one that torch finds, got 'cuda'"):
+        call(device="cuda")

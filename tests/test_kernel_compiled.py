@@ -333,8 +333,8 @@ def expected_accesses(named):
 
     Rules that need sums first read the predictions in two places of the program.
     """
-    from dng_kernels.plan import CONTRASTIVE, PERPENDICULAR
-    from dng_kernels.reference import UPDATE
+    from dng_kernels.plan import UPDATE
+    from dng_math._codes import CONTRASTIVE, PERPENDICULAR
 
     tensors = {
         name: named["BLOCK"] * value.itemsize // (16 * THREADS)

@@ -25,7 +25,7 @@ from dng_kernels import (  # noqa: E402
     standard_normal,
     update_posterior,
 )
-from dng_kernels.plan import COLUMNS  # noqa: E402
+from dng_kernels.plan import COLUMN  # noqa: E402
 from dng_math import (  # noqa: E402
     DDIM,
     ClassifierFreeGuidance,
@@ -64,8 +64,8 @@ def difference_of(elements):
 
     From the coefficients of the step in the middle: kernel_factor^2 |delta|^2 = 2 variance.
     """
-    row = dict(zip(COLUMNS, StepPlan(C, RULES["paper"](1.0)).table64[STEP].tolist(), strict=False))
-    return (2.0 * row["variance"] / elements) ** 0.5 / abs(row["kernel_factor"])
+    row = StepPlan(C, RULES["paper"](1.0)).row(STEP)
+    return (2.0 * row.variance / elements) ** 0.5 / abs(row.kernel_factor)
 
 
 # Rules whose scale depends on a distance are given one that makes it neither 0 nor 1.
@@ -183,7 +183,7 @@ def test_a_step_is_that_of_float64(rule, dtype, shape):
     assert_agree(result, expected, dtype)
     if plan.tracker is not None:
         # Else the comparison would be one of bounds.
-        assert (result.state != plan.table[STEP, COLUMNS.index("low")]).any()
+        assert (result.state != plan.table[STEP, COLUMN["low"]]).any()
         assert (result.state - inputs["state"]).abs().max() > 1e-3
 
 
@@ -246,8 +246,8 @@ def test_guidance_and_update_alone_are_those_of_float64(rule):
     if plan.tracker is not None:
         taken = dng_step(plan, STEP, x, **inputs, seed=3)
         given = {"x": x, "x_next": taken.x_next} | inputs
-        updated = update_posterior(plan, STEP, **given)
-        exact = update_posterior(plan, STEP, **doubled(given))
+        updated = update_posterior(plan, STEP, **given).state
+        exact = update_posterior(plan, STEP, **doubled(given)).state
         torch.testing.assert_close(updated.double(), exact, rtol=2e-4, atol=2e-4)
         # x_next was rounded when it was stored, which a difference of it and x sees.
         torch.testing.assert_close(updated, taken.state, rtol=1e-3, atol=1e-3)
@@ -279,11 +279,10 @@ def test_sums_may_be_over_more_than_2_31_elements():
     """Of equal numbers, whose sums are known; a small temperature leaves half a nat of 10^9."""
     room_for(24)
     numbers = {"x": 0.5, "x_next": 0.375, "eps": 0.25, "eps_neg": 0.2509765625}
-    row = plan_for("paper", (1, FAR)).table64[STEP].tolist()
-    row = dict(zip(COLUMNS, row, strict=False))
-    mean = row["kernel_x_factor"] * numbers["x"] + row["kernel_factor"] * numbers["eps"]
-    gap = row["kernel_factor"] * (numbers["eps_neg"] - numbers["eps"])
-    log_ratio = FAR * (numbers["x_next"] - mean - 0.5 * gap) * gap / row["variance"]
+    row = plan_for("paper", (1, FAR)).row(STEP)
+    mean = row.kernel_x_factor * numbers["x"] + row.kernel_factor * numbers["eps"]
+    gap = row.kernel_factor * (numbers["eps_neg"] - numbers["eps"])
+    log_ratio = FAR * (numbers["x_next"] - mean - 0.5 * gap) * gap / row.variance
     tracker = PaperTracker(prior=0.3, temperature=0.5 / abs(log_ratio))
     plan = StepPlan(C, DynamicNegativeGuidance(1.0, tracker), device="cuda")
     state = plan.init_state(1)
@@ -291,7 +290,7 @@ def test_sums_may_be_over_more_than_2_31_elements():
         name: torch.full((1, FAR), value, dtype=torch.float16, device="cuda")
         for name, value in numbers.items()
     }
-    updated = update_posterior(plan, STEP, **wide, state=state)
+    updated = update_posterior(plan, STEP, **wide, state=state).state
     expected = state.item() + (0.5 if log_ratio > 0 else -0.5)
     # Sums of 2^11 equal numbers a lane, which float32 rounds one way: 2^-13 of them at the worst.
     assert abs(updated.item() - expected) < 0.5 * 2.0**-12
@@ -338,7 +337,7 @@ def test_noise_of_the_kernel_is_that_of_the_cpu(as_keys, layout):
     if as_keys:
         given = {"seed": noise_keys(seed, 4, first_sample=first, device="cuda")}
     x_next = dng_step(plan, STEP, zero, zero, zero, **given).x_next
-    deviation = plan.table64[STEP, COLUMNS.index("deviation")].item()
+    deviation = plan.row(STEP).deviation
     z = standard_normal(seed, (4, 3, 32, 32), step=STEP, first_sample=first)
     torch.testing.assert_close(x_next.cpu() / deviation, z, rtol=2e-6, atol=2e-6)
 

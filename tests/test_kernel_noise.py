@@ -13,7 +13,7 @@ from scipy import stats
 torch = pytest.importorskip("torch")
 
 from dng_kernels import noise_keys, normal, standard_normal  # noqa: E402
-from dng_kernels.step import HAS_TRITON  # noqa: E402
+from dng_kernels._border import HAS_TRITON  # noqa: E402
 from dng_math import noise  # noqa: E402
 from dng_math._jit import kernel  # noqa: E402
 from tests.statistical import (  # noqa: E402

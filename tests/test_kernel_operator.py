@@ -18,17 +18,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from dng_kernels import (  # noqa: E402
     StepPlan,
     StepResult,
+    _operator,
     dng_step,
     guide,
     noise_keys,
     standard_normal,
     update_posterior,
 )
-from dng_kernels import step as border  # noqa: E402
+from dng_kernels._border import HAS_TRITON  # noqa: E402
 from dng_math import (  # noqa: E402
     ContrastiveCFG,
     DynamicNegativeGuidance,
     FeedbackGuidance,
+    LogOddsTracker,
     NegativePrompting,
     NoiseSchedule,
     PaperTracker,
@@ -40,6 +42,7 @@ STEPS, BATCH, SHAPE = 10, 2, (2, 3, 4, 4)
 C = NoiseSchedule.linear(STEPS).coefficients()
 RULES = {
     "dng": DynamicNegativeGuidance(1.0, PaperTracker(prior=0.1)),
+    "log-odds": DynamicNegativeGuidance(1.0, LogOddsTracker(prior=0.1)),
     "divergence": DynamicNegativeGuidance(1.0, PaperTracker(prior=0.1, divergence=True)),
     "fbg": FeedbackGuidance(),
     "sld": SafeLatentDiffusion(),
@@ -47,15 +50,16 @@ RULES = {
 }
 PLANS = {name: StepPlan(C, rule) for name, rule in RULES.items()}
 PLANS["cfg"] = StepPlan(C, NegativePrompting(2.0), cfg_scale=3.0, clip=1.0)
-needs_triton = pytest.mark.skipif(not border.HAS_TRITON, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 # Inductor writes and builds C++ on a CPU.
 has_compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="no C++ compiler")
 COMPILED = [
-    ("reference", "aot_eager"),
+    ("auto", "aot_eager"),
+    ("cpu", "aot_eager"),
     pytest.param("triton", "aot_eager", marks=needs_triton),
-    pytest.param("reference", "inductor", marks=needs_compiler),
+    pytest.param("auto", "inductor", marks=needs_compiler),
 ]
 # torch.compile imports parts of torch that use what torch deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -63,9 +67,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])
+OPERATORS = ["cpu", pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.fixture(params=["auto", *OPERATORS])
 def place(request, kernel_device):
-    """A backend, and a device where it runs."""
+    """A backend, and a device where it runs; "auto" is the reference under a compiler."""
     return request.param, kernel_device if request.param == "triton" else "cpu"
 
 
@@ -165,12 +172,13 @@ def recorded(monkeypatch, call, plan, place):
     """The arguments with which a call reaches the operator."""
     launches = []
     with monkeypatch.context() as patch:
-        patch.setattr(border, "_launch", lambda *arguments: launches.append(arguments))
+        patch.setattr(_operator, "_launch", lambda *arguments: launches.append(arguments))
         call(PLANS[plan].to(place[1]), *place)
     (arguments,) = launches
     return arguments
 
 
+@pytest.mark.parametrize("place", OPERATORS, indirect=True)
 @pytest.mark.parametrize(("call", "plan"), CALLS, ids=lambda x: getattr(x, "__name__", x))
 def test_the_operator_does_what_its_schema_says(call, plan, place, monkeypatch, fresh):
     """It writes into nothing else, its fake is true, and compiled code gives what eager does."""
@@ -181,7 +189,7 @@ def test_the_operator_does_what_its_schema_says(call, plan, place, monkeypatch, 
 
 def test_the_operator_takes_its_arguments_by_name(monkeypatch):
     """Compilers call it so; a name that one of their wrappers uses too would clash."""
-    arguments = recorded(monkeypatch, call_plain, "dng", ("reference", "cpu"))
+    arguments = recorded(monkeypatch, call_plain, "dng", ("cpu", "cpu"))
     operator = torch.ops.dng_kernels.step.default
     names = [argument.name for argument in operator._schema.arguments]
     named = dict(zip(names, arguments, strict=True))
@@ -199,11 +207,11 @@ def test_fake_tensors_step_into_fake_tensors():
         result = dng_step(plan, 3, x, x, x, state, seed=3, return_scale=True)
         guided = guide(plan, 3, x, x, state)
         updated = update_posterior(plan, 3, x, x, x, x, state)
-    for tensor in (result.x_next, result.state, result.scale, guided.eps_guided, updated):
+    for tensor in (*result[:2], result.scale, guided.eps_guided, updated.state):
         assert tensor.fake_mode is mode
     assert (result.x_next.shape, result.x_next.dtype) == (SHAPE, torch.bfloat16)
     assert result.x_next.stride() == guided.eps_guided.stride() == x.stride()
-    assert result.state.shape == updated.shape == result.scale.shape == (BATCH,)
+    assert result.state.shape == updated.state.shape == result.scale.shape == (BATCH,)
 
 
 # ---------------------------------------------------------------- torch.compile
@@ -270,12 +278,12 @@ def test_every_rule_compiles(plan, place, fresh):
         third = {"eps_uncond": uncond, "momentum": momentum, "backend": backend}
         result = dng_step(plan, 3, x, eps, eps_neg, state, seed=1, divergence_gap=gap, **third)
         guided = guide(plan, 3, eps, eps_neg, state, **third)
-        updated = None
+        updated = ()
         if plan.tracker is not None:
             updated = update_posterior(
                 plan, 3, x, x_next, eps, eps_neg, state, divergence_gap=gap, backend=backend
             )
-        return (*result, *guided, updated)
+        return (*result, *guided, *updated)
 
     arguments = x, eps, eps_neg, plan.init_state(BATCH), plan.init_momentum(x)
     fast, counter = compiled(function, "aot_eager")
@@ -423,9 +431,7 @@ def everything(plan):
         half = guide(plan, 3, eps, eps_neg, state, return_scale=True, **more)
         updated = ()
         if plan.tracker is not None:
-            updated = (
-                update_posterior(plan, 3, x, x_next, eps, eps_neg, state, divergence_gap=gap),
-            )
+            updated = update_posterior(plan, 3, x, x_next, eps, eps_neg, state, divergence_gap=gap)
         return tuple(t for t in (*found, *half, *updated) if t is not None)
 
     events = draw("x", "x_next", "eps", "eps_neg", "third")
@@ -547,6 +553,24 @@ def test_without_triton_a_cpu_takes_its_steps_and_the_kernel_says_what_is_missin
     """
     message = run_python(blocked, CPU_STEP, refused)
     assert message.strip() == "backend must not be 'triton': Triton is not installed"
+
+
+@needs_triton
+def test_the_kernel_is_refused_on_a_cpu_by_name():
+    """Outside of the interpreter, which the other tests run in."""
+    compiled = """
+    import os
+
+    os.environ.pop("TRITON_INTERPRET", None)
+    """
+    refused = """
+    try:
+        dng_step(plan, 0, x, x, x, plan.init_state(2), seed=1, backend="triton")
+    except ValueError as error:
+        print(error)
+    """
+    message = run_python(compiled, CPU_STEP, refused)
+    assert message.startswith("backend must not be 'triton' for tensors on cpu: the kernel runs on")
 
 
 def test_a_cpu_step_imports_no_compiler_and_nothing_for_figures():

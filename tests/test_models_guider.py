@@ -200,7 +200,7 @@ def test_against_a_loop_by_hand() -> None:
             torch.testing.assert_close(guider.trace.scale[i], taken.scale, rtol=1e-5, atol=0.0)
             x = scheduler.step(taken.eps_guided, t, x, generator=generator).prev_sample
             x_next = x * float(run.input_scale[i + 1])
-            state = update_posterior(plan, i, shown, x_next, eps, eps_neg, state)
+            state = update_posterior(plan, i, shown, x_next, eps, eps_neg, state).state
     torch.testing.assert_close(ours, x, rtol=1e-5, atol=LATENTS)
 
 

@@ -1,0 +1,377 @@
+"""The step on a CPU: what :mod:`dng_kernels.naive` computes, with few passes over memory.
+
+Tensors are taken a block at a time, so that what is between input and output stays in the cache,
+and a block is combined by linear forms (:mod:`dng_kernels._forms`), one pass a term.  The residual
+is never formed: ``residual . delta`` is the residual's form of the dot products with delta.
+
+Per-sample numbers are computed with NumPy, where a call costs less than one of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dng_kernels import normal
+from dng_kernels._forms import Form, Forms, prepared
+from dng_kernels.naive import Inputs, StepResult
+from dng_kernels.plan import GUIDE, LARGEST, STEP, UPDATE, Row, Variant
+from dng_math import equations
+from dng_math._codes import (
+    CONTRASTIVE,
+    FEEDBACK,
+    LOG_ODDS,
+    PAPER,
+    PERPENDICULAR,
+    SAFE,
+    TRACKED,
+)
+
+BLOCK = 2**17  # elements at a time: a handful of float32 blocks stay in the cache
+EVENTS_IN, EVENTS_OUT = Inputs._fields[:7], ("x_next", "eps_guided", "momentum")
+
+Block = dict[str, Tensor]  # the same rows and columns of several tensors
+
+
+def run(
+    inputs: Inputs, outputs: StepResult, variant: Variant, table: Tensor, index: Tensor
+) -> None:
+    """Write every output that is not None; arguments as for :func:`dng_kernels.naive.run`."""
+    if torch.is_autocast_enabled("cpu"):
+        # It would take the dot products in 16 bits, on which the posterior stands.
+        with torch.autocast("cpu", enabled=False):
+            _run(inputs, outputs, variant, table, index)
+    else:
+        _run(inputs, outputs, variant, table, index)
+
+
+def _run(
+    inputs: Inputs, outputs: StepResult, variant: Variant, table: Tensor, index: Tensor
+) -> None:
+    noisy = inputs.noise is not None or inputs.keys is not None
+    row = prepared(variant, noisy, tuple(table[int(index)].tolist()))
+    at = row.at
+
+    def numbers(values: Tensor) -> Any:
+        return _as(values.detach(), table.dtype).numpy()
+
+    blocks = _Blocks(inputs, outputs, table.dtype, index)
+    state = odds = None
+    scale = projection = 0.0
+    if inputs.state is not None:
+        state = numbers(inputs.state)
+        odds = tracked_odds(variant.tracker, at, state)
+    if variant.mode != UPDATE:
+        before: Block = {}
+        if variant.rule in (CONTRASTIVE, PERPENDICULAR):
+            before = blocks.sums(lambda block, into, rows: first_sums(variant.rule, block))
+        known = {name: numbers(values) for name, values in before.items()}
+        scale, projection = scale_of(variant.rule, at, odds, known)
+    forms = row.forms(scale, projection)
+    job = _Job(
+        variant,
+        at,
+        Forms(*map(_columns, forms)),
+        tracked=outputs.state is not None,
+        apart=blocks.apart,
+    )
+    sums = {name: numbers(values) for name, values in blocks.sums(partial(block_step, job)).items()}
+    blocks.finish()
+    if outputs.scale is not None:
+        if variant.rule == SAFE:
+            mean = sums.get("scale", 0.0) / max(1, blocks.elements)
+            scale = at.guidance_scale * at.applied * mean
+        outputs.scale.numpy()[...] = scale
+    if outputs.state is not None:
+        residual_dot = (
+            sums.get("residual", 0.0) if variant.mode == UPDATE else forms.residual.dot(sums)
+        )
+        gap = None if inputs.divergence_gap is None else numbers(inputs.divergence_gap)
+        outputs.state.numpy()[...] = updated_state(
+            variant, at, state, odds, sums.get("delta", 0.0), residual_dot, gap
+        )
+
+
+class _Job(NamedTuple):
+    """What every block of a call shares."""
+
+    variant: Variant
+    at: Row
+    forms: Forms  # with factors that multiply a block
+    tracked: bool  # whether the sums are wanted
+    apart: bool  # whether x_next shares no memory with an input, and is of the table's precision
+
+
+class _Blocks:
+    """The tensors of a call, a block at a time."""
+
+    def __init__(
+        self, inputs: Inputs, outputs: StepResult, dtype: torch.dtype, index: Tensor
+    ) -> None:
+        self.batch, self.elements = len(inputs.eps), inputs.eps[0].numel()
+        shape = self.batch, self.elements
+        self.dtype, self.index, self.keys = dtype, index, inputs.keys
+        self.sources = {
+            name: tensor.reshape(shape)
+            for name, tensor in zip(EVENTS_IN, inputs, strict=False)
+            if tensor is not None
+        }
+        self.asked = {
+            name: tensor for name in EVENTS_OUT if (tensor := getattr(outputs, name)) is not None
+        }
+        self.targets = {
+            name: tensor.view(shape) if tensor.is_contiguous() else tensor.new_empty(shape)
+            for name, tensor in self.asked.items()
+        }
+        place = _storage(self.targets.get("x_next"))
+        self.apart = (
+            outputs.x_next is not None
+            and outputs.x_next.dtype is dtype
+            and all(_storage(tensor) != place for tensor in self.sources.values())
+        )
+
+    def sums(self, function: Callable[[Block, Block, slice], Block]) -> Block:
+        """Call with every block, where its outputs go, and its rows; add up what it returns.
+
+        That is one number a sample under each name.
+        """
+        if self.batch * self.elements <= BLOCK:
+            block = {name: _as(tensor, self.dtype) for name, tensor in self.sources.items()}
+            if self.keys is not None:
+                z = normal.normals(self.keys, self.elements, self.index)
+                block["noise"] = _as(z, self.dtype)
+            return function(block, self.targets, slice(None))
+        totals: Block = {}
+        rows = max(1, BLOCK // self.elements)
+        for i in range(0, self.batch, rows):
+            for j in range(0, self.elements, BLOCK):
+                piece = slice(i, i + rows), slice(j, j + BLOCK)
+                block = {name: _as(t[piece], self.dtype) for name, t in self.sources.items()}
+                if self.keys is not None:
+                    length = min(BLOCK, self.elements - j)
+                    z = normal.normals(self.keys[piece[0]], length, self.index, first=j)
+                    block["noise"] = _as(z, self.dtype)
+                into = {name: t[piece] for name, t in self.targets.items()}
+                for name, values in function(block, into, piece[0]).items():
+                    if name not in totals:
+                        totals[name] = values.new_zeros(self.batch)
+                    totals[name][piece[0]] += values
+        return totals
+
+    def finish(self) -> None:
+        """Copy to outputs that are not in C order."""
+        for name, tensor in self.asked.items():
+            if not tensor.is_contiguous():
+                tensor.copy_(self.targets[name].view(tensor.shape))
+
+
+def _columns(form: Form) -> Form:
+    """The terms that are there, with factors that multiply a block."""
+    return Form(
+        {
+            name: _column(factor)
+            for name, factor in form.items()
+            if not (isinstance(factor, float) and factor == 0.0)
+        }
+    )
+
+
+def _column(factor: Any) -> Any:
+    """A factor as a float, or as a column of one number a row."""
+    if isinstance(factor, np.ndarray):
+        return float(factor[0]) if len(factor) == 1 else torch.from_numpy(factor)[:, None]
+    return factor
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """In that precision; asking first is cheaper than a call that finds nothing to do."""
+    return values if values.dtype is dtype else values.to(dtype)
+
+
+def _clamp(values: Any, low: float, high: float) -> Any:
+    """Within bounds; NaN stays NaN."""
+    return np.minimum(np.maximum(values, low), high)
+
+
+def _storage(tensor: Tensor | None) -> int | None:
+    """Which memory a tensor is a view of."""
+    return None if tensor is None else tensor.untyped_storage().data_ptr()
+
+
+def _norm_sq(a: Tensor) -> Tensor:
+    """|a|^2 of each row, (B, D) -> (B,); without the tensor of squares that a sum would make."""
+    return torch.linalg.vector_norm(a, dim=-1).square_()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """a . b of each row, (B, D), (B, D) -> (B,)."""
+    return torch.linalg.vecdot(a, b)
+
+
+def combined(form: Form, block: Block, rows: slice, out: Tensor | None = None) -> Tensor:
+    """The form of the tensors of a block, one pass a term."""
+    result: Tensor | None = None
+    for name, factor in form.items():
+        if isinstance(factor, Tensor):
+            factor = factor[rows]
+        if result is None:
+            result = torch.mul(block[name], factor, out=out)
+        elif isinstance(factor, Tensor):
+            result.addcmul_(block[name], factor)
+        else:
+            result.add_(block[name], alpha=factor)
+    return torch.zeros_like(block["eps"]) if result is None else result
+
+
+# ---------------------------------------------------------------------- one number a sample
+
+
+def tracked_odds(tracker: int, at: Row, state: Any) -> Any:
+    """p / (1 - p) of a posterior, e^L of a ratio; (B,) -> (B,)."""
+    if tracker == LOG_ODDS:
+        return np.exp(_clamp(state, -LARGEST, at.log_odds_cap))
+    state = _clamp(state, at.low, at.high)
+    if tracker == PAPER:
+        return np.exp(state) / -np.expm1(state)
+    return np.exp(state)
+
+
+def scale_of(rule: int, at: Row, odds: Any, sums: dict[str, Any]) -> tuple[Any, Any]:
+    """The scale of every sample, and Perp-Neg's projection; both (B,) or one number."""
+    projection = 0.0
+    if rule == TRACKED:
+        scale = equations.dynamic_scale(at.guidance_scale, odds, 1.0)
+    elif rule == FEEDBACK:
+        scale = equations.feedback_scale(odds, at.pi)
+    elif rule == CONTRASTIVE:
+        norm_sq = sums.get("delta", 0.0)
+        decay = np.exp(-at.contrastive_temperature * at.to_noise * at.to_noise * norm_sq)
+        scale = equations.contrastive_scale(at.guidance_scale, decay)
+    else:
+        scale = at.guidance_scale
+    if rule == PERPENDICULAR and sums:
+        known = sums["direction"] > at.rounding_sq * sums["eps"]
+        one = np.ones_like(sums["direction"])
+        projection = np.where(known, sums["along"], 0.0 * one)
+        projection = projection / np.where(known, sums["direction"], one)
+    return at.active * scale, projection
+
+
+def updated_state(
+    variant: Variant,
+    at: Row,
+    state: Any,
+    odds: Any,
+    norm_sq: Any,
+    residual_dot: Any,
+    divergence_gap: Any,
+) -> Any:
+    """The tracker's state at the cleaner end, (B,); unchanged where the variance is 0.
+
+    From |delta|^2, residual . delta and, where it is tracked, div s_c - div s.
+    """
+    if at.variance == 0.0:
+        return state
+    gap_sq = at.kernel_factor * at.kernel_factor * norm_sq
+    residual_gap = at.kernel_factor * residual_dot
+    start = state
+    if variant.tracker == LOG_ODDS:
+        log_ratio = equations.log_odds_ratio(odds, gap_sq, residual_gap, at.variance)
+    else:
+        log_ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, at.variance)
+        start = _clamp(state, at.low, at.high)
+    if variant.divergence:
+        if variant.tracker == LOG_ODDS:
+            score_gap_sq = at.score_factor * norm_sq
+            divergence_gap = equations.rest_divergence_gap(odds, divergence_gap, score_gap_sq)
+        log_ratio = log_ratio + equations.divergence_correction(at.eta, at.beta, divergence_gap)
+    updated = equations.tracker_update(
+        start,
+        _clamp(log_ratio, -LARGEST, LARGEST),
+        at.variance,
+        at.temperature,
+        at.offset,
+        at.offset_nats,
+    )
+    return _clamp(updated, at.low, at.high)
+
+
+# ---------------------------------------------------------------------- a block
+
+
+def first_sums(rule: int, block: Block) -> Block:
+    """What contrastive CFG and Perp-Neg must know of whole samples before they can guide."""
+    delta = block["eps_neg"] - block["eps"]
+    if rule == CONTRASTIVE:
+        return {"delta": _norm_sq(delta)}
+    direction = block["eps_third"] - block["eps"]
+    return {
+        "direction": _norm_sq(direction),
+        "along": _dot(delta, direction),
+        "eps": _norm_sq(block["eps"]),
+    }
+
+
+def block_step(job: _Job, block: Block, into: Block, rows: slice) -> Block:
+    """Write the outputs of a block; return the sums that the state and SLD's scale need."""
+    variant, at, forms, eps = job.variant, job.at, job.forms, block["eps"]
+    found: Block = {}
+    block["delta"] = block["eps_neg"] - eps
+    if variant.mode != UPDATE:
+        if variant.cfg:
+            block["uncond_gap"] = eps - block["eps_third"]
+        if variant.rule == PERPENDICULAR:
+            block["direction"] = block["eps_third"] - eps
+        if variant.rule == SAFE:
+            found["scale"] = _safe(at, block, into)
+    clips = variant.clip and variant.mode != GUIDE
+    guided = None
+    if "eps_guided" in into or (clips and variant.mode == STEP):
+        guided = combined(forms.guided, block, rows)
+    if clips:
+        block["eps"] = clipped(at, block["x"], eps)
+        block["delta"] = clipped(at, block["x"], block["eps_neg"]) - block["eps"]
+        if guided is not None:
+            block["shift"] = clipped(at, block["x"], guided) - block["eps"]
+    if job.tracked:
+        delta = block["delta"]
+        found["delta"] = _norm_sq(delta)
+        if variant.mode == UPDATE:
+            # x and x_next are close: here only the difference is accurate.
+            found["residual"] = _dot(combined(forms.residual, block, rows), delta)
+        else:
+            terms = (name for name in forms.residual if name != "delta")
+            found |= {name: _dot(block[name], delta) for name in terms}
+    # Written last: an output may be an input, and is then not the place to add up in.
+    if "x_next" in into:
+        target = into["x_next"]
+        x_next = combined(forms.x_next, block, rows, target if job.apart else None)
+        if x_next is not target:
+            target.copy_(x_next)
+    if "eps_guided" in into and guided is not None:
+        into["eps_guided"].copy_(guided)
+    return found
+
+
+def _safe(at: Row, block: Block, into: Block) -> Tensor:
+    """SLD: its correction into the block, its momentum out; the sum of the elementwise scale."""
+    difference = block["delta"] * at.to_noise
+    magnitude = difference.abs()
+    gated = magnitude if at.absolute > 0 else -difference
+    scale = torch.where(gated < at.threshold, (at.slope * magnitude).clamp(max=1.0), 0.0)
+    momentum = block["momentum"]
+    block["correction"] = equations.safe_correction(scale, difference, at.momentum_scale, momentum)
+    following = equations.safe_momentum(momentum, block["correction"], at.momentum_decay)
+    into["momentum"].copy_(following if at.active > 0 else momentum)
+    return scale.sum(-1)
+
+
+def clipped(at: Row, x: Tensor, prediction: Tensor) -> Tensor:
+    """x0 of a prediction, in [-clip, clip]."""
+    x0 = equations.step_mean(x, prediction, at.x0_x_factor, at.x0_factor)
+    return x0.clamp(-at.clip, at.clip)
