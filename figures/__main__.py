@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from dng_models import extras
+from dng_models import command_line, extras
 from dng_models.interrupt import end_at_interrupt
+from dng_models.printable import print_anything
 from dng_models.progress import Progress, is_shown, say, saying_what_compiles, showing
 
 if __name__ == "__main__":
@@ -22,6 +23,7 @@ try:
     from figures import (
         class_removal,
         class_removal_networks,
+        class_removal_tuned,
         guidance_1d,
         pipeline_digits,
         posterior_tracking,
@@ -44,6 +46,7 @@ FIGURES: dict[str, ModuleType] = {
     "score_fields": score_fields,
     "tracker_steps": tracker_steps,
     "class_removal": class_removal,
+    "class_removal_tuned": class_removal_tuned,
     "class_removal_networks": class_removal_networks,
     "pipeline_digits": pipeline_digits,
     "schedulers": schedulers,
@@ -74,7 +77,9 @@ def check_folder(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out) as file:
             file.write(b"1")
     except OSError as error:
-        raise OSError(f"--out {out} cannot be written to: {error.strerror}") from error
+        raise type(error)(
+            error.errno, f"--out {out} cannot be written to: {error.strerror}"
+        ) from error
 
 
 def draw_figures(
@@ -108,10 +113,12 @@ def draw_figures(
     with Progress(len(drawn), unit="figure", leave=False) as progress:
         for number, name in enumerate(drawn, 1):
             progress.set_description(name)
-            if is_shown() and not sys.stderr.isatty():
-                say(f"drawing {name}, {number} of {len(drawn)}", sys.stderr)
-            started = time.perf_counter()
             module = FIGURES[name]
+            minutes = 0 if quick else getattr(module, "MINUTES", 0)
+            if is_shown() and (minutes or not sys.stderr.isatty()):
+                takes = f": about {minutes} minutes on two idle cores" if minutes else ""
+                say(f"drawing {name}, {number} of {len(drawn)}{takes}", sys.stderr)
+            started = time.perf_counter()
             data = module.compute(quick=quick, seed=seed)
             paths = []
             for stem, figure in module.draw(data).items():
@@ -127,6 +134,7 @@ def draw_figures(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    print_anything()
     parser = argparse.ArgumentParser(prog="python -m figures", description="Draw the figures.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="figures to draw; default all")
     parser.add_argument("--list", action="store_true", help="name the figures and stop")
@@ -138,7 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.list:
         for name, module in FIGURES.items():
-            print(f"{name:24}{module.PAPER:20}{module.TITLE}")
+            minutes = getattr(module, "MINUTES", 0)
+            takes = f" [{minutes} minutes]" if minutes else ""
+            print(f"{name:24}{module.PAPER:20}{module.TITLE}{takes}")
         return 0
     extras.hush_torchvision()
     try:
@@ -150,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     except OSError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        return command_line.status(error)
     return 0
 
 

@@ -1,5 +1,9 @@
 """What each guidance does to a distribution whose target is known exactly.
 
+All have scale 1, as in the paper.  There CFG towards everything that is allowed and DNG with the
+exact posterior are one rule: s + (s_allowed - s) = s - p/(1-p) (s_c - s), and the second leads to
+the target without a model of what is allowed.
+
 Every panel runs the same particles with the same noise, so a line has the same start everywhere
 and its colour says where it would have ended without guidance.
 """
@@ -49,9 +53,13 @@ FORBIDDEN = 1
 
 METHODS: tuple[tuple[str, style.Method, Rule], ...] = (
     ("unguided", style.UNGUIDED, Unguided()),
-    ("CFG towards all\nthat is allowed, $g=2$", style.CFG, ClassifierFreeGuidance(2.0)),
-    ("negative prompting,\n$g=1$", style.NP, NegativePrompting(1.0)),
-    ("DNG, exact posterior,\n$g=1$", style.DNG_EXACT, DynamicNegativeGuidance(1.0)),
+    ("CFG towards all\nthat is allowed, $\\lambda=1$", style.CFG, ClassifierFreeGuidance(1.0)),
+    ("negative prompting,\n$\\lambda=1$", style.NP, NegativePrompting(1.0)),
+    (
+        "DNG, exact posterior,\n$\\lambda=p/(1-p)$: equals $\\mathbf{b}$",
+        style.DNG_EXACT,
+        DynamicNegativeGuidance(1.0),
+    ),
 )
 
 STEPS = 1000
@@ -86,6 +94,7 @@ class Data:
     target_x: Array
     target_density: Array
     ks_critical: float  # what chance explains, at a false-alarm rate of 1e-6
+    cfg_minus_dng: float  # largest difference between their samples
     n: int
 
 
@@ -139,6 +148,7 @@ def compute(quick: bool, seed: int) -> Data:
             )
         )
     ends = panels[0].lines[-1][:, None]
+    samples_of = {panel.method: panel.samples for panel in panels}
     target_x = np.linspace(X_MIN, X_MAX, 1501)
     return Data(
         panels=tuple(panels),
@@ -148,6 +158,7 @@ def compute(quick: bool, seed: int) -> Data:
         target_x=target_x,
         target_density=target.pdf(target_x),
         ks_critical=ks_critical_value(n, 1e-6),
+        cfg_minus_dng=float(np.abs(samples_of[style.CFG] - samples_of[style.DNG_EXACT]).max()),
         n=n,
     )
 
@@ -218,4 +229,5 @@ def summary(data: Data) -> str:
         for panel in data.panels
     ]
     chance = f"n = {data.n}, for which chance explains KS up to {data.ks_critical:.4f}"
-    return f"{'; '.join(parts)} ({chance})"
+    same = f"samples of CFG and exact DNG differ by at most {data.cfg_minus_dng:.1e}"
+    return f"{'; '.join(parts)} ({chance}); {same}"

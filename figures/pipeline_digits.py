@@ -74,7 +74,7 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
     pipe = mixture_pipeline(mixture, [zeros.tolist()], (1, side, side), scheduler)
     rules: dict[str, Rule] = {
         "unguided": Unguided(),
-        f"NP, {CONSTANT:g}": NegativePrompting(CONSTANT),
+        style.NP.label: NegativePrompting(CONSTANT),
         "DNG": DynamicNegative(SCALE, PRIOR, tracker="log_odds"),
     }
     images, forbidden, traces = [], [], []
@@ -84,7 +84,6 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
         with torch_threads(work=work), apply_guidance(pipe, rule) as trace:
             found = pipe(
                 **pipe.unet.prompts(n),
-                guidance_scale=2.0,
                 num_inference_steps=STEPS,
                 generator=generators,
                 output_type="latent",
@@ -110,7 +109,8 @@ def draw(data: Data) -> dict[str, Figure]:
     for row, (label, images) in enumerate(zip(data.labels, data.images, strict=True)):
         for panel, image in zip(axes[row], columns, strict=True):
             _show(panel, images[image], bool(data.forbidden[row, image]))
-        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
+        name = label.replace(" ", "\n")
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=6)
     top = 1.1 * max(CONSTANT, float(data.scale[:, columns].max()))
     for i, (panel, image) in enumerate(zip(axes[-1], columns, strict=True)):
         panel.axhline(CONSTANT, **_look(style.NP))
@@ -118,14 +118,14 @@ def draw(data: Data) -> dict[str, Figure]:
         panel.set(xlim=(1.0, 0.0), ylim=(0.0, top), xticks=[1, 0])
         if i:
             panel.set_yticklabels([])
-    axes[-1, 0].set_ylabel("scale λ", rotation=0, ha="right", va="center", labelpad=6)
-    figure.supxlabel("diffusion time t/T: noise at 1, image at 0", size=8)
+    axes[-1, 0].set_ylabel(r"scale $\lambda$", rotation=0, ha="right", va="center", labelpad=6)
+    figure.supxlabel("diffusion time $t/T$: noise at 1, image at 0", size=8)
     handles = [
         Rectangle((0, 0), 1, 1, fill=False, ec=style.FORBIDDEN, lw=1.5, label="a 0"),
         *axes[-1, 0].get_lines(),
     ]
-    handles[1].set_label("negative prompting: constant")
-    handles[2].set_label("DNG: p(c | x) decides")
+    handles[1].set_label(f"negative prompting: constant, {CONSTANT:g}")
+    handles[2].set_label(r"DNG: $p(c\,|\,x_t)/(1-p)$, tracked")
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return {"pipeline_digits": figure}
 
@@ -145,11 +145,14 @@ def _show(panel: Any, image: Array, forbidden: bool) -> None:
 def summary(data: Data) -> str:
     """What was left of the forbidden digit, and what became of the others."""
     others = ~data.forbidden[0]
-    lines = [f"{data.images.shape[1]} images, {STEPS} steps"]
+    lines = [
+        f"{data.images.shape[1]} images, {STEPS} steps; scale {CONSTANT:g} for negative prompting, "
+        f"{SCALE:g} for DNG"
+    ]
     for row, label in enumerate(data.labels):
         changed = data.changed[row, others].sum()
         lines.append(
-            f"  {label:10} zeros {data.forbidden[row].sum()}; others changed {changed} "
+            f"  {label:18} zeros {data.forbidden[row].sum()}; others changed {changed} "
             f"of {others.sum()}"
         )
     strongest = data.scale.max(axis=0)

@@ -138,6 +138,7 @@ def draw(data: Data) -> dict[str, Figure]:
         bottom.stairs(heights, edges, fill=True, color=panel.method.color)
         bottom.plot(data.target_x, data.target_density, color=style.TARGET, lw=1.0)
         bottom.set(xlim=(X_MIN, X_MAX), yscale="log", ylim=(5e-4, 2.0), xlabel="$x$")
+        style.log_ticks(bottom.yaxis)
         style.title(bottom, letters[1], f"forbidden mass left at $g=1$: {panel.forbidden_mass:.4f}")
     axes[0, 0].set_ylabel("$p(c\\,|\\,x_t)$")
     axes[1, 0].set_ylabel("density at $t=0$")

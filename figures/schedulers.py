@@ -2,11 +2,13 @@
 
 The network is an exact mixture in eight dimensions inside real pipelines, so that every error is
 the scheduler's or the tracker's: steps that are finite, of some order, with the noise of the DDPM
-posterior or less.  With that noise (the first group of rows) more steps help, whatever the
-scheduler.  With less they do not (the second), unless the divergence that the tracker lacks is
-estimated (the third).  What many steps leave with Stable Diffusion's betas was there at the start:
-they keep some signal at T, so that p(c|x_T) is not the prior.  Flow matching, and betas that are
-rescaled to no signal at T, start from noise alone.
+posterior or less.  With that noise (the first column) more steps help, whatever the scheduler.
+With less they do not (the second), unless the divergence that the tracker lacks is estimated (the
+third).  What many steps leave with Stable Diffusion's betas was there at the start: they keep some
+signal at T, so that p(c|x_T) is not the prior.  Flow matching, and betas that are rescaled to no
+signal at T, start from noise alone.
+
+Drawn is the paper's tracker; the table that is printed has the log-odds one too.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from dng_math import GaussianMixture
@@ -31,6 +34,7 @@ Array = NDArray[np.float64]
 
 PAPER = "beyond it"
 TITLE = "Tracked posteriors with diffusers' schedulers (needs torch and diffusers)"
+MINUTES = 3
 NEEDS = ("torch", "diffusers", "transformers")
 
 SHAPE = (2, 2, 2)
@@ -48,13 +52,13 @@ BETAS: dict[str, Any] = {
     "steps_offset": 1,
 }
 STEPS = (20, 50, 200, 1000)
-QUICK_STEPS = (20, 50)
+QUICK_STEPS = (10, 20, 50)
 PROBES = 1
 TRACKERS: tuple[tuple[Literal["paper", "log_odds"], style.Method], ...] = (
     ("paper", style.DNG_PAPER),
     ("log_odds", style.DNG_LOG_ODDS),
 )
-SIZES = {20: 2.5, 50: 4.0, 200: 5.5, 1000: 7.5}  # of markers, by number of steps
+DRAWN = 0  # of TRACKERS
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class Row:
     eta: float = 0.0  # of the pipeline's call, for DDIM
     probes: int = 0
     most_steps: int = 200
+
+    @property
+    def pure(self) -> bool:
+        """Whether it starts from noise alone, with no signal left at T."""
+        return "Flow" in self.scheduler or "rescale_betas_zero_snr" in self.options
 
 
 GROUPS: dict[str, tuple[Row, ...]] = {
@@ -105,6 +114,25 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     ),
 }
 ROWS = tuple(row for rows in GROUPS.values() for row in rows)
+# What is written beside the curves of a group, for those of one start; curves of one start are
+# close to each other in each group.
+NAMES: dict[tuple[int, bool], str] = {
+    (0, False): "DDPM,\nEuler ancestral,\nSDE-DPM-Solver++",
+    (0, True): "flow,\nposterior step",
+    (1, False): "DDIM ($\\eta=0.5$ lower),\nEuler, DPM-Solver++,\nUniPC, DEIS",
+    (1, True): "flow Euler",
+    (2, False): "DDIM",
+    (2, True): "flow Euler;\nDDIM, no\nsignal at $T$",
+}
+TITLES = (
+    "noise of the DDPM\nposterior, $\\eta=1$",
+    "less noise, $\\eta<1$:\nwrong at any number of steps",
+    "less noise, with the\ndivergence estimated",
+)
+STARTS = {
+    False: (style.BLUE, "o", "some signal left at $T$ (Stable Diffusion's betas)"),
+    True: (style.ORANGE, "s", "noise alone at $T$"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,129 +211,93 @@ def _prior_error(seed: int) -> float:
 
 @style.applied
 def draw(data: Data) -> dict[str, Figure]:
-    """One figure: error and forbidden mass left, a line for each scheduler."""
-    figure = Figure(figsize=(style.WIDTH, 5.4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    heights = _heights()
-    for axes, values in ((left, data.error), (right, data.mass)):
-        _dots(axes, values, heights, data.steps)
-        axes.set_xscale("log")
-        axes.grid(True, axis="x")
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.set_ylim(min(heights) - 0.7, max(heights) + 1.4)
-    left.set_yticks(heights, [row.label for row in ROWS])
-    _name_groups(left, heights)
-    prior = float(MIXTURE.weights[FORBIDDEN].sum())
+    """Error and forbidden mass left over the number of steps, a column for each group."""
+    figure = Figure(figsize=(style.WIDTH, 5.0), layout="constrained")
+    panels = figure.subplots(2, len(GROUPS), sharex=True, sharey="row")
+    for line, values in enumerate((data.error, data.mass)):
+        first = 0
+        for group, rows in enumerate(GROUPS.values()):
+            part = slice(first, first + len(rows))
+            _curves(panels[line, group], data.steps, rows, values[part, DRAWN], group)
+            first += len(rows)
     reference: dict[str, Any] = {"color": style.GREY, "lw": 1.0}
-    left.axvline(data.prior_error, ls=":", **reference)
-    right.axvline(prior, ls="--", **reference)
-    left.set_xlim(4e-3, 0.3)
-    left.set_xticks(
-        [0.005, 0.01, 0.02, 0.05, 0.1, 0.2], ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2"]
-    )
-    right.set_xlim(3e-3, 0.4)
-    right.set_xticks(
-        [0.005, 0.01, 0.02, 0.05, 0.1, 0.2], ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2"]
-    )
-    left.set_xlabel("mean $|$tracked $-$ exact$|$ of $p(c\\,|\\,x)$\nat the last step, unguided")
-    right.set_xlabel("forbidden mass left\nat $g=1$")
-    style.title(left, "a", "error of the posterior")
-    style.title(right, "b", "what guidance leaves of the unwanted")
+    prior = float(MIXTURE.weights[FORBIDDEN].sum())
+    for group, (top, bottom) in enumerate(panels.T):
+        style.title(top, "abc"[group], TITLES[group])
+        style.title(bottom, "def"[group], "")
+        top.axhline(data.prior_error, ls=":", **reference)
+        bottom.axhline(prior, ls="--", **reference)
+        bottom.set_xlabel("steps")
+        for panel in (top, bottom):
+            panel.grid(True)
+    panels[0, 0].set_ylim(0.003, 0.5)
+    panels[1, 0].set_ylim(0.003, 0.5)
+    panels[0, 0].set_ylabel("mean $|$tracked $-$ exact$|$ of\n$p(c\\,|\\,x)$, unguided")
+    panels[1, 0].set_ylabel("forbidden mass left\nat $g=1$")
     figure.suptitle(
-        f"The network is an exact mixture in {DIMENSIONS} dimensions, {data.n:,} images a run",
+        f"Exact mixture in {DIMENSIONS} dimensions as the network, paper's tracker, "
+        f"{data.n:,} images a run",
         size=8,
     )
-    figure.legend(handles=_handles(data, reference, prior), loc="outside lower center", ncols=4)
+    figure.legend(
+        handles=[
+            *(
+                Line2D([], [], color=color, marker=marker, label=label)
+                for color, marker, label in STARTS.values()
+            ),
+            Line2D([], [], ls=":", label="$|$prior $-$ exact$|$ with that signal", **reference),
+            Line2D([], [], ls="--", label=f"unguided: {prior:g}", **reference),
+        ],
+        loc="outside lower center",
+        ncols=2,
+    )
     return {"schedulers": figure}
 
 
-def _heights() -> list[float]:
-    """Where each row stands, from the top, with a line's space above each group for its name."""
-    heights, at = [], 0.0
-    for rows in GROUPS.values():
-        at -= 1.0
-        for _ in rows:
-            heights.append(at)
-            at -= 1.0
-    return heights
-
-
-def _dots(axes: Axes, values: Array, heights: list[float], steps: tuple[int, ...]) -> None:
-    for row, height in enumerate(heights):
-        for tracker, (offset, (_, method)) in enumerate(zip((0.17, -0.17), TRACKERS, strict=True)):
-            seen = np.isfinite(values[row, tracker])
-            x, y = values[row, tracker][seen], np.full(seen.sum(), height + offset)
-            axes.plot(x, y, color=method.color, lw=0.8, alpha=0.6)
-            # The largest first, so that none is hidden.
-            for at, count in sorted(
-                zip(x, np.array(steps)[seen], strict=True), key=lambda dot: -dot[1]
-            ):
-                axes.plot(
-                    at,
-                    height + offset,
-                    method.marker,
-                    color=method.color,
-                    markersize=SIZES[int(count)],
-                    markeredgecolor="white",
-                    markeredgewidth=0.4,
-                )
-
-
-def _name_groups(axes: Axes, heights: list[float]) -> None:
-    first = 0
-    for name, rows in GROUPS.items():
-        axes.text(
-            0.0,
-            heights[first] + 0.78,
-            name,
-            transform=axes.get_yaxis_transform(),
-            size=7.5,
-            weight="bold",
-            va="center",
-            zorder=5,
-            bbox={"color": "white", "pad": 1.0},
+def _curves(
+    axes: Axes, steps: tuple[int, ...], rows: tuple[Row, ...], values: Array, group: int
+) -> None:
+    """The curves of a group, and beside those of one start what they are."""
+    ends: dict[bool, tuple[float, float]] = {}  # of the curves of one start
+    for pure, (color, marker, _) in STARTS.items():
+        last = []
+        for row, value in zip(rows, values, strict=True):
+            seen = np.isfinite(value)
+            if row.pure != pure or not seen.any():
+                continue
+            x = np.array(steps)[seen]
+            look: dict[str, Any] = {"lw": 1.0, "ms": 3.5, "mec": "white", "mew": 0.3}
+            axes.plot(x, value[seen], color=color, marker=marker, **look)
+            last.append((x[-1], value[seen][-1]))
+        if last:
+            height = np.exp(np.mean([np.log(y) for _, y in last]))
+            ends[pure] = max(x for x, _ in last), float(height)
+    for pure, at in ends.items():
+        above = at[1] >= max(height for _, height in ends.values())  # so that they keep apart
+        axes.annotate(
+            NAMES[group, pure],
+            at,
+            (6, 4 if above else -4),
+            textcoords="offset points",
+            size=6.5,
+            color=STARTS[pure][0],
+            va="bottom" if above else "top",
+            linespacing=0.95,
+            path_effects=[withStroke(linewidth=2.0, foreground="white")],
         )
-        first += len(rows)
-
-
-def _handles(data: Data, reference: dict[str, Any], prior: float) -> list[Line2D]:
-    trackers = [
-        Line2D([], [], color=method.color, marker=method.marker, lw=0.8, label=f"{name} tracker")
-        for name, method in (("paper's", TRACKERS[0][1]), ("log-odds", TRACKERS[1][1]))
-    ]
-    sizes = [
-        Line2D(
-            [],
-            [],
-            color=style.GREY,
-            marker="o",
-            ls="",
-            markersize=SIZES[count],
-            label=f"{count} steps",
-        )
-        for count in data.steps
-    ]
-    lines = [
-        Line2D(
-            [],
-            [],
-            ls=":",
-            label="$|$prior $-$ exact$|$ at $t=T$, Stable Diffusion's betas",
-            **reference,
-        ),
-        Line2D([], [], ls="--", label=f"unguided: {prior:g}", **reference),
-    ]
-    return [*trackers, *lines, *sizes]
+    axes.set(xscale="log", yscale="log", xlim=(steps[0] / 1.4, 20 * steps[-1]))
+    axes.set_xticks(steps, [f"{count:g}" for count in steps])
+    axes.set_xticks([], minor=True)
+    style.log_ticks(axes.yaxis)
 
 
 def summary(data: Data) -> str:
     """Everything that is drawn, as a table."""
     lines = ["mean error of p (correlation) -> forbidden mass left at g = 1"]
-    width = max(len(_plain(row.label)) for row in ROWS)
+    width = max(len(style.plain(row.label)) for row in ROWS)
     at = 0
-    for name, rows in GROUPS.items():
-        lines.append(f"  {_plain(name)}")
+    for group, rows in GROUPS.items():
+        lines.append(f"  {style.plain(group)}")
         for row in rows:
             for j, (tracker, _) in enumerate(TRACKERS):
                 parts = [
@@ -314,15 +306,11 @@ def summary(data: Data) -> str:
                     for k, steps in enumerate(data.steps)
                     if np.isfinite(data.error[at, j, k])
                 ]
-                lines.append(f"    {_plain(row.label):{width}} {tracker:8}  {'; '.join(parts)}")
+                lines.append(
+                    f"    {style.plain(row.label):{width}} {tracker:8}  {'; '.join(parts)}"
+                )
             at += 1
     lines.append(
         f"  n = {data.n}; mean error already at t = T, from the prior: {data.prior_error:.4f}"
     )
     return "\n".join(lines)
-
-
-def _plain(label: str) -> str:
-    """A label without its mathematics' markup."""
-    spaced = label.replace("$", "").replace(r"\eta", "eta").replace("=", " = ").replace("<", " < ")
-    return " ".join(spaced.split())

@@ -52,6 +52,8 @@ POSTERIORS: tuple[tuple[str, style.Method, Posterior], ...] = (
 )
 START: dict[str, Any] = {"color": style.GREY, "lw": 1.0, "ls": ":"}
 NONE_LEFT = "#E8E8E8"
+# Factors of the number of steps at which they are drawn: where they agree one would hide the other.
+BESIDE = {style.DNG_PAPER: 0.95, style.DNG_LOG_ODDS: 1.05}
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,18 +151,20 @@ def _figure(data: Data, place: int, name: str) -> Figure:
     axes = figure.subplots(2, len(ETAS), sharex=True, sharey="row")
     floor = 0.5 / data.n
     for j, (eta, (top, bottom)) in enumerate(zip(ETAS, axes.T, strict=True)):
-        for k, (_, _, posterior) in enumerate(POSTERIORS):
+        for k, (_, method, posterior) in enumerate(POSTERIORS):
             if _same_as_uncorrected(eta, posterior):
                 continue
+            steps = np.array(data.steps) * BESIDE.get(method, 1.0)
             if not isinstance(posterior, ExactPosterior):
-                top.plot(data.steps, data.error[place, j, k], **_look(k))
-            bottom.plot(data.steps, np.maximum(data.mass[place, j, k], floor), **_look(k))
+                top.plot(steps, data.error[place, j, k], **_look(k))
+            bottom.plot(steps, np.maximum(data.mass[place, j, k], floor), **_look(k))
         top.axhline(data.prior_error[place], **START)
         noise = {1.0: " (DDPM)", 0.0: " (deterministic)"}.get(eta, "")
         style.title(top, "abc"[j], f"$\\eta={eta:g}${noise}")
         style.title(bottom, "def"[j], "")
         for panel in (top, bottom):
             panel.set(xscale="log", yscale="log")
+            style.log_ticks(panel.yaxis)
             panel.grid(True)
         bottom.axhspan(floor / 2, 1 / data.n, color=NONE_LEFT, lw=0)
         top.set_ylim(1e-3, 0.4)

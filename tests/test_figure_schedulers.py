@@ -13,6 +13,7 @@ import pytest
 
 from figures import schedulers, style
 from figures.__main__ import draw_figures
+from tests.test_figures import assert_logarithmic_axes_are_readable
 from tests.tolerances import error
 
 pytestmark = [
@@ -99,39 +100,65 @@ def test_nothing_is_clipped_or_covered(figure):
         figure.draw_without_rendering()
     page = figure.bbox
     labels = [axis.label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-    names = [label for label in figure.axes[0].get_yticklabels() if label.get_text()]
     titles = [axes._left_title for axes in figure.axes]
-    groups = list(figure.axes[0].texts)
-    assert len(names) == len(schedulers.ROWS) and len(groups) == len(schedulers.GROUPS)
-    texts = [text for text in (*labels, *names, *titles, *groups) if text.get_text()]
+    names = [text for axes in figure.axes for text in axes.texts]
+    assert len(names) == 2 * len(schedulers.NAMES)
+    texts = [text for text in (*labels, *names, *titles) if text.get_text()]
     artists = [*texts, *figure.legends, figure._suptitle]
     for artist in artists:
         box = artist.get_window_extent()
         assert box.x0 >= page.x0 - 1 and box.x1 <= page.x1 + 1, artist
         assert box.y0 >= page.y0 - 1 and box.y1 <= page.y1 + 1, artist
-    boxes = [text.get_window_extent() for text in (*names, *titles)]
+    boxes = [text.get_window_extent() for text in (*names, *titles) if text.get_text()]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other)
     (legend,) = figure.legends
     assert not any(legend.get_window_extent().overlaps(axes.bbox) for axes in figure.axes)
+    assert_logarithmic_axes_are_readable(figure)
 
 
-def test_every_number_is_inside_its_panel_and_drawn_once(figure, data):
-    for axes, values in zip(figure.axes, (data.error, data.mass), strict=True):
-        low, high = axes.get_xlim()
-        assert low < values.min() and values.max() < high
-        dots = [line for line in axes.lines if line.get_marker() in ("o", "D")]
-        assert len(dots) == values.size
-        drawn = sorted(float(line.get_xdata()[0]) for line in dots)
-        np.testing.assert_allclose(drawn, np.sort(values.ravel()))
+def curves(axes):
+    """Of schedulers, not the lines to compare with."""
+    return [line for line in axes.lines if line.get_marker() in ("o", "s")]
+
+
+def test_every_scheduler_is_a_curve_inside_of_the_panels_of_its_group(figure, data):
+    panels = np.reshape(figure.axes, (2, len(schedulers.GROUPS)))
+    for line, values in zip(panels, (data.error, data.mass), strict=True):
+        first = 0
+        for axes, rows in zip(line, schedulers.GROUPS.values(), strict=True):
+            part = values[first : first + len(rows), schedulers.DRAWN]
+            first += len(rows)
+            low, high = axes.get_ylim()
+            assert low < part.min() and part.max() < high
+            drawn = sorted(tuple(curve.get_ydata()) for curve in curves(axes))
+            np.testing.assert_allclose(drawn, sorted(map(tuple, part)))
+
+
+def test_the_names_beside_the_curves_are_those_of_the_rows():
+    """Every scheduler of a group is named beside the curves of its start, but for variants."""
+    short = {
+        "DDPMScheduler": "DDPM",
+        "DDIMScheduler": "DDIM",
+        "EulerAncestralDiscreteScheduler": "Euler ancestral",
+        "EulerDiscreteScheduler": "Euler",
+        "DPMSolverMultistepScheduler": "DPM-Solver++",
+        "UniPCMultistepScheduler": "UniPC",
+        "DEISMultistepScheduler": "DEIS",
+        "PosteriorFlowScheduler": "flow,\nposterior step",
+        "FlowMatchEulerDiscreteScheduler": "flow Euler",
+    }
+    for group, rows in enumerate(schedulers.GROUPS.values()):
+        for row in rows:
+            assert short[row.scheduler] in schedulers.NAMES[group, row.pure]
 
 
 def test_rows_that_are_not_run_are_left_out(data):
     holes = data.error.copy()
     holes[0, :, -1] = np.nan
     (figure,) = schedulers.draw(dataclasses.replace(data, error=holes)).values()
-    dots = [line for line in figure.axes[0].lines if line.get_marker() in ("o", "D")]
-    assert len(dots) == data.error.size - 2
+    lengths = sorted(len(curve.get_xdata()) for curve in curves(figure.axes[0]))
+    assert lengths[0] == len(data.steps) - 1 and set(lengths[1:]) == {len(data.steps)}
     assert "nan" not in schedulers.summary(dataclasses.replace(data, error=holes))
 
 
