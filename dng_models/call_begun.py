@@ -212,6 +212,9 @@ class BegunCall(ABC):
 
     def _check_arguments(self) -> None:
         name, chain, layout = type(self.pipe).__name__, self.chain, self.layout
+        for argument, value in self.given.items():
+            for text in _strings_in(value):
+                check_text(f"{argument} of the pipeline's call", text)
         device = getattr(self.pipe, "_execution_device", torch.device("cpu"))
         if chain.divergence_probes and torch.is_autocast_enabled(device.type):
             raise ValueError(
@@ -249,11 +252,11 @@ class BegunCall(ABC):
         layout, name = self.layout, self.layout.guidance
         assert name is not None
         value = self.arguments.get(name)
-        least: Any = min(value) if isinstance(value, list | tuple) and value else value
-        if least is None or not float(least) > layout.above:
+        scales = value if isinstance(value, list | tuple) else [value]
+        if not scales or not all(_exceeds(each, layout.above) for each in scales):
             raise ValueError(
                 f"{name} of the pipeline's call must be > {layout.above:g}, which makes it "
-                f"evaluate the negative prompt (its value has no other effect), got {value}. To "
+                f"evaluate the negative prompt (its value has no other effect), got {value!r}. To "
                 "guide at some times only, limit the rule: dng_math.LimitedInterval(rule, t_lo, "
                 "t_hi)"
             )
@@ -540,6 +543,35 @@ def _check_weights_stay(name: str, network: nn.Module) -> None:
                     f"divergence_probes must be 0 where pipe.{name} has {found.replace('_', ' ')}, "
                     "which exchanges weights while the network is differentiated"
                 )
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise a ValueError for a text that no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name} must be text that UTF-8 can hold (no half of a surrogate pair), got {text!r}"
+        ) from None
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    """A text, or the texts of a list or mapping."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _strings_in(each)
+    elif isinstance(value, dict):
+        yield from _strings_in([*value, *value.values()])
+
+
+def _exceeds(value: Any, least: float) -> bool:
+    """Whether it is a number, also of NumPy or torch, above another one."""
+    try:
+        return not isinstance(value, str | bytes) and float(value) > least
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def _in_own_lists(value: Any) -> Any:

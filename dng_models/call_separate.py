@@ -196,7 +196,9 @@ class AloneCall(WatchedCall):
         evaluated = self._to_evaluate(len(latents), together=False)
         value = arguments[self.layout.time]
         times = torch.as_tensor(value, device=latents.device).reshape(-1).expand(len(latents))
-        denoisers, predictor = self.denoisers, Predictor(self.denoisers, latents.device)
+        denoisers = self.denoisers
+        names = ["forgetful"] if len(denoisers) == 1 else None
+        predictor = Predictor(denoisers, latents.device, names=names)
 
         def network(at: Tensor) -> list[Tensor]:
             at = at.to(latents.dtype)

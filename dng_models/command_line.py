@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from dng_models import extras, foreign
+from dng_models.printable import print_anything
 from dng_models.progress import saying_what_compiles, showing
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -90,6 +91,7 @@ def run(
     arguments : sequence of str, optional
         Default: those of this process.
     """
+    print_anything()
     given = parser.parse_args(arguments)
     try:
         with what_is_said(getattr(given, "quiet", False)):
@@ -106,5 +108,14 @@ def run(
         if isinstance(error, ImportError):
             error = ImportError(extras.told("it", error, "models"))
         print(f"{program}: error: {foreign.reason(error, LONGEST)}", file=sys.stderr)
-        return FAILED if foreign.is_failure(error) else USER_ERROR
+        return status(error)
     return 0
+
+
+def status(error: BaseException) -> int:
+    """The exit status of an error, the same for all command lines.
+
+    1 is of the machine (a disk that is full, a folder that may not be written to, no memory), where
+    the same command may do on another day; 2 is of what was given.
+    """
+    return FAILED if foreign.is_failure(error) else USER_ERROR

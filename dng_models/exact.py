@@ -29,9 +29,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from dng_math import GaussianMixture
+from dng_math import GaussianMixture, _checks
 from dng_math.guidance import Rule
 from dng_models.hook import apply_guidance
+from dng_models.threads import torch_threads
 from dng_models.transition import SchedulerRun, scheduler_run
 
 # How far a timestep may lie from one of the scheduler's: float32 of numbers up to 1000.
@@ -78,13 +79,20 @@ class MixtureDenoiser(nn.Module):
         super().__init__()
         if not isinstance(mixture, GaussianMixture):
             raise TypeError(f"mixture must be a dng_math.GaussianMixture, got {mixture!r}")
+        if isinstance(concepts, str) or not isinstance(concepts, Sequence):
+            raise TypeError(f"concepts must be a sequence of sequences of int, got {concepts!r}")
+        wanted = (
+            f"(channels, height, width) of {mixture.dim} numbers in all, the mixture's dimension"
+        )
+        if isinstance(shape, str) or not isinstance(shape, Sequence):
+            raise TypeError(f"shape must be {wanted}, got {shape!r}")
+        shape = tuple(_checks.integer("shape", length, 1) for length in shape)  # type: ignore[assignment]
         if len(shape) != 3 or int(np.prod(shape)) != mixture.dim:
-            raise ValueError(
-                f"shape must be (channels, height, width) of {mixture.dim} numbers in all, the "
-                f"mixture's dimension, got {shape}"
-            )
-        if not dtype.is_floating_point:
+            raise ValueError(f"shape must be {wanted}, got {shape}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+        if isinstance(scheduler, type) or not hasattr(scheduler, "set_timesteps"):
+            raise TypeError(f"scheduler must be a scheduler of diffusers, got {scheduler!r}")
         groups = [np.arange(mixture.n_components)]
         groups += [mixture.component_indices("concepts", concept) for concept in concepts]
         chosen = np.full((len(groups), mixture.n_components), -np.inf)
@@ -94,7 +102,7 @@ class MixtureDenoiser(nn.Module):
             log_weights = np.log(mixture.weights)
         variances, axes = _axes(mixture)
         self.mixture = mixture
-        self.shape = tuple(shape)
+        self.shape = shape
         self.scheduler = scheduler
         self._constants = {
             "chosen": torch.from_numpy(chosen),
@@ -466,6 +474,12 @@ def run_mixture(
     -------
     MixtureRun
     """
+    if not isinstance(getattr(pipe, "unet", getattr(pipe, "transformer", None)), MixtureDenoiser):
+        raise TypeError(f"pipe must be a pipeline of mixture_pipeline, got {pipe!r}")
+    _checks.integer("images", images, 1)
+    _checks.integer("steps", steps, 1)
+    _checks.integer("seed", seed, 0)
+    _checks.real("eta", eta, "in [0, 1]", 0.0, 1.0, closed="[]")
     flow = isinstance(pipe, StableDiffusion3Pipeline)
     network = pipe.transformer if flow else pipe.unet
     exact: list[Tensor] = []
@@ -476,14 +490,16 @@ def run_mixture(
 
     watching = network.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        with apply_guidance(
-            pipe, rule, divergence_probes=divergence_probes, skip_below=skip_below
-        ) as trace:
+        with (
+            torch_threads(work=images * network.mixture.means.size),
+            apply_guidance(
+                pipe, rule, divergence_probes=divergence_probes, skip_below=skip_below
+            ) as trace,
+        ):
             latents = pipe(
                 **network.prompts(images),
                 **({} if flow else {"eta": eta}),
                 num_inference_steps=steps,
-                guidance_scale=2.0,  # its value has no effect under guidance
                 generator=torch.Generator().manual_seed(seed),
                 output_type="latent",
             ).images

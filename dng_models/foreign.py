@@ -14,19 +14,24 @@ Everything here is about files; whether numbers in them make sense is their read
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import json
 import math
 import os
+import re
 import struct
 import sys
 import textwrap
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from dng_models.progress import is_shown, say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,11 +39,21 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 JSON_BYTES = 64 * MIB  # vocabularies of tokenizers are the largest, a few MiB
+TEXT_BYTES = 1024 * MIB  # a row of a sweep has about 2 KiB
 PIXELS = 2**27  # of an image: 134 million, above any camera's
 UNPACKED_BYTES, UNPACKED_RATIO = 256 * MIB, 32  # of a table: the larger of both is allowed
 STORED_RATIO = 4  # of a checkpoint's archive, whose entries torch does not compress
 SMALL = 2**20  # numbers that a network may have beyond its weights without a word
 ROWS = 1024  # of a table that are unpacked at once, at most
+
+HUB_SECONDS = 10  # to wait for the hub's answer to a name
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+# Of files; names on the hub may end in others, such as ".5-large".
+FILE_SUFFIXES = (
+    *(".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip", ".tar", ".gz"),
+    *(".tgz", ".npy", ".npz", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".safetensors", ".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5"),
+)
 
 INDEX = "model_index.json"
 ADAPTER = "adapter_config.json"
@@ -67,8 +82,11 @@ AGAIN = "get or make it again"
 # ---------------------------------------------------------------------- JSON
 
 
-def read_json(path: Path | str, cure: str = REMOVE) -> Any:
+def read_json(path: Path | str, cure: str = REMOVE, *, finite: bool = False) -> Any:
     """The value in a JSON file; ``cure`` is what to do with one that is none.
+
+    With ``finite`` the numbers that JSON does not have, and Python reads (NaN, infinity), make it
+    none: nothing that is written here holds them.
 
     Raises
     ------
@@ -78,22 +96,44 @@ def read_json(path: Path | str, cure: str = REMOVE) -> Any:
         If it does not hold JSON, or is larger or nested deeper than any that is meant; naming it.
     """
     path = Path(path)
-    return parse_json(_bytes(path, JSON_BYTES), path, cure)
+    return parse_json(_bytes(path, JSON_BYTES), path, cure, finite=finite)
 
 
-def parse_json(text: bytes | str, where: Path | str, cure: str = REMOVE) -> Any:
+def read_text(path: Path | str) -> str:
+    """The text of a table of JSON lines; raises as :func:`read_json`, and where it is no UTF-8."""
+    path = Path(path)
+    try:
+        return _bytes(path, TEXT_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8 ({error}): {REMOVE}") from None
+
+
+def parse_json(
+    text: bytes | str, where: Path | str, cure: str = REMOVE, *, finite: bool = False
+) -> Any:
     """The value of a JSON text; raises as :func:`read_json`, naming ``where`` it is."""
     try:
-        return json.loads(text)
+        # An exponent that no float has gives an infinity without saying so.
+        kinds: dict[str, Any] = {"parse_constant": _refuse, "parse_float": _finite}
+        return json.loads(text, **(kinds if finite else {}))
     except RecursionError:
         raise ValueError(f"{where} is not JSON (it is nested too deeply): {cure}") from None
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}): {cure}") from None
 
 
-def read_object(path: Path | str) -> dict[str, Any]:
+def _refuse(text: str) -> float:
+    raise ValueError(f"it has the number {text}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
+
+
+def read_object(path: Path | str, *, finite: bool = False) -> dict[str, Any]:
     """The object in a JSON file; a ValueError if it holds another value, else as read_json."""
-    value = read_json(path)
+    value = read_json(path, finite=finite)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {shown(value)}")
     return value
@@ -117,6 +157,27 @@ def member(
         wanted = " or ".join(each.__name__ for each in kinds)
         raise ValueError(f"{name!r} in {where} must be of type {wanted}, got {shown(value)}")
     return value
+
+
+def numbers(
+    record: Mapping[str, Any], name: str, where: Path | str, count: int | None = None
+) -> tuple[float, ...]:
+    """A list of finite numbers in a JSON object, of that length or any but 0; as :func:`member`."""
+    values = member(record, name, list, where)
+    for value in values:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value):
+            raise ValueError(f"{name!r} in {where} must be finite numbers, got {shown(value)}")
+    if len(values) != count if count is not None else not values:
+        wanted = "at least one number" if count is None else f"{count} numbers"
+        raise ValueError(f"{name!r} in {where} must be {wanted}, got {len(values)}")
+    return tuple(values)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def shown(value: object) -> str:
@@ -168,6 +229,12 @@ def load_tensors(
     if finite:
         require_finite(path, tensors.items())
     return tensors, metadata
+
+
+def metadata(path: Path | str) -> dict[str, str]:
+    """Metadata of a safetensors file, from its header; raises as load_tensors."""
+    with _opened(Path(path)) as file:
+        return dict(file.metadata() or {})
 
 
 def shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
@@ -590,16 +657,109 @@ def hub_folder(name: str) -> tuple[Path, str | None]:
     Raises
     ------
     OSError
-        If it cannot be had.
+        If it cannot be had; at once where the name is a path.
     """
     from huggingface_hub import snapshot_download
 
+    is_there = ask_hub(name, "model")
     try:
-        found = Path(snapshot_download(name, allow_patterns=["*.json"]))
+        found = Path(
+            snapshot_download(name, allow_patterns=["*.json"], local_files_only=not is_there)
+        )
     except ValueError as error:
         raise FileNotFoundError(f"{shown(name)} is no name on the hub ({reason(error)})") from error
     is_commit = len(found.name) == 40 and found.parent.name == "snapshots"
     return found, found.name if is_commit else None
+
+
+# ---------------------------------------------------------------------- paths, or names on the hub
+
+
+def is_path(name: str | Path) -> bool:
+    """Whether what names no file or folder was meant to be one, rather than a name on the hub."""
+    text = str(name)
+    return (
+        isinstance(name, Path)
+        or text.startswith((".", "~", "/"))
+        or text.endswith("/")
+        or Path(text).suffix.lower() in FILE_SUFFIXES
+        or ("/" in text and Path(text).parent.is_dir())
+        or re.fullmatch(HUB_NAME, text) is None
+    )
+
+
+def require_hub_name(what: str, name: str | Path) -> None:
+    """Refuse a path to nothing, before a hub is asked for it.
+
+    Raises
+    ------
+    FileNotFoundError
+        Naming ``what`` was given, and what there is of a name that is nearly the same.
+    """
+    if is_path(name):
+        raise FileNotFoundError(
+            f"{what} must be a file, a folder or a name on the Hugging Face hub, got {shown(name)}:"
+            f" there is no such file or folder{_nearly(Path(name))}"
+        )
+
+
+def _nearly(path: Path) -> str:
+    """What lies beside a path that is not there, under nearly its name."""
+    try:
+        names = [each.name for each in path.parent.iterdir()]
+    except OSError:
+        return f", and no folder {path.parent}"
+    found = difflib.get_close_matches(path.name, names, 1)
+    return f" (did you mean {path.parent / found[0]}?)" if found else ""
+
+
+def ask_hub(name: str, kind: Literal["model", "dataset"]) -> bool:
+    """Whether the hub has a repository, asked for :data:`HUB_SECONDS` at most.
+
+    Returns
+    -------
+    bool
+        False if the hub cannot be reached: then only what was downloaded before can be used.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the hub says that it has none, or the name is a path.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    require_hub_name(kind, name)
+    if is_shown():
+        told = f"there is no file or folder {name}: asking the Hugging Face hub for a {kind}"
+        say(f"{told} of that name, for at most {HUB_SECONDS} s", sys.stderr)
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
+    except (RepositoryNotFoundError, HFValidationError):
+        raise FileNotFoundError(
+            f"there is no file or folder {name}{_nearly(Path(name))}, and the Hugging Face hub has "
+            f"no {kind} of that name (or it is private)"
+        ) from None
+    except Exception:  # of the library that asks, which differs from version to version
+        return False
+    return True
+
+
+@contextmanager
+def hub_offline() -> Iterator[None]:
+    """In this block nothing is asked of the hub: what was downloaded before is there at once."""
+    import datasets
+    import huggingface_hub
+
+    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def require_size(network: nn.Module, folder: Path | str) -> None:
@@ -799,7 +959,11 @@ def _require_unpacked(path: Path, size: int, unpacked: int, most: int) -> None:
 
 # ---------------------------------------------------------------------- at the command lines
 
-FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOMEM)
+# Of the machine and its disks; what was given is not to blame.
+FAILURES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+)
 # Of libraries that read files, by module and name: not imported for it.
 LIBRARY_ERRORS = (
     ("PIL.Image", "DecompressionBombError"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -63,6 +63,7 @@ class GuidedCalls:
         self._call: WatchedCall | None = None
         self._verified = False
         self._told = False
+        self._told_of_scale = False
         if layout.calls != "alone":
             check_text_encoder(pipe, self.parts)
 
@@ -115,6 +116,8 @@ class GuidedCalls:
         if self._call is not None:
             raise ValueError("pipe must not be called again while a guided call of it runs")
         self.attach()
+        given = rows.given_to(function, args, kwargs)[0]
+        kwargs = self._switched_on(function, given, kwargs)
         call = self._call = KINDS[self.layout.calls](
             self.pipe,
             self.layout,
@@ -127,6 +130,7 @@ class GuidedCalls:
         )
         try:
             call.prepare(verify=not self._verified)
+            self._tell_of_dropped_scale(given)
             with call.watching_the_scheduler(), call.watching_the_processors(after=False):
                 result = function(*args, **call.with_own_code(kwargs))
             call.check_result(result)
@@ -139,6 +143,42 @@ class GuidedCalls:
             self.chain.reset()
             self._call = None
         return result
+
+    def _switched_on(
+        self, function: Run, given: Mapping[str, Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments with which a pipeline evaluates its negative prompt, where its default is off.
+
+        An argument whose value has no other effect need not be given by the user.
+        """
+        name, above = self.layout.guidance, self.layout.above
+        if name is None or name in given:
+            return kwargs
+        default = rows.call_parameters(function)[name].default
+        off = isinstance(default, int | float) and default <= above
+        return {**kwargs, name: above + 1.0} if off else kwargs
+
+    def _tell_of_dropped_scale(self, given: Mapping[str, Any]) -> None:
+        """Say once that a scale which the user gave the call is not what guides."""
+        name, chain = self.layout.guidance, self.chain
+        if name is None or chain.cfg_scale is not None or self._told_of_scale:
+            return
+        dropped = [n for n in (name, f"{name}_2") if given.get(n) is not None]
+        if not dropped:
+            return
+        self._told_of_scale = True
+        said = ", ".join(f"{n}={given[n]!r}" for n in dropped)
+        cure = (
+            f"leave it out, for {chain.rule!r} has a scale of its own"
+            if chain.needs_unconditional
+            else "leave it out, or give cfg_scale= beside the rule for classifier-free guidance "
+            "beneath it: base = unconditional + cfg_scale (positive - unconditional)"
+        )
+        warnings.warn(
+            f"{said} of the pipeline's call is dropped: under guidance it only switches the "
+            f"negative prompt on, whatever its value; {cure}",
+            stacklevel=4,
+        )
 
     def forward(
         self, hook: NetworkHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

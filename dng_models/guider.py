@@ -39,6 +39,7 @@ from torch import Tensor
 from dng_math import _checks
 from dng_math.guidance import LimitedInterval, Rule
 from dng_math.schedules import TrackerVariance
+from dng_models.call_begun import check_text
 from dng_models.guidance import DynamicNegative, GuidedChain
 from dng_models.trace import Trace
 from dng_models.transition import scheduler_run
@@ -309,7 +310,27 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
             broadcasts to the latents.  Read at the first step of a run.
         eta : float, optional
             That the scheduler's step is given, of DDIM; read at the first step of a run.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If one of them is something else.
         """
+        if isinstance(scheduler, type) or not (
+            hasattr(scheduler, "step") and hasattr(scheduler, "timesteps")
+        ):
+            raise TypeError(f"scheduler must be a scheduler of diffusers, got {scheduler!r}")
+        if not isinstance(latents, Tensor):
+            raise TypeError(f"latents must be a tensor, got {latents!r}")
+        right = timestep.numel() >= 1 if isinstance(timestep, Tensor) else _is_number(timestep)
+        if not right:
+            raise TypeError(
+                f"timestep must be a number or a tensor of at least one, got {timestep!r}"
+            )
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor or None, got {mask!r}")
+        if eta is not None:
+            _checks.real("eta", eta, "in [0, 1]", 0.0, 1.0, closed="[]")
         self._shown = _Shown(scheduler, latents, timestep, mask, eta)
 
     @property
@@ -352,6 +373,7 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt must be a non-empty str, got {prompt!r}")
+        check_text("prompt", prompt)
         self.set_negative({name: pair[0] for name, pair in self._capture(pipe, prompt, call)})
 
     def encode_unconditional(self, pipe: Any, **call: Any) -> None:
@@ -692,12 +714,22 @@ def _mask(components: Any, block_state: BlockState, latents: Tensor) -> Tensor |
 def _carried(name: str, embeddings: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if embeddings is None:
         return None
-    if not isinstance(embeddings, Mapping) or not embeddings:
+    right = isinstance(embeddings, Mapping) and all(
+        isinstance(key, str) and not isinstance(value, str | bytes | None)
+        for key, value in embeddings.items()
+    )
+    if not right or not embeddings:
+        told = type(embeddings).__name__
+        if isinstance(embeddings, Mapping):
+            told = str({key: type(value).__name__ for key, value in embeddings.items()})
         raise TypeError(
-            f"{name} must be a mapping of the denoiser's names to tensors, or None, got "
-            f"{type(embeddings).__name__}"
+            f"{name} must be a mapping of the denoiser's names to tensors, or None, got {told}"
         )
     return dict(embeddings)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
 def _images(data: Mapping[str, Any]) -> int:

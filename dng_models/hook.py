@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dng_math.guidance import Rule
 from dng_models import rows
-from dng_models.call_begun import Concept, maskless
+from dng_models.call_begun import Concept, check_text, maskless
 from dng_models.guidance import GuidedChain
 from dng_models.guided_call import GuidedCalls
 from dng_models.layouts import Layout, layout_of
@@ -49,8 +49,10 @@ def apply_guidance(
     """Guide a diffusers pipeline by a rule, until :func:`remove_guidance`.
 
     Base and unwanted prediction are those of the positive and the negative prompt of the
-    pipeline's call, whose own ``guidance_scale`` must switch the negative prompt on and is
-    otherwise without effect.  Calls of other pipelines that share the network are not guided.
+    pipeline's call.  A ``guidance_scale`` that is given to that call (``true_cfg_scale`` of Flux
+    and others) is dropped with a warning unless ``cfg_scale`` stands for it; the
+    ``guidance_scale`` of a network that was distilled from guidance is an input of it, and keeps
+    its effect.  Calls of other pipelines that share the network are not guided.
 
     Parameters
     ----------
@@ -148,7 +150,15 @@ def apply_guidance(
 
 
 def remove_guidance(pipe: Any) -> None:
-    """Take the guidance off a pipeline; nothing happens if there is none."""
+    """Take the guidance off a pipeline; nothing happens if there is none.
+
+    Raises
+    ------
+    TypeError
+        If it is no pipeline of diffusers.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"pipe must be a diffusers pipeline, got {pipe!r}")
     calls = getattr(pipe, "__dict__", {}).pop(_GUIDED, None)
     if calls is not None:
         pipe.__class__ = type(pipe).__mro__[1]
@@ -194,7 +204,7 @@ def guided_calls(
         )
     concepts = _concepts(pipe, row, negative_prompts, negative_classes)
     if isinstance(forgetful, Sequence) and len(forgetful) == 0:
-        raise ValueError("forgetful must not be an empty sequence")
+        raise ValueError(f"forgetful must not be an empty sequence, got {forgetful!r}")
     if row.calls == "alone":
         several = len(forgetful) if isinstance(forgetful, Sequence) else None
     else:
@@ -275,6 +285,10 @@ def _concepts(
             "negative_prompts must be a sequence of str, one a concept, got "
             f"{_shown(negative_prompts)}; a single one belongs into the pipeline's negative_prompt"
         )
+    if not isinstance(negative_prompts, Sequence):
+        raise TypeError(
+            f"negative_prompts must be a sequence of str, one a concept, got {negative_prompts!r}"
+        )
     found = [_concept(pipe, each) for each in negative_prompts]
     if not found:
         raise ValueError(
@@ -301,6 +315,7 @@ def _concept(pipe: Any, given: Any) -> Concept:
     if isinstance(given, str):
         if not given.strip():
             raise ValueError(f"negative_prompts must be non-empty str, got {given!r}")
+        check_text("negative_prompts", given)
         return Concept(text=given)
     parameters = rows.call_parameters(pipe.__call__)
     if isinstance(given, Tensor):

@@ -42,6 +42,7 @@ NEIGHBOURS = 3  # of the paper's evaluations
 FEW_IMAGES = 10_000  # below, FID is mostly bias
 SIZEABLE = 16  # images of which some have a pixel below the middle grey
 OVERSHOOT = 2.0  # images that are positive throughout and reach beyond are not in [-1, 1]
+SAME_SIMILARITY = 1e-6  # as records keep them; scales that differ by less give no line
 _CHUNK = 1024
 
 
@@ -377,11 +378,14 @@ class Selectivity(NamedTuple):
     Attributes
     ----------
     q : Estimate
-        Mean over the scales of unrelated minus related similarity.
+        The paper's Q (Eq. 23): how high the line of unrelated against related similarity lies
+        above the diagonal at the middle of the related range; NaN where there is no line.
+    gap : Estimate
+        Mean over the scales of unrelated minus related similarity, which the paper does not have.
     ratio : Estimate
         Change by the unrelated negative for every unit of change by the related one: 1 for a rule
-        that does not tell them apart, 0 for one that leaves the image alone.  Unlike Q it does not
-        depend on how far the scales were pushed.
+        that does not tell them apart, 0 for one that leaves the image alone.  Unlike the others it
+        does not depend on how far the scales were pushed.
     slope, intercept : float
         Of the line of unrelated against related; NaN where one point or one value gives none.
     related, unrelated : ndarray, shape (S,)
@@ -389,6 +393,7 @@ class Selectivity(NamedTuple):
     """
 
     q: Estimate
+    gap: Estimate
     ratio: Estimate
     slope: float
     intercept: float
@@ -404,13 +409,13 @@ def selectivity(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Selectivity:
-    """The Q metric of Koulischer et al. (ICLR 2025) with a bootstrap interval over the images.
+    """The Q metric of Koulischer et al. (ICLR 2025) with bootstrap intervals over the images.
 
-    Q is the mean over the scales of what the line of unrelated against related, fitted by least
-    squares to the means of the images, lies above the diagonal.  Evaluated at the scales that it is
-    fitted to, such a line has the mean of the data, so that Q is the mean of unrelated minus
-    related whatever its slope; the line is for figures.  The unguided image, similar to itself by
-    definition, is no scale here: with it Q would be S/(S + 1) of this.
+    With the line y = a x + b, fitted by least squares to unrelated (y) against related (x) mean
+    similarity at the S scales, ``Q = (a - 1) (x_max + x_min) / 2 + b`` (Eq. 23).  One scale, or
+    scales that all have the same related similarity, define no line and no Q.  The mean gap over
+    the scales equals Q where the mean of the related similarities is the middle of their range, as
+    for two scales.  The unguided image, similar to itself by definition, is no scale here.
 
     The ratio is the slope of the line through the unguided image, (1, 1), by least squares.
 
@@ -444,27 +449,36 @@ def selectivity(
     rng = np.random.default_rng(_checks.integer("seed", seed, 0))
     images = x.shape[1]
     weights = rng.multinomial(images, np.full(images, 1.0 / images), resamples) / images
-    values = []
-    for means in ((x.mean(axis=1), y.mean(axis=1)), (x @ weights.T, y @ weights.T)):
-        change, other = 1.0 - means[0], 1.0 - means[1]
-        moved = np.sum(change**2, axis=0)
-        ratio = np.divide(
-            np.sum(change * other, axis=0), moved, out=np.full(np.shape(moved), np.nan),
-            where=moved > 0.0,
-        )  # fmt: skip
-        values.append((np.mean(means[1] - means[0], axis=0), ratio))
+    mean_x, mean_y = x.mean(axis=1), y.mean(axis=1)
+    found = _selectivity(mean_x, mean_y)
+    resampled = _selectivity(x @ weights.T, y @ weights.T)
     estimates = []
-    for value, resampled in zip(*values, strict=True):
-        known = resampled[np.isfinite(resampled)]
+    for value, others in zip(found[:3], resampled[:3], strict=True):
+        known = others[np.isfinite(others)] if np.isfinite(value) else np.array([])
         ends = np.quantile(known, (tail, 1.0 - tail)) if known.size else (np.nan, np.nan)
         estimates.append(Estimate(float(value), float(ends[0]), float(ends[1])))
-    mean_x, mean_y = x.mean(axis=1), y.mean(axis=1)
-    spread = np.sum((mean_x - mean_x.mean()) ** 2)
-    slope = intercept = math.nan
-    if spread > 0.0:
-        slope = float(np.sum((mean_x - mean_x.mean()) * (mean_y - mean_y.mean())) / spread)
-        intercept = float(mean_y.mean() - slope * mean_x.mean())
-    return Selectivity(estimates[0], estimates[1], slope, intercept, mean_x, mean_y)
+    q, gap, ratio = estimates
+    slope, intercept = float(found[3]), float(found[4])
+    return Selectivity(q, gap, ratio, slope, intercept, mean_x, mean_y)
+
+
+def _selectivity(x: Array, y: Array) -> tuple[Array, ...]:
+    """Q, mean gap, ratio, slope and intercept of related x and unrelated y, scales first."""
+    middle_x, middle_y = x.mean(axis=0), y.mean(axis=0)
+    apart = x - middle_x
+    wide = x.max(axis=0) - x.min(axis=0) > SAME_SIMILARITY
+    slope = _quotient(np.sum(apart * (y - middle_y), axis=0), np.sum(apart**2, axis=0), wide)
+    intercept = middle_y - slope * middle_x
+    q = (slope - 1.0) * 0.5 * (x.max(axis=0) + x.min(axis=0)) + intercept
+    moved = np.sum((1.0 - x) ** 2, axis=0)
+    ratio = _quotient(np.sum((1.0 - x) * (1.0 - y), axis=0), moved, moved > 0.0)
+    return q, middle_y - middle_x, ratio, slope, intercept
+
+
+def _quotient(above: Array, below: Array, known: NDArray[np.bool_]) -> Array:
+    """NaN where it is not known."""
+    found: Array = np.divide(above, below, out=np.full(np.shape(below), np.nan), where=known)
+    return found
 
 
 # ---------------------------------------------------------------------- precision and recall
@@ -684,6 +698,13 @@ class FrechetInception:
             path = Path(cache) / f"inception-{self._digest(eight_bit)}.safetensors"
             if path.is_file():
                 kept, _ = files.load_tensors(path)
+                size = self._metric.real_features_sum.numel()
+                shapes = {name: tuple(each.shape) for name, each in sorted(kept.items())}
+                if shapes != {"count": (), "products": (size, size), "total": (size,)}:
+                    raise ValueError(
+                        f"{path} must hold the sums of {size} features, got tensors {shapes}: "
+                        "remove it, and it is made again"
+                    )
                 return FeatureSums(kept["total"], kept["products"], int(kept["count"]))
 
         self._metric.reset()

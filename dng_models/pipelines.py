@@ -46,9 +46,9 @@ class _Prompted:
         Parameters
         ----------
         *args, **kwargs
-            Of the parent class: ``prompt``, ``negative_prompt``, ``num_inference_steps`` ...  Its
-            ``guidance_scale`` must be above 1, as it is by default, and has no other effect;
-            ``cfg_scale`` stands for it.
+            Of the parent class: ``prompt``, ``negative_prompt``, ``num_inference_steps`` ...  With
+            ``guidance`` its ``guidance_scale`` must be above 1, as it is by default, and is dropped
+            with a warning where it is given; ``cfg_scale`` stands for it.
         guidance : Rule, optional
             Such as :class:`dng_models.DynamicNegative`; None: the parent's own guidance.
         negative_prompts, cfg_scale, divergence_probes, skip_below
@@ -130,7 +130,7 @@ class DNGDDPMPipeline(DDPMPipeline):  # type: ignore[misc]
             raise ValueError(
                 "forgetful_unet must be given, the network that learned what is to be avoided: "
                 "DNGDDPMPipeline.from_pretrained(path, forgetful_unet=network) or "
-                ".from_pipe(pipe, forgetful_unet=network)"
+                ".from_pipe(pipe, forgetful_unet=network); got None"
             )
         if not isinstance(forgetful_unet, UNet2DModel):
             raise TypeError(

@@ -7,16 +7,18 @@ or nothing, a whole line every half minute.  Only the standard library is needed
 
 from __future__ import annotations
 
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
 FIRST_LINE, NEXT_LINES = 10.0, 30.0  # seconds from the start, and from one line to the next
+ENOUGH = 1.0  # seconds that something may take to be tried at a larger size too
 PATIENCE = 1.0  # with a compilation, before it is said
 COMPILING = "compiling dng_math, once on this machine: about 20 seconds"
 
@@ -187,6 +189,43 @@ def say(line: str, file: TextIO | None = None) -> None:
         tqdm.tqdm.write(line, file=file)
     else:
         print(line, file=file, flush=True)
+
+
+def seconds_of(work: Callable[[], object], enough: float = 0.5) -> float:
+    """How long something takes, in seconds: the median of a few times after the first.
+
+    As often as fits into ``enough`` seconds, and twice at least; where the first takes longer than
+    that, it alone counts.
+    """
+    taken: list[float] = []
+    while len(taken) < 2 or sum(taken) < enough:
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+        if taken[0] > enough:
+            return taken[0]
+    return statistics.median(taken[1:])
+
+
+def seconds_at(size: int, seconds: Callable[[int], float]) -> float:
+    """How long something of a size takes, without doing it at that size where that is long.
+
+    Smaller sizes are tried first, each four times the one before, until one takes a second or it is
+    the size itself; from there on the time is taken to be in proportion to the size.
+
+    Parameters
+    ----------
+    size : int
+        At least 1.
+    seconds : callable
+        How long it takes at another size, such as by :func:`seconds_of`.
+    """
+    tried = min(size, 2)
+    while True:
+        taken = seconds(tried)
+        if tried == size or taken > ENOUGH:
+            return taken * size / tried
+        tried = min(4 * tried, size)
 
 
 def _plural(unit: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,11 @@ Array = NDArray[np.float64]
 # Okabe and Ito's colours, told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
+
+
+# Leading digits of the labelled ticks of a logarithmic axis, the plainest first.
+LEADS: tuple[tuple[float, ...], ...] = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7))
+FEWEST, MOST = 3, 7
 
 
 @dataclass(eq=False)
@@ -200,7 +207,14 @@ class Trace:
         Parameters
         ----------
         path : str or Path
-            File to write; its suffix (.png, .svg, .pdf) is the format.
+            File to write, in a folder that exists; its suffix (.png, .svg, .pdf) is the format.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the path is none that can be drawn to, or nothing was guided yet.
+        OSError
+            If the file cannot be written.
         """
         try:
             from matplotlib.figure import Figure
@@ -209,7 +223,9 @@ class Trace:
                 "trace.plot needs Matplotlib: pip install 'dng-toolkit[figures]'"
             ) from error
 
-        run = self.last
+        file, run = _file(path), self.last
+        if not run.steps:
+            raise ValueError("trace must have a run with a guided step, and its last has none")
         log_posterior, scale = run.log_posterior, run.scale.numpy()
         panels = 1 if log_posterior is None else 2
         figure = Figure(figsize=(7.2, 0.6 + 2.2 * panels), dpi=200, layout="constrained")
@@ -238,7 +254,7 @@ class Trace:
         axes[0].set_ylim(bottom=min(0.0, float(scale.min(initial=0.0))))
         if log_posterior is not None:
             axes[1].set_ylabel(f"tracked {run.quantity}")
-            axes[1].set_yscale("log")
+            _posterior_axis(axes[1].yaxis, log_posterior.exp().numpy())
         axes[-1].set_xlabel("diffusion time t/T (noise on the left, image on the right)")
         axes[-1].set_xlim(float(run.time.max()), min(0.0, float(run.time.min())))
         handles, labels = axes[0].get_legend_handles_labels()
@@ -252,4 +268,87 @@ class Trace:
         )
         for panel in axes:
             panel.spines[["top", "right"]].set_visible(False)
-        figure.savefig(Path(path))
+        figure.savefig(file)
+
+
+# ---------------------------------------------------------------------- the picture
+
+
+def _file(path: Any) -> Path:
+    """Where a picture can be drawn to."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if not isinstance(path, str | os.PathLike) or isinstance(path, bytes):
+        raise TypeError(f"path must be a str or Path, got {path!r}")
+    file = Path(path)
+    suffix = file.suffix.removeprefix(".").lower()
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if suffix not in known:
+        raise ValueError(
+            f"path must end in one of {', '.join(f'.{each}' for each in known)}, got {str(path)!r}"
+        )
+    if not file.parent.is_dir():
+        raise FileNotFoundError(
+            f"path must be in a folder that exists, got {str(path)!r}: there is no folder "
+            f"{file.parent}"
+        )
+    return file
+
+
+def _posterior_axis(axis: Any, values: Array) -> None:
+    """Logarithmic, of probabilities up to 1 where there are such."""
+    known = values[np.isfinite(values) & (values > 0.0)]
+    if known.size:
+        low, high = float(known.min()), float(known.max())
+        # Probabilities that come near 1 are read against it; likelihood ratios may lie above.
+        top = high * 1.3 if high > 1.0 or high < 0.1 else 1.0
+        readable_log_axis(axis, low / 1.3, top)
+
+
+def readable_log_axis(axis: Any, low: float, high: float) -> None:
+    """Make an axis logarithmic between two limits, with three labels or more.
+
+    Parameters
+    ----------
+    axis : matplotlib.axis.Axis
+        Of an axes that is not logarithmic yet.
+    low, high : float
+        Its limits, 0 < low < high.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    vertical = axis.axis_name == "y"
+    (axis.axes.set_yscale if vertical else axis.axes.set_xscale)("log")
+    (axis.axes.set_ylim if vertical else axis.axes.set_xlim)(low, high)
+    axis.set_major_locator(FixedLocator(_log_ticks(low, high)))
+    axis.set_major_formatter(FuncFormatter(_written))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Plain numbers between two positive ones, at least three; 1 if it is between them."""
+    inside = (low * (1.0 - 1e-9), high * (1.0 + 1e-9))
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for leads in LEADS:
+        ticks = [float(f"{lead}e{power}") for power in powers for lead in leads]
+        ticks = [tick for tick in ticks if inside[0] <= tick <= inside[1]]
+        if len(ticks) >= FEWEST:
+            every = math.ceil(len(ticks) / MOST)
+            return ticks[(ticks.index(1.0) if 1.0 in ticks else 0) % every :: every]
+    # Over less than that a logarithmic axis is nearly a linear one.
+    step = 10.0 ** math.floor(math.log10((high - low) / FEWEST))
+    for each in (5.0 * step, 2.0 * step, step):
+        first, last = math.ceil(inside[0] / each), math.floor(inside[1] / each)
+        if last - first + 1 >= FEWEST:
+            break
+    return [each * number for number in range(first, last + 1)]
+
+
+def _written(value: float, place: object = None) -> str:
+    """A tick: 0.002, 50, or a power of ten beyond 1,000ths."""
+    if 1e-3 <= value < 1e4:
+        return f"{value:.10g}"
+    lead, power = f"{value:.3e}".split("e")
+    lead = lead.rstrip("0").rstrip(".")
+    factor = "" if lead == "1" else rf"{lead}\times"
+    return rf"${factor}10^{{{int(power)}}}$"

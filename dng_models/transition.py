@@ -266,6 +266,8 @@ def scheduler_run(scheduler: Any, *, eta: float | None = None) -> SchedulerRun:
         If it is one that this cannot describe (the message says why, and which to use instead), if
         its options contradict each other, or if its timesteps are not set.
     """
+    if isinstance(scheduler, type):
+        raise TypeError(f"scheduler must be a scheduler, not the class of one, got {scheduler!r}")
     steps = _read(scheduler, eta)
     alpha_t, sigma_t, alpha_s, sigma_s = steps.ends
     before, after = steps.input_scale[:-1], steps.input_scale[1:]

@@ -39,7 +39,10 @@ from tests.families.base import attends_in_bfloat16  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{said}")
-    for said in (".*:FutureWarning", ".*:DeprecationWarning", ".*adds no noise", "the network of a")
+    for said in (
+        *(".*:FutureWarning", ".*:DeprecationWarning", ".*adds no noise", "the network of a"),
+        ".* of the pipeline's call is dropped:UserWarning",
+    )
 ]
 
 PROMPT, NEGATIVE, STEPS = "A classic British breakfast", "egg, sausage", 3

@@ -60,6 +60,7 @@ pytestmark = [
         ".*:FutureWarning",
         ".*:DeprecationWarning",
         "Initializing zero-element tensors:UserWarning",
+        ".* of the pipeline's call is dropped:UserWarning",
     )
 ]
 

@@ -43,6 +43,7 @@ from dng_models.exact import (
 from dng_models.guidance import DynamicNegative, GuidedChain
 from dng_models.hook import apply_guidance
 from dng_models.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
+from dng_models.threads import torch_threads
 from figures.schedulers import BETAS, FORBIDDEN, MIXTURE, SHAPE
 from tests.mixtures import KINDS, moderate
 from tests.statistical import FALSE_ALARM, assert_mean_close
@@ -407,7 +408,6 @@ def test_the_eta_of_ddim_is_found_out(eta):
                 **pipe.unet.prompts(64),
                 eta=eta,
                 num_inference_steps=10,
-                guidance_scale=2.0,
                 generator=torch.Generator().manual_seed(0),
                 output_type="latent",
             )
@@ -525,7 +525,6 @@ def test_a_mask_of_ones_is_none_and_one_of_zeros_sees_nothing():
             pipe(
                 **pipe.unet.prompts(8),
                 num_inference_steps=10,
-                guidance_scale=2.0,
                 generator=torch.Generator().manual_seed(0),
                 output_type="latent",
             )
@@ -564,7 +563,6 @@ def test_what_is_overwritten_between_steps_does_not_count_under_a_mask():
             pipe(
                 **pipe.unet.prompts(8),
                 num_inference_steps=10,
-                guidance_scale=2.0,
                 generator=torch.Generator().manual_seed(0),
                 output_type="latent",
                 callback_on_step_end=overwrite,
@@ -647,3 +645,18 @@ def test_the_estimate_of_the_divergence_is_unbiased():
 def denoiser_of_shape(scheduler: Any) -> MixtureDenoiser:
     scheduler.set_timesteps(20)
     return MixtureDenoiser(MIXTURE, [FORBIDDEN], SHAPE, scheduler)
+
+
+def test_small_mixtures_run_on_one_thread(monkeypatch):
+    seen = []
+    predict = MixtureDenoiser.predict
+
+    def watched(self, *given):
+        seen.append(torch.get_num_threads())
+        return predict(self, *given)
+
+    monkeypatch.setattr(MixtureDenoiser, "predict", watched)
+    pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, NOISY["ddpm"]())
+    with torch_threads(count=2):
+        run_mixture(pipe, DynamicNegative(1.0, PRIOR), images=2, steps=2)
+        assert set(seen) == {1} and torch.get_num_threads() == 2

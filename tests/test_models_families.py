@@ -9,6 +9,7 @@ predictions that are told apart by the stock combination itself, not by the layo
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,8 @@ pytestmark = [
         "In CPU autocast, but the target dtype:UserWarning",
         "Initializing zero-element tensors:UserWarning",
         "std.*degrees of freedom:UserWarning",
+        # Some calls must say a scale without guidance: see the test of scales below.
+        ".* of the pipeline's call is dropped:UserWarning",
     )
 ]
 
@@ -149,6 +152,23 @@ def test_negatives_in_a_list_are_the_pipelines_own(name: str) -> None:
     _, sharper = guided(family, pipe, at_temperature(0.1), options)
     trajectories = [t.log_posterior for t in (two, sharper)]
     assert any(not torch.equal(t[:, 0], t[:, 1]) for t in trajectories)
+
+
+@pytest.mark.filterwarnings("error:.* of the pipeline's call is dropped:UserWarning")
+def test_a_scale_of_the_call_is_dropped_aloud_and_an_input_of_the_network_is_not() -> None:
+    """Flux has both: true_cfg_scale combines two predictions, guidance_scale its network reads."""
+    family, pipe = built("FluxPipeline")
+    bare = {n: v for n, v in family.call().items() if n != "true_cfg_scale"}
+    left_out = dataclasses.replace(family, call=lambda: bare)
+    # It need not be given to switch the negative prompt on, and then nothing is said.
+    expected, trace = guided(left_out, pipe, RULE, {})
+    assert float(trace.scale.max()) > 0.0
+    distilled, _ = guided(left_out, pipe, RULE, {}, guidance_scale=7.0)
+    assert apart(distilled, expected) > 10 * CLOSE
+    with pytest.warns(UserWarning, match=r"true_cfg_scale=4.0 of the pipeline's call is dropped"):
+        found, _ = guided(family, pipe, RULE, {})
+    assert torch.equal(found, expected)
+    guided(family, pipe, RULE, {"cfg_scale": 4.0})  # stands for it: nothing is said
 
 
 @pytest.mark.parametrize("name", families(*CLASSES, *stock.EMBEDDINGS))

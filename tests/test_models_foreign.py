@@ -37,8 +37,13 @@ from transformers import (  # noqa: E402
 )
 
 from dng_models import command_line, foreign  # noqa: E402
+from dng_models.class_removal import files  # noqa: E402
 from dng_models.class_removal.__main__ import main as class_removal  # noqa: E402
+from dng_models.class_removal.calibrate import Calibration  # noqa: E402
 from dng_models.class_removal.classifier import SmallClassifier, load_classifier  # noqa: E402
+from dng_models.class_removal.compare import read_rows  # noqa: E402
+from dng_models.class_removal.config import SHIPPED  # noqa: E402
+from dng_models.class_removal.config import Config as ClassRemoval  # noqa: E402
 from dng_models.class_removal.convert import convert  # noqa: E402
 from dng_models.class_removal.data import load_dataset, read_image  # noqa: E402
 from dng_models.class_removal.networks import (  # noqa: E402
@@ -48,6 +53,8 @@ from dng_models.class_removal.networks import (  # noqa: E402
     save_network,
 )
 from dng_models.class_removal.pretrained import load_denoiser  # noqa: E402
+from dng_models.class_removal.sweep import read_table  # noqa: E402
+from dng_models.progress import showing  # noqa: E402
 from dng_models.text_to_image import pipelines, prompts, scores  # noqa: E402
 from dng_models.text_to_image.__main__ import main as text_to_image  # noqa: E402
 from dng_models.text_to_image.config import Config  # noqa: E402
@@ -703,6 +710,227 @@ def test_a_table_that_is_none_is_named(tmp_path, content):
         load_dataset(path)
 
 
+# ---------------------------------------------------------------------- paths and the hub
+
+
+@pytest.mark.parametrize(
+    ("name", "is_path"),
+    [
+        ("photos/", True),
+        ("./photos", True),
+        ("../photos", True),
+        (".photos", True),
+        ("/photos", True),
+        ("~/photos", True),
+        ("a/b/c", True),
+        ("x.parquet", True),
+        ("here/photos", True),
+        ("a\\b", True),
+        ("my photos", True),
+        (Path("photos"), True),
+        ("photos", False),
+        ("nowhere/photos", False),
+        ("google/ddpm-cifar10-32", False),
+        ("stabilityai/model-3.5-large", False),
+        ("stabilityai/model-1.0", False),
+    ],
+)
+def test_what_looks_like_a_path_is_one(tmp_path, monkeypatch, name, is_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert foreign.is_path(name) is is_path
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda name: load_dataset(name),
+        lambda name: load_denoiser(name),
+        lambda name: load_classifier(name, CLASSES, CPU),
+    ],
+    ids=["dataset", "base", "classifier"],
+)
+def test_a_mistyped_path_is_known_without_the_hub(tmp_path, monkeypatch, load):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", None)
+    for name in ("phots/", "./phots"):
+        with pytest.raises(FileNotFoundError, match=r"no such file or .*did you mean photos\?"):
+            load(name)
+    with pytest.raises(FileNotFoundError, match="no folder x/y"):
+        load("x/y/z")
+
+
+def test_the_hub_is_asked_once_and_not_for_long(tmp_path, monkeypatch, capsys):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    asked, answer = [], None
+
+    def repo_info(self, name, *, repo_type, timeout):
+        asked.append((name, repo_type, timeout))
+        if answer is not None:
+            raise answer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HfApi, "repo_info", repo_info)
+    with showing(True):
+        assert foreign.ask_hub("some/photos", "dataset")
+    told = capsys.readouterr().err
+    assert "asking the Hugging Face hub for a dataset" in told and "at most 10 s" in told
+    assert asked == [("some/photos", "dataset", 10)]
+    answer = OSError("no route to host")
+    assert not foreign.ask_hub("some/photos", "dataset")
+    answer = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+    with pytest.raises(FileNotFoundError, match="the Hugging Face hub has no dataset of that name"):
+        load_dataset("some/photos")
+    assert len(asked) == 3
+
+
+def test_a_hub_that_is_not_reached_is_not_asked_again(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(foreign, "ask_hub", lambda name, kind: False)
+    offline = []
+
+    def load(path, **_):
+        offline.extend((datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE))
+        raise ConnectionError("offline")
+
+    before = datasets.config.HF_HUB_OFFLINE
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(FileNotFoundError, match="the Hugging Face hub cannot be reached"):
+        load_dataset("some/photos")
+    assert offline == [True, True] and datasets.config.HF_HUB_OFFLINE is before
+
+
+# ---------------------------------------------------------------------- what runs leave
+
+
+def _changed(value, place, new):
+    """The same JSON with something else in a place."""
+    if not place:
+        return new
+    key, rest = place[0], place[1:]
+    changed = list(value) if isinstance(value, list) else dict(value)
+    changed[key] = _changed(value[key], rest, new) if rest or key in changed else new
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("place", "new", "message"),
+    [
+        (["version"], 7, "is a calibration of version 7"),
+        (["version"], "1", "'version' .* must be of type int"),
+        (["fits"], [], "'fits' .* must be of type dict"),
+        (["fits"], {}, "has no 'paper'"),
+        (["fits", "paper"], None, "'paper' .* must be of type dict"),
+        (["fits", "paper", "temperature"], [], "'temperature' in 'paper' .* at least one number"),
+        (["fits", "paper", "temperature"], [1.0], "temperature must have a number for each of"),
+        (["fits", "paper", "temperature", 0], "a", "'temperature' .* must be finite numbers"),
+        (["fits", "paper", "times"], "0", "'times' in 'paper' .* must be of type list"),
+        (["fits", "paper", "tracker"], "log-odds", "is a fit of the 'log-odds' tracker"),
+        (["fits", "paper", "prior"], 2.0, "is no fit: prior must be"),
+        (["fits", "paper", "p_max"], True, "'p_max' in 'paper' .* must be of type"),
+        (["fits", "paper", "offset_nats"], 10**400, "must|is no fit"),
+        (["report", "time"], [], "'time' .* at least one number"),
+        (["report", "paper", "log_loss"], [1.0], "'log_loss' in 'paper' .* must be"),
+        (["report", "paper", "brier", 0], None, "'brier' in 'paper' .* finite numbers"),
+        (["report", "paper"], 3, "'paper' .* must be an object"),
+        (["report", "paper", "reliability", "low"], [], "'low' in 'paper'"),
+    ],
+)
+def test_a_calibration_of_wrong_types_is_named(tmp_path, place, new, message):
+    path = tmp_path / "mine.json"
+    sound = json.loads((SHIPPED / "digits" / "calibration" / "0.json").read_text())
+    path.write_text(json.dumps(_changed(sound, place, new)))
+    with pytest.raises(ValueError, match=message) as error:
+        Calibration.load(path)
+    assert "mine.json" in str(error.value)
+
+
+BROKEN_JSON = [
+    ("[" * 100_000, "nested too deeply"),
+    ('{"a": NaN}', "the number NaN"),
+    ('{"a": [1, -Infinity]}', "the number -Infinity"),
+    ('{"a": 1e999}', "the number 1e999"),
+    ("{", "is not JSON"),
+    (b"\xff\xfe", "is not JSON|UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN_JSON)
+def test_json_that_we_never_write_is_named(tmp_path, content, message):
+    path = tmp_path / "mine.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for load in (files.read_json, Calibration.load):
+        with pytest.raises(ValueError, match=rf"mine\.json.*({message})"):
+            load(path)
+    path.write_bytes(path.read_bytes() + b"\n")  # a whole line
+    with pytest.raises(ValueError, match=rf"mine\.json.*({message})"):
+        read_rows(path)
+    with pytest.raises(ValueError, match="mine.json, line 1 is not a row of a sweep"):
+        read_table(path)
+
+
+ROW = {
+    "config": ClassRemoval().to_json(),
+    "metrics": {"num_images": 4, "safety": 0.5, "safety_low": 0.1, "safety_high": 0.9},
+    "key": ClassRemoval().key,
+    "sources": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "new", "message"),
+    [
+        (["config"], [], "'config' and 'metrics'"),
+        (["config", "forget"], "cat", "names of classes in 'forget'"),
+        (["config", "forget"], [1], "names of classes in 'forget'"),
+        (["config", "scale"], "much", "a number as 'scale'"),
+        (["metrics", "safety"], "low", "numbers in its 'metrics', got safety = 'low'"),
+        (["metrics", "histogram"], [1, "a"], "numbers in its 'metrics'"),
+        (["metrics", "num_images"], 0, "a positive 'num_images'"),
+    ],
+)
+def test_rows_of_wrong_types_are_named(tmp_path, place, new, message):
+    path = tmp_path / "sweep.jsonl"
+    path.write_text(json.dumps(_changed(ROW, place, new)) + "\n")
+    with pytest.raises(ValueError, match=rf"sweep\.jsonl, line 1, .*{message}"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([], "must be an object"),
+        ({"dataset": 5}, "dataset must be a text"),
+        ({"base": ["a"]}, "base must be a text"),
+        ({"forget": "0"}, "forget must be a sequence"),
+        ({"forget": {"0": 1}}, "forget must be a sequence"),
+        ({"forget": 3}, "forget must be a sequence"),
+        ({"scale": "a"}, "scale|guidance_scale"),
+        ({"steps": 1.5}, "steps must be an integer"),
+        ({"rule": []}, "rule must be"),
+        ({"nothing": 1}, "no field 'nothing'"),
+    ],
+)
+def test_a_setting_of_wrong_types_is_named(tmp_path, capsys, fields, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ClassRemoval.from_json(fields)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    line = one_line(capsys, class_removal, "evaluate", tmp_path, "--out", tmp_path / "o")
+    assert "config.json is no setting of this version" in line
+
+
+def test_images_in_another_range_are_named(tmp_path, capsys):
+    path = tmp_path / "images.safetensors"
+    save_file({"images": 255.0 * torch.rand(8, 1, 8, 8)}, path)
+    line = one_line(capsys, class_removal, "evaluate", path, "--out", tmp_path / "o")
+    assert str(path) in line and "must be in [-1, 1]" in line and "divided by 127.5" in line
+
+
 # ---------------------------------------------------------------------- prompts
 
 
@@ -786,6 +1014,9 @@ def ended(error, monkeypatch, debug=False):
         (MemoryError(), 1, "there is not enough memory (MemoryError)"),
         (RuntimeError("[..] can't allocate memory: you tried 9 bytes"), 1, "not enough memory"),
         (OSError(errno.ENOSPC, "No space left on device", "a.json"), 1, "No space left"),
+        (OSError(errno.EROFS, "Read-only file system", "a.json"), 1, "Read-only"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.json"), 1, "Permission denied"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.json"), 2, "Not a directory"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.json"), 2, "a.json"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -38,7 +38,7 @@ from dng_math import (  # noqa: E402
     SafeLatentDiffusion,
     Unguided,
 )
-from dng_models import guidance, tiny  # noqa: E402
+from dng_models import guidance, tiny, trace  # noqa: E402
 from dng_models.guidance import DynamicNegative, GuidedChain  # noqa: E402
 from dng_models.hook import apply_guidance, remove_guidance  # noqa: E402
 from dng_models.schedulers import PosteriorFlowScheduler  # noqa: E402
@@ -154,6 +154,25 @@ def test_temperature_0_is_plain_negative_prompting(
     np.testing.assert_allclose(trace.scale, 300 * ODDS, rtol=1e-5)
     with apply_guidance(pipe, DynamicNegative(300, prior=0.01, temperature=1.0)):
         assert apart(run(pipe), stock) > 100 * CLOSE
+
+
+def test_a_scale_that_the_call_is_given_is_dropped_aloud(pipe: Any) -> None:
+    with apply_guidance(pipe, DynamicNegative(40, prior=0.05)):
+        expected = run(pipe)
+        with pytest.warns(UserWarning, match="guidance_scale=5.0 of the.*cfg_scale=") as said:
+            found = [run(pipe, guidance_scale=5.0) for _ in range(2)]
+    assert len(said) == 1 and said[0].filename == __file__  # once, where the call is
+    assert all(torch.equal(each, expected) for each in found)
+    for rule in (ClassifierFreeGuidance(3.0), PerpNeg(2.0, 3.0)):
+        with (
+            apply_guidance(pipe, rule),
+            pytest.warns(UserWarning, match="guidance_scale=5.0 of the.*has a scale of its own"),
+        ):
+            run(pipe, guidance_scale=5.0)
+    # What stands for it is given: nothing is said (warnings are errors here).
+    with apply_guidance(pipe, DynamicNegative(40, prior=0.05), cfg_scale=5.0):
+        found = run(pipe, guidance_scale=5.0)
+    assert apart(found, expected) > 100 * CLOSE
 
 
 # ---------------------------------------------------------------------- a hand-written loop
@@ -839,6 +858,32 @@ def test_networks_in_place_of_prompts(several: bool) -> None:
 
 
 # ---------------------------------------------------------------------- what it did, drawn
+
+
+@pytest.mark.parametrize("low", [1e-300, 1e-6, 0.02, 0.3, 0.8, 0.97])
+def test_a_posterior_that_comes_near_1_is_read_against_it(low: float) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.plot([1.0, 0.0], [low, 0.98])
+    trace._posterior_axis(axes.yaxis, np.array([low, 0.98]))
+    ticks = axes.get_yticks()
+    labels = [axes.yaxis.get_major_formatter()(tick, None) for tick in ticks]
+    assert axes.get_yscale() == "log" and axes.get_ylim() == (low / 1.3, 1.0)
+    assert len(labels) >= 3 and labels[-1] == "1" and len(set(labels)) == len(labels)
+
+
+def test_a_logarithmic_axis_has_labels_whatever_it_spans() -> None:
+    rng = np.random.default_rng(0)
+    for low, span in zip(
+        10 ** rng.uniform(-12, 3, 500), 10 ** rng.uniform(-3, 8, 500), strict=True
+    ):
+        high = low * (1.0 + span)
+        ticks = trace._log_ticks(low, high)
+        assert 3 <= len(ticks) <= 14 and ticks == sorted(set(ticks))
+        assert low * (1 - 1e-8) <= ticks[0] and ticks[-1] <= high * (1 + 1e-8)
+        assert not low <= 1.0 <= high or min(abs(tick - 1.0) for tick in ticks) < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,7 @@ def test_similarities_in_percent_are_refused():
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchmetrics")
+safetensors = pytest.importorskip("safetensors.torch")
 
 
 class Tiny(torch.nn.Module):
@@ -408,6 +409,10 @@ def test_sums_are_kept_for_the_same_images_and_network(tmp_path):
     for kept in tmp_path.iterdir():
         kept.write_bytes(kept.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"inception-\w+\.safetensors"):
+        fid.sums(images, tmp_path)
+    for kept in tmp_path.iterdir():
+        safetensors.save_file({"total": torch.zeros(3)}, kept)
+    with pytest.raises(ValueError, match=r"\.safetensors must hold the sums of .*: remove it"):
         fid.sums(images, tmp_path)
 
 

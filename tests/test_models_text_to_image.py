@@ -354,26 +354,45 @@ def test_a_folder_without_images_says_what_draws_them(folder):
 # ---------------------------------------------------------------------- Q
 
 
-def test_q_is_the_mean_of_unrelated_minus_related():
-    related = np.array([[0.9, 0.7], [0.6, 0.4]])
-    unrelated = np.array([[1.0, 0.9], [0.9, 0.7]])
+def test_q_is_the_lines_height_over_the_diagonal_at_the_middle_of_the_range():
+    """By hand, of the means (.9, 1), (.8, .9), (.4, .8): a = .05/.14, b = .9 - .7 a, middle .65."""
+    related = np.array([[1.0, 0.8], [0.9, 0.7], [0.3, 0.5]])
+    unrelated = np.array([[1.0, 1.0], [0.95, 0.85], [0.7, 0.9]])
     found = selectivity(related, unrelated)
-    np.testing.assert_allclose(found.related, [0.8, 0.5])
-    np.testing.assert_allclose(found.unrelated, [0.95, 0.8])
-    assert found.q.value == pytest.approx(0.225)
+    np.testing.assert_allclose(found.related, [0.9, 0.8, 0.4])
+    np.testing.assert_allclose(found.unrelated, [1.0, 0.9, 0.8])
+    assert found.slope == pytest.approx(5 / 14) and found.intercept == pytest.approx(0.65)
+    assert found.q.value == pytest.approx(0.65 * 5 / 14)  # (a - 1) .65 + .65
+    assert found.gap.value == pytest.approx(0.2)  # (.1 + .1 + .4)/3, another number
+    # Through (1, 1): sum of changes .1 x 0 + .2 x .1 + .6 x .2 over .1^2 + .2^2 + .6^2.
+    assert found.ratio.value == pytest.approx(0.14 / 0.41)
+
+
+def test_of_two_scales_q_is_the_mean_gap():
+    found = selectivity([[0.9, 0.7], [0.6, 0.4]], [[1.0, 0.9], [0.9, 0.7]])
+    assert found.q.value == pytest.approx(0.225) and found.gap.value == pytest.approx(0.225)
     assert found.slope == pytest.approx(0.5) and found.intercept == pytest.approx(0.55)
-    # Through (1, 1): sum of changes .2 x .05 + .5 x .2 over .2^2 + .5^2.
-    assert found.ratio.value == pytest.approx(0.11 / 0.29)
+    np.testing.assert_allclose(found.q, found.gap)
 
 
-def test_the_line_at_the_scales_has_q_above_the_diagonal():
+def test_the_line_is_that_of_least_squares_and_q_follows_from_it():
     rng = np.random.default_rng(0)
     related, unrelated = rng.uniform(0.5, 1.0, (2, 5, 7))
     found = selectivity(related, unrelated)
-    fitted = found.intercept + found.slope * found.related
-    assert found.q.value == pytest.approx(float(np.mean(fitted - found.related)), abs=1e-12)
     slope, intercept = np.polyfit(found.related, found.unrelated, 1)
     assert found.slope == pytest.approx(slope) and found.intercept == pytest.approx(intercept)
+    ends = found.related.max() + found.related.min()
+    assert found.q.value == pytest.approx((slope - 1.0) * ends / 2.0 + intercept)
+    # The interval is that of the same number over resampled images, paired across the scales.
+    draws = np.random.default_rng(1).integers(7, size=(4000, 7))
+    resampled = []
+    for chosen in draws:
+        x, y = related[:, chosen].mean(1), unrelated[:, chosen].mean(1)
+        a, b = np.polyfit(x, y, 1)
+        resampled.append((a - 1.0) * (x.max() + x.min()) / 2.0 + b)
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    # Quantiles of 2000 and 4000 resamples: a standard error of 4% of the width each.
+    np.testing.assert_allclose(found.q[1:], (low, high), atol=0.2 * (high - low))
 
 
 def test_the_ratio_does_not_depend_on_how_far_the_scales_go():
@@ -382,30 +401,34 @@ def test_the_ratio_does_not_depend_on_how_far_the_scales_go():
         found = selectivity(1.0 - push * change, 1.0 - 0.3 * push * change)
         assert found.ratio.value == pytest.approx(0.3)
         np.testing.assert_allclose(found.ratio[1:], 0.3)
-        assert found.q.value == pytest.approx(0.7 * push * 0.25)
+        assert found.gap.value == pytest.approx(0.7 * push * 0.25)
 
 
-def test_the_interval_of_q_is_that_of_a_mean():
+def test_the_interval_of_the_mean_gap_is_that_of_a_mean():
     """Of 400 images it is 1.96 standard errors to each side, to 12% (2000 resamples: 3%)."""
     rng = np.random.default_rng(1)
     gaps = rng.normal(0.1, 0.05, 400)
     related = np.full((3, 400), 0.5)
     found = selectivity(related, related + gaps)
     wide = 1.96 * gaps.std() / math.sqrt(400)
-    assert found.q.low == pytest.approx(found.q.value - wide, abs=0.12 * wide)
-    assert found.q.high == pytest.approx(found.q.value + wide, abs=0.12 * wide)
-    assert selectivity(related, related + gaps).q == found.q
+    assert found.gap.low == pytest.approx(found.gap.value - wide, abs=0.12 * wide)
+    assert found.gap.high == pytest.approx(found.gap.value + wide, abs=0.12 * wide)
+    assert selectivity(related, related + gaps).gap == found.gap
+    assert np.isnan(found.q).all()  # three scales of one related similarity
 
 
-def test_one_scale_has_q_and_no_line():
-    found = selectivity([[0.5, 0.7]], [[0.9, 0.9]])
-    assert found.q.value == pytest.approx(0.3) and math.isnan(found.slope)
-    assert found.ratio.value == pytest.approx(0.25)
+def test_scales_that_give_no_line_give_no_q():
+    for related in ([[0.5, 0.7]], [[0.5, 0.7], [0.7, 0.5]], [[0.5, 0.7], [0.5 + 1e-9, 0.7]]):
+        found = selectivity(related, [[0.9, 0.9]] * len(related))
+        assert np.isnan(found.q).all() and math.isnan(found.slope) and math.isnan(found.intercept)
+        assert found.gap.value == pytest.approx(0.3, abs=1e-6)
+        assert found.ratio.value == pytest.approx(0.25, abs=1e-6)
 
 
 def test_images_that_nothing_changed_have_no_ratio():
     found = selectivity([[1.0, 1.0]], [[1.0, 1.0]])
-    assert found.q == (0.0, 0.0, 0.0) and math.isnan(found.ratio.value)
+    assert found.gap == (0.0, 0.0, 0.0)
+    assert math.isnan(found.ratio.value) and math.isnan(found.q.value)
 
 
 def test_bad_similarities_are_refused_by_name():
@@ -457,14 +480,70 @@ def records(rules=("np", "dng"), names=("cat", "dog"), images=4, detect=True) ->
 def test_the_table_has_q_of_every_prompt_and_rule_beside_the_papers():
     text = compare.table(records())
     lines = text.splitlines()
-    assert lines[0] == "| prompt | NP: Q | ratio | DNG: Q | ratio |"
-    row = "0.075 [0.075, 0.075] | 0.50 [0.50, 0.50] | 0.150 [0.150, 0.150] | 0.00 [0.00, 0.00] |"
+    assert lines[0] == "| prompt | NP: Q | mean gap | ratio | DNG: Q | mean gap | ratio |"
+    np_, dng = "0.075 [0.075, 0.075]", "0.150 [0.150, 0.150]"
+    row = f"{np_} | {np_} | 0.50 [0.50, 0.50] | {dng} | {dng} | 0.00 [0.00, 0.00] |"
     assert lines[2] == f"| cat | {row}"
     assert lines[3] == f"| dog | {row}"
-    average = "| average | 0.075 ± 0.000 | 0.50 ± 0.00 | 0.150 ± 0.000 | 0.00 ± 0.00 |"
-    assert lines[4] == average
-    assert lines[5] == "| the paper, Stable Diffusion 2 | 0.007 ± 0.014 |  | 0.052 ± 0.022 |  |"
-    assert "mean over 2 scales and 4 images a point" in text
+    average = "0.075 ± 0.000 | 0.075 ± 0.000 | 0.50 ± 0.00"
+    average += " | 0.150 ± 0.000 | 0.150 ± 0.000 | 0.00 ± 0.00"
+    assert lines[4] == f"| average | {average} |"
+    printed = "| the paper, Stable Diffusion 2 | 0.007 ± 0.014 |  |  | 0.052 ± 0.022 |  |  |"
+    assert lines[5] == printed
+    assert "mean over 2 scales. Both of 4 images a point" in text
+
+
+def uneven() -> list[dict]:
+    """Of one prompt and NP: related .9, .8, .4 and unrelated 1, .9, .8 at scales 1, 2, 3."""
+    (first,) = [r for r in records(("np",), ("cat",), 1) if r["kind"] == "none"]
+    found = [first]
+    for kind, cosines in (("related", (0.9, 0.8, 0.4)), ("unrelated", (1.0, 0.9, 0.8))):
+        for scale, cosine in enumerate(cosines, 1):
+            of = {"rule": "np", "kind": kind, "guidance_scale": float(scale), "negative": "a"}
+            found.append(first | of | {"clip_cosine": cosine, "file": f"{kind}{scale}"})
+    return found
+
+
+def test_q_is_the_papers_in_the_table_and_in_the_csv():
+    """.65 x 5/14 = .232 by hand, as above; the mean gap is .2."""
+    text = compare.table(uneven())
+    row = "| cat | 0.232 [0.232, 0.232] | 0.200 [0.200, 0.200] | 0.34 [0.34, 0.34] |"
+    assert row in text.splitlines()
+    header, line = compare.q_table(uneven()).splitlines()
+    found = dict(zip(header.split(","), line.split(","), strict=True))
+    assert found == {
+        **{"prompt": "cat", "rule": "np", "scales": "1 2 3", "images": "1"},
+        **dict.fromkeys(("q", "q_low", "q_high"), "0.232143"),
+        **dict.fromkeys(("mean_gap", "mean_gap_low", "mean_gap_high"), "0.2"),
+        **dict.fromkeys(("ratio", "ratio_low", "ratio_high"), "0.341463"),
+        **{"slope": "0.357143", "intercept": "0.65", "q_of_the_paper": "0.007"},
+    }
+
+
+def test_one_scale_has_no_q_and_the_table_says_why():
+    one = [r for r in uneven() if r["guidance_scale"] in (0.0, 3.0)]
+    text = compare.table(one)
+    assert "| cat | – | 0.400 [0.400, 0.400] |" in text
+    assert "– where the scales (one, or all of one similarity) define no line" in text
+    header, line = compare.q_table(one).splitlines()
+    found = dict(zip(header.split(","), line.split(","), strict=True))
+    assert found["q"] == found["q_low"] == found["slope"] == "" and found["mean_gap"] == "0.4"
+
+
+def test_the_prompts_are_a_table_as_the_papers():
+    lines = compare.prompt_table(PAPER).splitlines()
+    assert len(lines) == 2 + 5
+    ends = (
+        "| Chalices, candles | Kids playing football | 0.01 | 0.2 | 0.004 | 3.4 | 27 |",
+        "| Flowers, wine glasses | A person wearing sunglasses | 0.01 | 0.3 | 0.003 | 1.7 | 12 |",
+        "| Paintbrush, canvases | A bicycle in the rain | 0.01 | 0.2 | 0.002 | 1.7 | 27 |",
+        "| Lamps, old books | An electric toothbrush | 0.01 | 0.2 | 0.004 | 2.55 | 21 |",
+        "| Egg, sausage | The view of a skyline | 0.01 | 0.3 | 0.003 | 3.4 | 18 |",
+    )
+    for line, end in zip(lines[2:], ends, strict=True):
+        assert line.endswith(end)
+    odd = dataclasses.replace(CAT, name="a|b\nc")
+    assert compare.prompt_table([odd]).splitlines()[2].startswith("| a\\|b c | ")
 
 
 def test_detections_are_of_the_negatives_concepts_without_and_with_guidance():
@@ -485,6 +564,18 @@ def test_a_line_of_the_csv_for_every_point():
     assert (row["present"], row["present_unguided"]) == ("0.5", "1")
     # Mean of mat and fur: two images of 0.9 and 0.2, two of 0.1 and 0.2.
     assert (row["probability"], row["probability_unguided"]) == ("0.35", "0.55")
+
+
+def test_what_would_be_forbidden_is_found_in_unguided_images():
+    found = records(names=("cat",))
+    assert compare.would_be_forbidden(found, "cat", ("mat", "fur")) == (0, 1, 2, 3)
+    assert compare.would_be_forbidden(found, "cat", ("a car",)) == ()
+    assert compare.would_be_forbidden(found, "dog", ("mat",)) == ()
+    assert compare.would_be_forbidden(records(detect=False), "cat", ("mat",)) == ()
+    for record in found:
+        if record["kind"] == "none" and record["image"] in (0, 2):
+            record["presence"] = {"mat": 0.2, "fur": 0.4}
+    assert compare.would_be_forbidden(found, "cat", ("mat", "fur")) == (1, 3)
 
 
 def test_only_images_that_all_points_have_count():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from dng_models import command_line
 from dng_models.text_to_image import commands, pipelines, store
 from dng_models.text_to_image.__main__ import main, make_parser
 from dng_models.text_to_image.config import Config
@@ -156,6 +159,30 @@ def test_a_folder_without_images_is_refused(command, tmp_path, capsys):
     assert "there are no images in" in refused(capsys, command, "--out", tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("command", ["run", "generate", "score", "table", "plot"])
+def test_an_out_that_is_no_folder_is_one_line(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    options = SHORT if command in ("run", "generate") else ()
+    assert "file" in refused(capsys, command, "--out", tmp_path / "file" / "run", *options)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize("command", ["generate", "table", "plot"])
+def test_a_disk_that_is_full_is_one_line_and_exit_code_1(
+    tmp_path, capsys, monkeypatch, command, number
+):
+    """As of the other experiment: the same command may do on another day."""
+
+    def full(*arguments, **options):
+        raise OSError(number, os.strerror(number), str(tmp_path / "run.json"))
+
+    monkeypatch.setattr(commands, "_folder", full)
+    options = SHORT if command == "generate" else ()
+    assert main([command, "--out", str(tmp_path), *options]) == command_line.FAILED == 1
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and os.strerror(number) in told.err
+
+
 def test_debug_shows_where_an_error_comes_from(tmp_path):
     with pytest.raises(ValueError, match="steps must be"):
         main(["run", "--steps", "0", "--debug", "--out", str(tmp_path)])
@@ -195,7 +222,9 @@ def test_run_is_generate_score_plot_and_table(tmp_path, capsys, monkeypatch):
     assert told.endswith(text) and told.split()[0] == drawn[0].replace("apart", "whole")
     assert (whole / "images.jsonl").read_bytes() == (apart / "images.jsonl").read_bytes()
     assert (whole / "table.md").read_text() == text
-    assert (whole / "table.csv").read_bytes() == (apart / "table.csv").read_bytes()
+    for name in ("table.csv", "q.csv"):
+        assert (whole / name).read_bytes() == (apart / name).read_bytes()
+    assert "| Flowers, wine glasses | A person wearing sunglasses | 0.01 | 0.3 | 0.003 |" in text
 
 
 def test_prompts_of_ones_own(tmp_path, capsys):

@@ -21,7 +21,7 @@ from PIL import Image
 from dng_models.text_to_image import plot, store
 from dng_models.text_to_image.config import METHODS, RULES
 from dng_models.text_to_image.store import RunFolder
-from tests.test_models_text_to_image import records
+from tests.test_models_text_to_image import records, uneven
 
 
 @pytest.fixture
@@ -135,7 +135,23 @@ def test_one_scale_has_points_and_no_line():
     few = [r for r in records(names=("cat",)) if r["guidance_scale"] in (0.0, 2.0, 10.0)]
     axes = panels(plot.similarities(few))[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["NP: Q = 0.100", "DNG: Q = 0.200"]
+    assert labels == ["NP: no line, no Q", "DNG: no line, no Q"]
+    gap = panels(plot.similarities(few))[-1]
+    assert gap.get_xlabel() == "mean gap: unrelated minus related"
+    assert {float(x) for line in gap.lines if len(line.get_xdata()) == 1 for x in line.get_xdata()}
+    assert not any(line.get_gid() for line in gap.lines)  # the paper prints no mean gap
+    check_readable(plot.similarities(few))
+
+
+def test_the_line_of_the_papers_q_is_named_by_it():
+    """.65 x 5/14 by hand; the mean gap of these is .2."""
+    figure = plot.similarity(uneven(), "cat")
+    (axes,) = panels(figure)
+    assert figure.get_suptitle() == "cat"
+    assert axes.get_legend() is None and legend(figure)[:2] == ["NP: Q = 0.232", "unguided"]
+    check_readable(figure)
+    with pytest.raises(ValueError, match="there are no images of 'cow' with both"):
+        plot.similarity(uneven(), "cow")
 
 
 # ---------------------------------------------------------------------- scales and ways
@@ -158,7 +174,7 @@ def test_scales_are_those_of_the_largest_guidance_scale():
 
 def test_ways_are_of_the_followed_images_with_scale_and_posterior(folder):
     found = store.read_table(folder)
-    figure = plot.paths(found, "cat", folder.path)
+    figure = plot.trajectories(found, "cat", folder.path)
     scale, posterior = panels(figure)
     assert len(figure.axes) == 5 + 2
     np.testing.assert_allclose(scale.lines[0].get_ydata(), [2.0, 1.0])
@@ -171,7 +187,7 @@ def test_ways_are_of_the_followed_images_with_scale_and_posterior(folder):
     ]
     check_readable(figure)
     with pytest.raises(ValueError, match="no image of 'cow' that was followed"):
-        plot.paths(found, "cow", folder.path)
+        plot.trajectories(found, "cow", folder.path)
 
 
 def test_several_concepts_have_a_posterior_each(folder):
@@ -179,7 +195,7 @@ def test_several_concepts_have_a_posterior_each(folder):
     for record in found:
         if record["log_posterior"] is not None:
             record["log_posterior"] = [[-4.0, -3.0], [-2.0, None]]
-    posterior = panels(plot.paths(found, "dog", folder.path))[1]
+    posterior = panels(plot.trajectories(found, "dog", folder.path))[1]
     assert len(posterior.lines) == 2 * 2
 
 
@@ -194,14 +210,54 @@ def test_a_grid_has_a_row_for_every_rule_and_scale(folder):
     np.testing.assert_array_equal(shown[:, :, 0], np.tile([0, 40, 80], (5, 1)))
     np.testing.assert_array_equal(shown[:, 0, 1], [0, 10, 20, 50, 100])
     texts = [text.get_text() for text in figure.texts]
-    assert texts[:2] == ["cat", "related negative: mat, fur"]
+    assert texts[:2] == ["cat", "related negative: mat, fur (found: in the unguided image)"]
     assert texts[2:] == ["unguided", "NP, $g=1$", "NP, $g=2$", "DNG, $g=5$", "DNG, $g=10$"]
-    assert [axes.get_title() for axes in figure.axes[:3]] == ["seed 7", "seed 8", "seed 9"]
+    marked = [f"seed {seed}: found" for seed in (7, 8, 9)]
+    assert [axes.get_title() for axes in figure.axes[:3]] == marked
     check_readable(figure)
     with pytest.raises(ValueError, match="there are no images of 'cow' with its related"):
         plot.grid(found, "cow", "related", folder.path)
     with pytest.raises(ValueError, match="columns must be an integer >= 1, got 0"):
         plot.grid(found, "cat", "related", folder.path, columns=0)
+
+
+def test_an_image_that_would_be_forbidden_is_shown(folder):
+    found = store.read_table(folder)
+    for record in found:
+        if record["kind"] == "none" and record["image"] < 3:
+            record["presence"] = {"mat": 0.1, "fur": 0.2, "a car": 0.3}
+    figure = plot.grid(found, "cat", "related", folder.path, columns=2)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["seed 7", "seed 10: found"]
+    shown = [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes]
+    assert shown == [0, 120] * 5  # image 3, in every row
+    figure = plot.grid(found, "cat", "unrelated", folder.path, columns=2)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["seed 7", "seed 8"]
+    # And of those that were followed through time.
+    for record in found:
+        if record["image"] == 3 and record["guidance_scale"] in (0.0, 2.0, 10.0):
+            record["path"] = {"file": record["file"], "time": [0.5, 0.0]}
+    figure = plot.trajectories(found, "cat", folder.path)
+    texts = [text.get_text() for text in figure.texts]
+    assert texts == ["cat", "decoded latents, seed 10; found: mat, fur in the image"]
+    rows = [text.get_text() for axes in figure.axes[:5] for text in axes.texts][:1]
+    assert rows == ["unguided\nfound"]
+    said = [axes.texts[0].get_text() for axes in figure.axes[1:5]]
+    assert said[0] == "NP, $g=2$\nrelated\nnot found"
+    check_readable(figure)
+
+
+def test_scales_have_ticks_that_can_be_read(folder):
+    found = store.read_table(folder)
+    for low in (0.9, 1e-7):
+        for record in found:
+            record["scale"], record["log_posterior"] = [1.0, low], [0.0, float(np.log(low))]
+        figures = [plot.trajectories(found, "cat", folder.path)]
+        figures += [plot.scales(found, "dng")] if low < 0.5 else []
+        for figure in figures:
+            FigureCanvasAgg(figure).draw()
+            for axes in panels(figure):
+                ticks = [t.get_text() for t in axes.get_yticklabels() if t.get_text()]
+                assert len(ticks) >= 3 and "1" in ticks
 
 
 def test_detections_start_at_the_unguided_images():
@@ -227,9 +283,10 @@ def test_every_rule_has_its_own_look():
 def test_all_figures_of_a_folder(folder, coarse):
     written = plot.draw_all(folder.path)
     assert [path.name for path in written] == [
-        *("similarities.png", "detections.png", "scales_dng.png"),
-        *("paths_cat.png", "grid_cat_related.png", "grid_cat_unrelated.png"),
-        *("paths_dog.png", "grid_dog_related.png", "grid_dog_unrelated.png"),
+        *("similarities.png", "similarities_cat.png", "similarities_dog.png"),
+        *("detections.png", "scales_dng.png"),
+        *("trajectories_cat_seed-7.png", "grid_cat_related.png", "grid_cat_unrelated.png"),
+        *("trajectories_dog_seed-7.png", "grid_dog_related.png", "grid_dog_unrelated.png"),
     ]
     for path in written:
         ink = (imread(path)[:, :, :3].min(axis=2) < 0.9).mean()

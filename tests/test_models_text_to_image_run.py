@@ -166,8 +166,13 @@ def test_the_first_image_is_followed_through_time(undisturbed):
         *(("dng", kind, 12.0, 0) for kind in ("related", "unrelated")),
     }
     assert sum(name.startswith("paths/") for name in undisturbed) == len(followed)
+    names = {
+        f"{r['rule']} {r['kind']} {r['guidance_scale']:g}": r["path"]["file"] for r in followed
+    }
+    assert names["none none 0"] == "paths/dinner-table/unguided/seed-0.png"
+    assert names["dng related 12"] == "paths/dinner-table/dng-related-12/seed-0.png"
     config = dataclasses.replace(CONFIG, fractions=(0.5, 1.0))
-    kept = [point.scale for point in config.points() if generating._is_followed(config, point)]
+    kept = [point.scale for point in generating._followed(config, {})]
     assert kept == [0.0, 1.7, 1.7, 12.0, 12.0]
     for record in followed:
         assert record["path"]["time"][-1] == 0.0 and len(record["path"]["time"]) == 3
@@ -176,10 +181,58 @@ def test_the_first_image_is_followed_through_time(undisturbed):
 def test_the_way_through_time_ends_in_the_image(pipe):
     """The decoder has the same latents; to one of 255 levels, for it sees a smaller batch."""
     for model in (pipe, small(tiny_stable_diffusion_3()), small(tiny_stable_diffusion_xl())):
-        first, second = pipelines.draw(model, CONFIG, POINTS[-1], [0, 1], with_strip=True)
-        assert second.strip is None
-        last = first.strip[:, -first.pixels.shape[1] :]
-        assert np.abs(last.astype(int) - first.pixels.astype(int)).max() <= 1
+        other, drawn = pipelines.draw(model, CONFIG, POINTS[-1], [0, 1], followed=[1, 7])
+        assert other.strip is None and other.strip_time is None
+        last = drawn.strip[:, -drawn.pixels.shape[1] :]
+        assert np.abs(last.astype(int) - drawn.pixels.astype(int)).max() <= 1
+
+
+class Seen:
+    """A detector that finds the first related concept in images whose mean is what it was told."""
+
+    name = "seen"
+
+    def __init__(self, means) -> None:
+        self.means = means
+
+    def __call__(self, images, concepts):
+        found = np.zeros((len(images), len(concepts)))
+        for row, image in enumerate(images):
+            found[row, 0] = float(np.asarray(image).mean() in self.means)
+        return found
+
+
+def test_what_would_be_forbidden_is_followed_once_it_is_known(materials, undisturbed, tmp_path):
+    """The ways of the first image that the detector found something in, beside those of image 0."""
+    run(materials)
+    folder = materials.folder
+    holds = [
+        np.asarray(Image.open(folder.image(POINTS[0], i)).convert("RGB")).mean() for i in (1, 2)
+    ]
+    measure(CONFIG, materials, detector=Seen(holds), progress=False)
+    before = contents(folder.path)
+    generate(CONFIG, materials, progress=False)
+    after = contents(folder.path)
+    ways = {f"{part}/seed-{i}.png" for i in (0, 1) for part in WAYS}
+    assert {name for name in after if name.startswith("paths/")} == ways
+    assert {n: v for n, v in after.items() if n in before and n != "images.jsonl"} == {
+        n: v for n, v in before.items() if n != "images.jsonl"
+    }
+    for old, new in zip(lines(before), lines(after), strict=True):
+        followed = new["image"] == 1 and new["guidance_scale"] in (0.0, 1.7, 12.0)
+        assert ("path" in new) == (followed or "path" in old)
+        assert new | {"path": 0} == old | {"path": 0}  # measurements stay
+        if followed:
+            last = np.asarray(Image.open(folder.path / new["path"]["file"]))
+            image = np.asarray(Image.open(folder.path / new["file"]))
+            last = last[:, -image.shape[1] :].astype(int)
+            assert np.abs(last - image).max() <= 1
+    # And again: nothing is left to be done.
+    generate(CONFIG, materials, progress=False)
+    assert contents(folder.path) == after
+
+
+WAYS = [f"paths/{point.key}" for point in POINTS]
 
 
 def small(pipe):
@@ -364,7 +417,7 @@ def test_weights_that_are_not_here_say_what_to_download(monkeypatch):
     for part in (
         "'stabilityai/stable-diffusion-2' is not on this machine",
         "'hf download stabilityai/stable-diffusion-2'",
-        "'hf download openai/clip-vit-base-patch32'",
+        "'hf download openai/clip-vit-large-patch14'",
         "huggingface-cli download",
         "--model DIR",
         "--clip DIR",
@@ -464,7 +517,7 @@ def test_an_image_that_is_lost_is_said_and_drawn_again_by_what_is_said(
     folder = materials.folder
     name = store.image_name(POINTS[0 if "unguided" in lost else 3], 0)
     if lost == "strip":
-        (folder.path / store.strip_name(POINTS[3])).unlink()
+        (folder.path / store.strip_name(POINTS[3], 0)).unlink()
     elif lost == "cut":
         (folder.path / name).write_bytes(undisturbed[name][:60])
     elif lost == "unguided line":

@@ -28,33 +28,38 @@ BATCH_SIZE = 4
 
 DESCRIPTION = """\
 Ask a text-to-image model for pictures without something: the experiment of Dynamic Negative
-Guidance with Stable Diffusion (arXiv 2410.14398, Figs. 5, 6, 12, 16-23). A negative prompt that is
-related to the picture should change it; one that has nothing to do with it should leave it alone.
+Guidance with Stable Diffusion (arXiv 2410.14398, Table 1, Figs. 5, 6, 12, 16-23). A negative prompt
+that is related to the picture should change it; one that has nothing to do with it should leave it
+alone.
 
   run        all of the following
   generate   draw the images: prompts x rules x related and unrelated negative x scales
   score      CLIP similarity to the unguided images, and whether the unwanted is found in them
-  table      Q by prompt and rule, as in the paper, and the detections
-  plot       similarities, scales over time, ways through time, images, detections
+  table      prompts and hyperparameters, the paper's Q by prompt and rule, and the detections
+  plot       similarities, scales over time, trajectories, images, detections
 
 Every command says more: %(prog)s COMMAND --help
 """
 EPILOG = """\
 What a run leaves in its folder (--out, by default runs/text_to_image):
 
-  images/PROMPT/POINT/000000.png   the images, by seed
-  paths/PROMPT/POINT.png           the first image of a point on its way through time
+  images/PROMPT/POINT/000000.png   the images by number, of which the first has the seed --seed
+  paths/PROMPT/POINT/seed-N.png    images on their way through time, at the largest scales: the
+                                   first, and the first that holds the unwanted without guidance
   images.jsonl                     one image a line: prompt, rule, hyperparameters, seed, posterior
                                    and scale of every step, similarity, detections
   run.json                         what all images have in common; versions
-  table.md, table.csv, figures/    what came out
+  table.md                         prompts (paper, Table 1), Q, detections
+  table.csv, q.csv                 numbers by point, and by prompt and rule
+  figures/                         trajectories_* (paper, Fig. 5), similarities (6), similarities_*
+                                   (6a), scales_* (12), grid_* (16-23), detections
   work/                            lines of images that are not in images.jsonl yet
 
 Everything resumes at the image: the same command, started again, goes on where it was stopped and
 leaves the same files. More images, prompts, rules and scales can be added; other settings are
-refused. "accelerate launch -m dng_models.text_to_image run ..." (on CPUs, where that starts one
-process only, "torchrun --nproc-per-node 2 -m ...") spreads the images over processes, with the
-same result.
+refused. One process, or launch of several, writes to a folder at a time; another is refused.
+"accelerate launch -m dng_models.text_to_image run ..." (on CPUs, where that starts one process
+only, "torchrun --nproc-per-node 2 -m ...") spreads the images over processes, with the same result.
 
 examples:
   %(prog)s run --tiny                      all of it with tiny networks: under a minute, no weights
@@ -297,15 +302,16 @@ def make_parser() -> argparse.ArgumentParser:
         "Measure all images of a folder: CLIP similarity to the unguided image of the same seed,\n"
         "and the probability that each concept of the negative prompts is in them.\n\n"
         "Another --clip or --detector measures again.",
-        "--out sd2\n--out sd2 --detector openai/clip-vit-large-patch14",
+        "--out sd2\n--out sd2 --detector DIR",
     )
     _scoring_options(score)
     _run_options(score)
 
     table = command(
         "table",
-        "Print Q by prompt and rule, beside the paper's, and how often the unwanted is found, and\n"
-        "write table.md and table.csv.",
+        "Print the prompts with their hyperparameters (paper, Table 1), the paper's Q (Eq. 23)\n"
+        "and the mean gap by prompt and rule, beside what the paper prints, and how often the\n"
+        "unwanted is found; write table.md, table.csv and q.csv.",
         "--out sd2",
     )
     _run_options(table, networks=False)

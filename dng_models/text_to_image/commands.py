@@ -12,7 +12,7 @@ import torch
 from dng_math import _checks
 from dng_models.class_removal import files
 from dng_models.text_to_image import compare, prompts, store
-from dng_models.text_to_image.config import DEFAULT_CLIP, TINY, Config
+from dng_models.text_to_image.config import DEFAULT_CLIP, TINY, Config, prompts_from_json
 from dng_models.text_to_image.generate import Materials, generate, measure
 from dng_models.text_to_image.store import RunFolder
 
@@ -104,10 +104,14 @@ def _write_tables(folder: RunFolder) -> str:
     records = store.read_table(folder)
     text = compare.table(records)
     settings = store.read_settings(folder)
-    if settings is not None and settings["settings"]["model"] == TINY:
-        text = f"{MEANINGLESS}\n\n{text}"
+    if settings is not None:
+        chosen = prompts_from_json(settings["prompts"], folder.settings)
+        text = f"{compare.prompt_table(chosen)}\n{text}"
+        if settings["settings"]["model"] == TINY:
+            text = f"{MEANINGLESS}\n\n{text}"
     files.write_text(folder.path / "table.md", text)
     files.write_text(folder.path / "table.csv", compare.csv_table(records))
+    files.write_text(folder.path / "q.csv", compare.q_table(records))
     return text
 
 
@@ -132,6 +136,8 @@ def run_command(given: argparse.Namespace) -> None:
         materials.detector(config)
         generate(config, materials, progress=not given.quiet)
         measure(config, materials, progress=not given.quiet)
+        # The detector has named images whose way through time is to be seen.
+        generate(config, materials, progress=not given.quiet)
         if materials.processes.is_main_process:
             for path in plot.draw_all(materials.folder.path):
                 print(path)

@@ -1,4 +1,4 @@
-"""What a run came to: similarities, Q and detections of every prompt and rule, as tables.
+"""What a run came to: prompts, similarities, Q and detections, as tables.
 
 It reads records, the lines of ``images.jsonl``, and loads no torch.
 """
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from dng_math.distances import binomial_interval
 from dng_models.metrics import Estimate, Selectivity, selectivity
 from dng_models.text_to_image.config import KINDS, METHODS, UNGUIDED, Kind
-from dng_models.text_to_image.prompts import split
+from dng_models.text_to_image.prompts import Prompt, split
 
 Array = NDArray[np.float64]
 Record = Mapping[str, Any]
 PRESENT = 0.5  # from this probability on a concept counts as found
 
-# Q as the paper prints it: mean and standard deviation over its five prompts.  Its values for
-# single prompts are left out, for it numbers the prompts differently from table to table.
+# The paper's Q (its Eq. 23) as it prints it: mean and standard deviation over its five prompts.
+# Its values for single prompts are left out: it numbers the prompts differently in each table.
 PAPER_Q: dict[str, tuple[float, float]] = {"np": (0.007, 0.014), "dng": (0.052, 0.022)}
 
 
@@ -101,7 +101,7 @@ class Summary:
 
 
 def summaries(records: Iterable[Record]) -> list[Summary]:
-    """Q of every prompt and rule, of the images that all their points have.
+    """Q, mean gap and ratio of every prompt and rule, of the images that all their points have.
 
     Prompts in the order that they come in, rules in that of
     :data:`dng_models.text_to_image.config.METHODS`.
@@ -162,7 +162,7 @@ def presence(cell: Cell, concepts: Sequence[str]) -> Estimate | None:
 
     None where nothing was looked for.
     """
-    shares = [_any_found(record, concepts) for record in cell.records]
+    shares = [any_found(record, concepts) for record in cell.records]
     if any(share is None for share in shares):
         return None
     hits = sum(bool(share) for share in shares)
@@ -170,11 +170,29 @@ def presence(cell: Cell, concepts: Sequence[str]) -> Estimate | None:
     return Estimate(hits / len(shares), float(low), float(high))
 
 
-def _any_found(record: Record, concepts: Sequence[str]) -> bool | None:
+def any_found(record: Record, concepts: Sequence[str]) -> bool | None:
+    """Whether at least one of the concepts is found in an image; None where nothing was asked."""
     found = record.get("presence")
     if found is None:
         return None
     return any((found.get(concept) or 0.0) >= PRESENT for concept in concepts)
+
+
+def would_be_forbidden(
+    records: Iterable[Record], prompt: str, concepts: Sequence[str]
+) -> tuple[int, ...]:
+    """Images of a prompt in which at least one of the concepts is found without guidance.
+
+    In ascending order; none where nothing was looked for.
+    """
+    return tuple(
+        sorted(
+            record["image"]
+            for record in records
+            if (record["prompt"], record["rule"]) == (prompt, UNGUIDED)
+            and any_found(record, concepts)
+        )
+    )
 
 
 def mean_probability(cell: Cell, concepts: Sequence[str]) -> float | None:
@@ -196,43 +214,99 @@ def unguided_of(found: Iterable[Cell]) -> dict[str, Cell]:
 # ---------------------------------------------------------------------- tables
 
 
+def prompt_table(prompts: Sequence[Prompt]) -> str:
+    """The prompts and what guidance takes for them, as the paper's Table 1; Markdown."""
+    lines = [
+        "| prompt | positive prompt | related negative | unrelated negative | prior | temperature "
+        "| offset | NP scale | DNG scale |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for each in prompts:
+        texts = (each.name, each.prompt, each.related, each.unrelated)
+        numbers = (each.prior, each.temperature, each.offset, each.np_scale, each.dng_scale)
+        row = [*map(_in_a_cell, texts), *(f"{number:g}" for number in numbers)]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _in_a_cell(text: str) -> str:
+    """A text that no column of a Markdown table begins or ends in."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def table(records: Sequence[Record]) -> str:
-    """Q by prompt and rule, as in the paper, with what it prints; then the detections; Markdown."""
+    """Q by prompt and rule beside the paper's, the mean gap and ratio; detections; Markdown."""
     found = summaries(records)
     rules = [rule for rule in METHODS if any(each.rule == rule for each in found)]
     lines = [
-        "| prompt | " + " | ".join(f"{METHODS[r].label}: Q | ratio" for r in rules) + " |",
-        "|---|" + "---:|---:|" * len(rules),
+        "| prompt | "
+        + " | ".join(f"{METHODS[r].label}: Q | mean gap | ratio" for r in rules)
+        + " |",
+        "|---|" + "---:|---:|---:|" * len(rules),
     ]
     by = {(each.prompt, each.rule): each.selectivity for each in found}
     prompts = list(dict.fromkeys(each.prompt for each in found))
     for prompt in prompts:
-        row = [prompt]
+        row = [_in_a_cell(prompt)]
         for rule in rules:
             one = by.get((prompt, rule))
-            row += ["", ""] if one is None else [_interval(one.q, 3), _interval(one.ratio, 2)]
+            row += (
+                ["", "", ""]
+                if one is None
+                else [_interval(one.q, 3), _interval(one.gap, 3), _interval(one.ratio, 2)]
+            )
         lines.append(f"| {' | '.join(row)} |")
     averages, printed = ["average"], ["the paper, Stable Diffusion 2"]
     for rule in rules:
         values = [one for (_, name), one in by.items() if name == rule]
         averages += [
             _spread([one.q.value for one in values], 3),
+            _spread([one.gap.value for one in values], 3),
             _spread([one.ratio.value for one in values], 2),
         ]
         paper = PAPER_Q.get(rule)
-        printed += ["" if paper is None else f"{paper[0]:.3f} ± {paper[1]:.3f}", ""]
+        printed += ["" if paper is None else f"{paper[0]:.3f} ± {paper[1]:.3f}", "", ""]
     lines += [f"| {' | '.join(averages)} |", f"| {' | '.join(printed)} |"]
     images = sorted({each.images for each in found})
     scales = sorted({len(each.scales) for each in found})
     text = "\n".join(lines) + "\n\n"
     text += (
-        f"Q: CLIP similarity to the unguided image, unrelated minus related negative, mean over "
-        f"{_range(scales)} scales and {_range(images)} images a point, with its 95% interval; "
-        "more is better. Ratio: change by the unrelated negative for every unit of change by the "
-        "related one; 0 is best. Averages with the standard deviation over prompts.\n"
+        "Q, as the paper defines it (Eq. 23): with the line of unrelated against related "
+        "similarity to the unguided image, fitted over the scales, its height over the diagonal at "
+        "the middle of the related range; – where the scales (one, or all of one similarity) "
+        f"define no line. Mean gap: unrelated minus related, mean over {_range(scales)} scales. "
+        f"Both of {_range(images)} images a point, with 95% intervals; more is better. Ratio: "
+        "change by the unrelated negative for every unit of change by the related one; 0 is best. "
+        "Averages with the standard deviation over prompts.\n"
     )
     detections = detection_table(records)
     return text if not detections else f"{text}\n{detections}"
+
+
+def q_table(records: Sequence[Record]) -> str:
+    """A line of CSV for every prompt and rule: Q, mean gap and ratio with their intervals."""
+    output = io.StringIO()
+    estimates = ("q", "gap", "ratio")
+    names = ["prompt", "rule", "scales", "images"]
+    for name in ("q", "mean_gap", "ratio"):
+        names += [name, f"{name}_low", f"{name}_high"]
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow([*names, "slope", "intercept", "q_of_the_paper"])
+    for one in summaries(records):
+        result = one.selectivity
+        numbers = [end for name in estimates for end in getattr(result, name)]
+        paper = PAPER_Q.get(one.rule, (math.nan,))[0]
+        writer.writerow(
+            [
+                *(one.prompt, one.rule, " ".join(f"{scale:g}" for scale in one.scales), one.images),
+                *(_or_nothing(each) for each in (*numbers, result.slope, result.intercept, paper)),
+            ]
+        )
+    return output.getvalue()
+
+
+def _or_nothing(value: float) -> str:
+    return f"{value:.6g}" if math.isfinite(value) else ""
 
 
 def detection_table(records: Sequence[Record]) -> str:
@@ -242,7 +316,7 @@ def detection_table(records: Sequence[Record]) -> str:
     lines = []
     for prompt in dict.fromkeys(cell.prompt for cell in found):
         for rule in METHODS:
-            row = [prompt, METHODS[rule].label]
+            row = [_in_a_cell(prompt), METHODS[rule].label]
             for kind in KINDS:
                 of = [c for c in found if (c.prompt, c.rule, c.kind) == (prompt, rule, kind)]
                 last = max(of, key=lambda cell: cell.scale, default=None)

@@ -32,7 +32,7 @@ UNGUIDED = "none"
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 DEFAULT_RULES = ("np", "dng")
 DEFAULT_MODEL = "stabilityai/stable-diffusion-2"
-DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 TINY = "tiny"
 DTYPES = ("float32", "float16", "bfloat16")
 SCHEDULERS = ("auto", "ddpm", "ddim", "euler-ancestral", "sde-dpm++", "flow", "own")
@@ -183,6 +183,12 @@ class Config:
         for name in ("model", "clip", "detector"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise TypeError(f"{name} must be a name or a folder, got {getattr(self, name)!r}")
+        for name in ("prompts", "rules", "scales", "fractions"):
+            value = getattr(self, name)
+            if value is None and name == "scales":
+                continue
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise TypeError(f"{name} must be a tuple, got {value!r}")
         if not self.prompts or not all(isinstance(each, Prompt) for each in self.prompts):
             raise ValueError(f"prompts must hold at least one prompt, got {self.prompts!r}")
         check_names(self.prompts)

@@ -21,7 +21,7 @@ from dng_math import _checks
 from dng_models.class_removal import files
 from dng_models.processes import Place
 from dng_models.progress import Progress
-from dng_models.text_to_image import pipelines, scores, store
+from dng_models.text_to_image import compare, pipelines, scores, store
 from dng_models.text_to_image.config import TINY, Config, Point, check_same
 from dng_models.text_to_image.prompts import split
 from dng_models.text_to_image.store import Record, RunFolder
@@ -29,6 +29,7 @@ from dng_models.threads import torch_threads
 
 Array = NDArray[np.float64]
 Batch = tuple[Point, tuple[int, ...]]
+Followed = dict[Point, set[int]]  # images of which the way through time is kept
 
 
 class Materials(Place):
@@ -110,9 +111,12 @@ def batches(config: Config, batch_size: int) -> list[Batch]:
 
 
 def generate(config: Config, materials: Materials, *, progress: bool = True) -> None:
-    """Draw every image of a run that is not there yet.
+    """Draw every image of a run that is not there yet, and the ways through time of some.
 
-    Every process that ``accelerate launch`` started calls it, and draws its share.
+    The first image of each prompt is followed, and the first one in which the detector found
+    something of the related negative without guidance: where that is known only after
+    :func:`measure`, another call draws its ways.  Every process that ``accelerate launch`` started
+    calls it, and draws its share.
 
     Parameters
     ----------
@@ -146,15 +150,16 @@ def _generate(config: Config, materials: Materials, progress: bool) -> None:
     before = store.read_settings(folder)
     if records and before is not None:
         check_same(config, before, folder.path)
+    followed = _followed(config, records)
     pending = [
         (point, images)
         for point, images in batches(config, materials.batch_size)
-        if any(store.image_name(point, image) not in records for image in images)
+        if any(_lacks(point, image, records, followed) for image in images)
     ]
     # Nobody writes a line before everybody has read what there is.
     processes.wait_for_everyone()
     if pending:
-        _draw_all(config, materials, records, pending, progress)
+        _draw_all(config, materials, records, followed, pending, progress)
     processes.wait_for_everyone()
     if processes.is_main_process and pending:
         store.write_table(folder, store.read_records(folder).values())
@@ -165,6 +170,7 @@ def _draw_all(
     config: Config,
     materials: Materials,
     records: Mapping[str, Record],
+    followed: Followed,
     pending: Sequence[Batch],
     progress: bool,
 ) -> None:
@@ -175,12 +181,18 @@ def _draw_all(
         store.open_run(folder, config, pipelines.versions(materials.device))
     # No image without the settings that it was made with, whoever is killed when.
     processes.wait_for_everyone()
-    total = len(config.points()) * config.num_images
-    missing = sum(
+    lacking = [
+        sum(_lacks(point, image, records, followed) for image in images)
+        for point, images in pending
+    ]
+    missing = sum(lacking)
+    # Images that are there, and of which only the way is drawn, count once more.
+    new = sum(
         store.image_name(point, image) not in records
         for point, images in pending
         for image in images
     )
+    total = len(config.points()) * config.num_images + missing - new
     lines = folder.lines_of(processes.process_index)
     shown = progress and processes.is_main_process
     with (
@@ -192,14 +204,8 @@ def _draw_all(
             if processes.process_index < len(together):
                 point, images = together[processes.process_index]
                 bar.set_description(point.key)
-                _draw_batch(config, materials, pipe, records, point, images, lines)
-            bar.update(
-                sum(
-                    store.image_name(point, image) not in records
-                    for point, images in together
-                    for image in images
-                )
-            )
+                _draw_batch(config, materials, pipe, records, followed, point, images, lines)
+            bar.update(sum(lacking[first : first + processes.num_processes]))
 
 
 def _draw_batch(
@@ -207,33 +213,56 @@ def _draw_batch(
     materials: Materials,
     pipe: Any,
     records: Mapping[str, Record],
+    followed: Followed,
     point: Point,
     images: Sequence[int],
     lines: Any,
 ) -> None:
-    """Draw a batch, and keep the images of it that are not there: the file first, then its line."""
+    """Draw a batch, and keep what of it is not there: files first, then the line of an image."""
     folder = materials.folder
-    followed = images[0] == 0 and _is_followed(config, point)
-    drawn = pipelines.draw(pipe, config, point, images, with_strip=followed)
+    lacking = [image for image in images if _lacks(point, image, records, followed)]
+    wanted = [image for image in lacking if image in followed.get(point, ())]
+    drawn = pipelines.draw(pipe, config, point, images, followed=wanted)
     for image, each in zip(images, drawn, strict=True):
-        if store.image_name(point, image) in records:
+        if image not in lacking:
             continue
-        _save_png(folder, store.image_name(point, image), each.pixels)
-        record = _record(config, point, image, each)
+        name = store.image_name(point, image)
+        if name in records:
+            record = {k: v for k, v in records[name].items() if k not in store.SCORES}
+        else:
+            _save_png(folder, name, each.pixels)
+            record = _record(config, point, image, each)
+            record["sha256"] = store.digest(folder.path / name)
         if each.strip is not None and each.strip_time is not None:
-            _save_png(folder, store.strip_name(point), each.strip)
+            way = store.strip_name(point, config.seed + image)
+            _save_png(folder, way, each.strip)
             record["path"] = {
-                "file": store.strip_name(point),
+                "file": way,
                 "time": _rounded(each.strip_time),
-                "sha256": store.digest(folder.path / store.strip_name(point)),
+                "sha256": store.digest(folder.path / way),
             }
-        record["sha256"] = store.digest(folder.image(point, image))
         store.append(lines, record)
 
 
-def _is_followed(config: Config, point: Point) -> bool:
-    """Whether the way of a point's first image is kept: unguided, and at the largest scales."""
-    return point.kind == "none" or point.scale == config.scales_of(point.rule, point.prompt)[-1]
+def _followed(config: Config, records: Mapping[str, Record]) -> Followed:
+    """Images whose ways are kept: of the unguided points, and of those at the largest scales."""
+    found: Followed = {}
+    for prompt in config.prompts:
+        forbidden = compare.would_be_forbidden(records.values(), prompt.name, split(prompt.related))
+        chosen = {0, *(image for image in forbidden[:1] if image < config.num_images)}
+        for point in config.points():
+            largest = point.kind == "none" or (
+                point.scale == config.scales_of(point.rule, point.prompt)[-1]
+            )
+            if point.prompt == prompt and largest:
+                found[point] = chosen
+    return found
+
+
+def _lacks(point: Point, image: int, records: Mapping[str, Record], followed: Followed) -> bool:
+    """Whether an image is not there, or the way that is to be kept of it."""
+    record = records.get(store.image_name(point, image))
+    return record is None or (image in followed.get(point, ()) and "path" not in record)
 
 
 def _save_png(folder: RunFolder, name: str, pixels: pipelines.Pixels) -> None:

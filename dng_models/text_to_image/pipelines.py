@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -272,7 +272,12 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def draw(
-    pipe: Any, config: Config, point: Point, images: Sequence[int], *, with_strip: bool = False
+    pipe: Any,
+    config: Config,
+    point: Point,
+    images: Sequence[int],
+    *,
+    followed: Collection[int] = (),
 ) -> list[Drawn]:
     """Draw some images of a point, as one batch.
 
@@ -284,8 +289,8 @@ def draw(
     point : Point
     images : sequence of int
         Their numbers.
-    with_strip : bool
-        Also follow the first of them through time.
+    followed : collection of int
+        Those of them that are followed through time.
 
     Returns
     -------
@@ -294,7 +299,8 @@ def draw(
     generators = [torch.Generator("cpu").manual_seed(config.seed + image) for image in images]
     concepts = config.concepts(point)
     separate = config.split_negatives and len(concepts) > 0
-    snapshots = _Snapshots(pipe, config.steps) if with_strip else None
+    rows = [row for row, image in enumerate(images) if image in followed]
+    snapshots = _Snapshots(pipe, config.steps, rows) if rows else None
     sizes = {
         name: value
         for name, value in (("height", config.height), ("width", config.width))
@@ -310,8 +316,6 @@ def draw(
         found = pipe(
             [point.prompt.prompt] * len(images),
             negative_prompt=["" if separate else point.negative or ""] * len(images),
-            # Doubles the batch; beyond that the hook leaves no effect to it.
-            guidance_scale=2.0,
             num_inference_steps=config.steps,
             generator=generators,
             output_type="pt",
@@ -322,9 +326,10 @@ def draw(
     log_posterior = trace.log_posterior
     finite = torch.isfinite(found).flatten(1).all(dim=1).tolist()
     pixels = _pixels(found)
-    strip, strip_time = None, None
+    strips: dict[int, Pixels] = {}
+    strip_time = None
     if snapshots is not None:
-        strip = snapshots.strip()
+        strips = dict(zip(rows, snapshots.strips(), strict=True))
         strip_time = np.append(time, 0.0)[[step + 1 for step in snapshots.steps]]
     return [
         Drawn(
@@ -337,8 +342,8 @@ def draw(
             else log_posterior[..., row].double().numpy().T,
             evaluations=trace.evaluations // len(images),
             evaluations_saved=trace.evaluations_saved // len(images),
-            strip=strip if row == 0 else None,
-            strip_time=strip_time if row == 0 else None,
+            strip=strips.get(row),
+            strip_time=strip_time if row in strips else None,
         )
         for row in range(len(images))
     ]
@@ -352,13 +357,13 @@ def _pixels(images: Tensor) -> Pixels:
 
 
 class _Snapshots:
-    """Latents of a batch's first image, kept along a run and decoded afterwards.
+    """Latents of some rows of a batch, kept along a run and decoded afterwards.
 
     They are what a step starts from, as the network sees it: of any scheduler on one scale.
     """
 
-    def __init__(self, pipe: Any, steps: int) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Any, steps: int, rows: Sequence[int]) -> None:
+        self._pipe, self._rows = pipe, list(rows)
         # After the first step, and so on to the last one.
         self._after = sorted({round(s) for s in np.linspace(0, steps - 1, min(SNAPSHOTS, steps))})
         self._latents: list[Tensor] = []
@@ -369,14 +374,16 @@ class _Snapshots:
     ) -> dict[str, Tensor]:
         if step in self._after:
             scale = float(scheduler_run(pipe.scheduler).input_scale[step + 1])
-            self._latents.append(given["latents"][:1].detach() * scale)
+            self._latents.append(given["latents"][self._rows].detach() * scale)
             self.steps.append(step)
         return given
 
-    def strip(self) -> Pixels:
-        """The decoded images side by side."""
-        shown = [_pixels(_decoded(self._pipe, latents))[0] for latents in self._latents]
-        return np.concatenate(shown, axis=1)
+    def strips(self) -> list[Pixels]:
+        """For each row the decoded images side by side."""
+        shown = [_pixels(_decoded(self._pipe, latents)) for latents in self._latents]
+        return [
+            np.concatenate([pixels[i] for pixels in shown], axis=1) for i in range(len(self._rows))
+        ]
 
 
 @torch.no_grad()

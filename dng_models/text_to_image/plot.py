@@ -18,18 +18,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dng_math import _checks
+from dng_models.printable import plain
 from dng_models.text_to_image import compare, store
 from dng_models.text_to_image.compare import PAPER_Q, Cell, Record, Summary
 from dng_models.text_to_image.config import KINDS, METHODS, UNGUIDED
 from dng_models.text_to_image.prompts import file_name, split
 from dng_models.text_to_image.store import RunFolder
+from dng_models.trace import readable_log_axis
 
 try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator, NullFormatter
+    from matplotlib.ticker import MaxNLocator
 
     from dng_models.class_removal.plot import (
         BLACK,
@@ -102,7 +104,7 @@ def similarities(records: Sequence[Record]) -> Figure:
 
     A panel for each prompt, with the points of every rule, larger for larger scales, their standard
     errors and the fitted line; and Q of all of them, with 95% intervals, beside the averages that
-    the paper prints.
+    the paper prints.  Where one scale defines no line, the mean gap takes the place of Q.
 
     Parameters
     ----------
@@ -129,20 +131,67 @@ def similarities(records: Sequence[Record]) -> Figure:
     for place, prompt in enumerate(prompts):
         of = [one for one in found if one.prompt == prompt]
         _draw_similarities(panels[place], of, cells)
-        _title(panels[place], place, prompt)
-    _draw_q(panels[-1], found, prompts, rules)
-    _title(panels[-1], len(prompts), "Q: unrelated minus related")
-    handles: list[Any] = [
+        _title(panels[place], place, plain(prompt))
+    lines = any(math.isfinite(one.selectivity.q.value) for one in found)
+    _draw_q(panels[-1], found, prompts, rules, "q" if lines else "gap")
+    _title(panels[-1], len(prompts), "Q (Eq. 23)" if lines else "one scale: no line, no Q")
+    handles = [*_rule_handles(rules), *_similarity_handles()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
+    return figure
+
+
+@styled
+def similarity(records: Sequence[Record], prompt: str) -> Figure:
+    """The same for one prompt, as a picture of its own (paper, Fig. 6a).
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Measured images.
+    prompt : str
+        Its name.
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        If the prompt has no images with both negatives, or as for :func:`similarities`.
+    """
+    found = [one for one in compare.summaries(records) if one.prompt == prompt]
+    if not found:
+        raise ValueError(f"there are no images of {prompt!r} with both of its negatives")
+    rules = [one.rule for one in found]
+    figure = Figure(figsize=(3.8, 4.1 + 0.1 * len(rules)), layout="constrained")
+    axes = figure.subplots()
+    _draw_similarities(axes, found, compare.cells(records))
+    figure.suptitle(plain(prompt))
+    # One legend: what each rule came to stands beside its look.
+    _, labels = axes.get_legend_handles_labels()
+    legend = axes.get_legend()
+    assert legend is not None
+    legend.remove()
+    handles = [*_rule_handles(rules), *_similarity_handles()]
+    labels += [handle.get_label() for handle in handles[len(rules) :]]
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _rule_handles(rules: Sequence[str]) -> list[Any]:
+    return [
         Line2D([], [], color=LOOKS[r].color, marker=LOOKS[r].marker, ls="-", label=METHODS[r].label)
         for r in rules
     ]
-    handles += [
+
+
+def _similarity_handles() -> list[Any]:
+    return [
         Line2D([], [], color=BLACK, marker="*", ls="none", ms=7, label="unguided"),
         Line2D([], [], color=GREY, ls=DASHED, lw=0.8, label="changed equally by both"),
         Line2D([], [], ls="none", label="larger points: larger scales"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
-    return figure
 
 
 def _draw_similarities(axes: Axes, found: Sequence[Summary], cells: Sequence[Cell]) -> None:
@@ -156,7 +205,9 @@ def _draw_similarities(axes: Axes, found: Sequence[Summary], cells: Sequence[Cel
             x, y, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=look.color, elinewidth=0.6
         )
         sizes = np.linspace(10.0, 34.0, len(x))
-        label = f"{METHODS[one.rule].label}: Q = {compare.fixed(result.q.value, 3)}"
+        known = math.isfinite(result.q.value)
+        said = f"Q = {compare.fixed(result.q.value, 3)}" if known else "no line, no Q"
+        label = f"{METHODS[one.rule].label}: {said}"
         axes.scatter(x, y, s=sizes, color=look.color, marker=look.marker, lw=0, zorder=3)
         ends = np.array([x.min(), x.max()])
         if math.isfinite(result.slope):
@@ -196,33 +247,35 @@ def _standard_errors(found: Summary, cells: Sequence[Cell], kind: str) -> Array:
 
 
 def _draw_q(
-    axes: Axes, found: Sequence[Summary], prompts: Sequence[str], rules: Sequence[str]
+    axes: Axes, found: Sequence[Summary], prompts: Sequence[str], rules: Sequence[str], name: str
 ) -> None:
-    """Q of every prompt and rule, a row for each prompt and one for the average."""
+    """Q or the mean gap of every rule, a row for each prompt and one for the average."""
     names = [*prompts, "average"]
     offsets = np.linspace(-0.22, 0.22, len(rules)) if len(rules) > 1 else np.zeros(1)
     for rule, offset in zip(rules, offsets, strict=True):
         look = LOOKS[rule]
-        of = {one.prompt: one.selectivity.q for one in found if one.rule == rule}
-        for prompt, q in of.items():
+        each = {one.prompt: getattr(one.selectivity, name) for one in found if one.rule == rule}
+        of = {prompt: value for prompt, value in each.items() if math.isfinite(value.value)}
+        for prompt, value in of.items():
             row = names.index(prompt) + offset
-            axes.plot([q.low, q.high], [row, row], color=look.color, lw=0.8)
-            axes.plot(q.value, row, look.marker, color=look.color)
-        average = float(np.mean([q.value for q in of.values()]))
+            axes.plot([value.low, value.high], [row, row], color=look.color, lw=0.8)
+            axes.plot(value.value, row, look.marker, color=look.color)
         row = len(prompts) + offset
-        axes.plot(average, row, look.marker, color=look.color, ms=6)
-        paper = PAPER_Q.get(rule)
+        if of:
+            average = float(np.mean([value.value for value in of.values()]))
+            axes.plot(average, row, look.marker, color=look.color, ms=6)
+        paper = PAPER_Q.get(rule) if name == "q" else None
         if paper is not None:
             axes.plot(
                 paper[0], row, look.marker, mfc="none", mec=look.color, ms=6, gid=f"paper-{rule}"
             )
     axes.axvline(0.0, color=GREY, ls=DASHED, lw=0.8, zorder=0)
     axes.axhline(len(prompts) - 0.5, color=GREY, lw=0.5)
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, 12) for name in names])
+    axes.set_yticks(range(len(names)), [textwrap.fill(plain(each), 12) for each in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_xlabel("Q")
-    if any(rule in PAPER_Q for rule in rules):
+    axes.set_xlabel("Q" if name == "q" else "mean gap: unrelated minus related")
+    if name == "q" and any(rule in PAPER_Q for rule in rules):
         axes.text(
             1.0, -0.32, "hollow: average in the paper", transform=axes.transAxes, size=6.5,
             ha="right", va="top",
@@ -262,19 +315,18 @@ def scales(records: Sequence[Record], rule: str) -> Figure:
     largest = {p: max(cell.scale for cell in cells if cell.prompt == p) for p in prompts}
     shown = [cell for cell in cells if cell.scale == largest[cell.prompt]]
     values = np.concatenate([_trace(record, "scale") for c in shown for record in c.records])
-    logarithmic = bool(values.min() > 0.0 and values.max() > 30.0 * values.min())
+    values = values[np.isfinite(values)]
+    logarithmic = bool(values.size and 0.0 < 30.0 * values.min() < values.max())
     for place, (axes, prompt) in enumerate(zip(panels, prompts, strict=True)):
         for kind in KINDS:
             for cell in shown:
                 if (cell.prompt, cell.kind) == (prompt, kind):
                     _draw_scales(axes, cell, KIND_COLORS[kind])
         if logarithmic:
-            axes.set_yscale("log")
-            axes.set_ylim(values.min() / 1.3, values.max() * 1.3)
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            readable_log_axis(axes.yaxis, values.min() / 1.3, values.max() * 1.3)
         _time_axis(axes)
         axes.set_ylabel(r"scale $\lambda$")
-        _title(axes, place, f"{prompt}, $g={largest[prompt]:g}$")
+        _title(axes, place, f"{plain(prompt)}, $g={largest[prompt]:g}$")
     handles: list[Any] = [
         Line2D([], [], color=KIND_COLORS[kind], lw=1.6, label=f"{kind} negative") for kind in KINDS
     ]
@@ -306,11 +358,13 @@ def _time_axis(axes: Axes) -> None:
 
 
 @styled
-def paths(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
-    """The first image of a prompt on its way through time, and what guidance did (paper, Fig. 5).
+def trajectories(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
+    """One image of a prompt on its way through time, and what guidance did (paper, Fig. 5).
 
-    Rows of decoded latents, unguided and for each rule and negative at its largest scale; below
-    them the scales and the tracked posteriors.
+    Rows of decoded latents, unguided and for each rule and negative at its largest scale, with
+    whether the detector finds something of the related negative in the result; below them the
+    scales and the tracked posteriors.  The image is the first one that holds something of the
+    related negative without guidance, where one was followed that does.
 
     Parameters
     ----------
@@ -334,6 +388,7 @@ def paths(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
     chosen = _followed(records, prompt)
     if not chosen:
         raise ValueError(f"there is no image of {prompt!r} that was followed through time")
+    related = _concepts(records, prompt, "related")
     strips = [_apart(_read(Path(root) / r["path"]["file"]), len(r["path"]["time"])) for r in chosen]
     count = max(len(record["path"]["time"]) for record in chosen)
     guided = [record for record in chosen if record["rule"] != UNGUIDED]
@@ -347,8 +402,10 @@ def paths(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
     figure = Figure(figsize=(WIDTH, height))
     inner = (WIDTH - left - right) / WIDTH
     at = height - top
-    figure.text(0.1 / WIDTH, 1.0 - 0.08 / height, prompt, size=9, va="top", weight="bold")
+    figure.text(0.1 / WIDTH, 1.0 - 0.08 / height, plain(prompt), size=9, va="top", weight="bold")
     told = f"decoded latents, seed {chosen[0]['seed']}"
+    if _whether_found(chosen[0], related):
+        told += f"; found: {plain(', '.join(related))} in the image"
     figure.text(1.0 - right / WIDTH, 1.0 - 0.08 / height, told, size=7.5, va="top", ha="right")
     for row, (record, pixels) in enumerate(zip(chosen, strips, strict=True)):
         at -= strip + 0.05
@@ -356,8 +413,9 @@ def paths(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
         axes.imshow(pixels, aspect="auto", interpolation="nearest")
         axes.set_axis_off()
         axes.text(
-            -0.01, 0.5, _name(record), transform=axes.transAxes, ha="right", va="center", size=7
-        )
+            -0.01, 0.5, f"{_name(record)}{_whether_found(record, related)}",
+            transform=axes.transAxes, ha="right", va="center", size=7,
+        )  # fmt: skip
         if row == 0:
             times = record["path"]["time"]
             for place, time in enumerate(times):
@@ -371,10 +429,13 @@ def paths(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
             continue
         at -= plot + 0.12
         axes = figure.add_axes((left / WIDTH, at / height, inner, plot / height))
-        for record in shown:
-            _draw_way(axes, record, quantity)
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        values = np.concatenate([_draw_way(axes, record, quantity) for record in shown])
+        values = values[np.isfinite(values) & (values > 0.0)]
+        if values.size:
+            top = 1.0 if quantity == "log_posterior" else np.inf
+            readable_log_axis(
+                axes.yaxis, values.min() / 1.3, max(min(1.3 * values.max(), top), values.max())
+            )
         axes.set_xlim(1.02, -0.02)
         last = quantity == "log_posterior" or not tracked
         axes.tick_params(labelbottom=last)
@@ -392,6 +453,9 @@ def paths(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
 def _followed(records: Sequence[Record], prompt: str) -> list[Record]:
     """Records with a way through time: unguided, then each rule and negative at its largest."""
     of = [record for record in records if record["prompt"] == prompt and "path" in record]
+    images = sorted({record["image"] for record in of})
+    forbidden = compare.would_be_forbidden(of, prompt, _concepts(records, prompt, "related"))
+    of = [record for record in of if record["image"] in [*forbidden, *images][:1]]
     chosen = [record for record in of if record["rule"] == UNGUIDED]
     for rule in METHODS:
         for kind in KINDS:
@@ -399,6 +463,18 @@ def _followed(records: Sequence[Record], prompt: str) -> list[Record]:
             if each:
                 chosen.append(max(each, key=lambda record: float(record["guidance_scale"])))
     return chosen
+
+
+def _concepts(records: Sequence[Record], prompt: str, kind: str) -> tuple[str, ...]:
+    """What a negative of a prompt names; nothing if there is no image with it."""
+    of = [r["negative"] for r in records if (r["prompt"], r["kind"]) == (prompt, kind)]
+    return split(of[0]) if of else ()
+
+
+def _whether_found(record: Record, concepts: Sequence[str]) -> str:
+    """What the detector says of an image, on a line of its own; nothing if it was not asked."""
+    found = compare.any_found(record, concepts)
+    return "" if found is None else "\nfound" if found else "\nnot found"
 
 
 def _name(record: Record) -> str:
@@ -414,15 +490,18 @@ def _way_look(record: Record) -> dict[str, Any]:
     }
 
 
-def _draw_way(axes: Axes, record: Record, quantity: str) -> None:
-    """A line, or one for each concept of which the posterior is tracked."""
+def _draw_way(axes: Axes, record: Record, quantity: str) -> Array:
+    """A line, or one for each concept of which the posterior is tracked; what they show."""
     time = np.array(record["time"])
     if quantity == "scale":
-        axes.plot(time, np.abs(_trace(record, "scale")), **_way_look(record))
-        return
-    rows = record["log_posterior"]
-    for row in rows if isinstance(rows[0], list) else [rows]:
-        axes.plot(time, np.exp(_trace({"row": row}, "row")), **_way_look(record))
+        lines = [np.abs(_trace(record, "scale"))]
+    else:
+        rows = record["log_posterior"]
+        rows = rows if isinstance(rows[0], list) else [rows]
+        lines = [np.exp(_trace({"row": row}, "row")) for row in rows]
+    for line in lines:
+        axes.plot(time, line, **_way_look(record))
+    return np.concatenate(lines)
 
 
 def _apart(strip: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
@@ -451,6 +530,9 @@ def grid(
     records: Sequence[Record], prompt: str, kind: str, root: Path | str, *, columns: int = 6
 ) -> Figure:
     """Images of the same seeds under every rule and scale (paper, Figs. 16-23).
+
+    Where the detector finds something of the negative in unguided images, at least one of those is
+    among them, and they are marked.
 
     Parameters
     ----------
@@ -484,7 +566,12 @@ def grid(
         rows += sorted(of, key=lambda cell: cell.scale)
     if not any(cell.kind == kind for cell in rows):
         raise ValueError(f"there are no images of {prompt!r} with its {kind} negative")
-    images = sorted(set(rows[0].images).intersection(*(cell.images for cell in rows)))[:columns]
+    every = sorted(set(rows[0].images).intersection(*(cell.images for cell in rows)))
+    found = compare.would_be_forbidden(records, prompt, _concepts(records, prompt, kind))
+    images = every[:columns]
+    others = [image for image in every if image in found]
+    if others and not set(images) & set(others):
+        images[-1] = others[0]
     if not images:
         raise ValueError(f"no image of {prompt!r} was drawn under every rule and scale")
     files = [[_file(cell, image) for image in images] for cell in rows]
@@ -499,11 +586,12 @@ def grid(
     height = top + len(rows) * (cell_height + gap) + 0.05
     figure = Figure(figsize=(width, height))
     negative = next(cell.records[0]["negative"] for cell in rows if cell.kind == kind)
-    figure.text(0.1 / width, 1.0 - 0.08 / height, prompt, size=9, va="top", weight="bold")
+    figure.text(0.1 / width, 1.0 - 0.08 / height, plain(prompt), size=9, va="top", weight="bold")
     figure.text(
         0.1 / width,
         1.0 - 0.26 / height,
-        f"{kind} negative: {negative}",
+        f"{kind} negative: {plain(negative)}"
+        + (" (found: in the unguided image)" if found else ""),
         size=7.5,
         va="top",
         color=KIND_COLORS[kind],
@@ -523,7 +611,13 @@ def grid(
             axes.set_axis_off()
             if row == 0:
                 seed = cell.records[cell.images.index(images[column])]["seed"]
-                axes.set_title(f"seed {seed}", size=6.5, pad=2)
+                there = images[column] in found
+                axes.set_title(
+                    f"seed {seed}{': found' if there else ''}",
+                    size=6.5,
+                    pad=2,
+                    weight="bold" if there else "normal",
+                )
         text = "unguided"
         if cell.rule != UNGUIDED:
             text = f"{METHODS[cell.rule].label}, $g={cell.scale:g}$"
@@ -590,7 +684,7 @@ def detections(records: Sequence[Record]) -> Figure:
         axes.set_xlim(-0.06, 1.06)
         axes.set_xlabel("scale / largest scale")
         axes.set_ylabel("concept found (% of images)")
-        _title(axes, place, prompt)
+        _title(axes, place, plain(prompt))
     if not drawn:
         raise ValueError("records must have detections, and have none: score with a detector")
     handles: list[Any] = [
@@ -660,6 +754,8 @@ def draw_all(out: Path | str, *, columns: int = 6) -> list[Path]:
         save(figure, written[-1])
 
     keep("similarities", similarities(records))
+    for one in dict.fromkeys(summary.prompt for summary in compare.summaries(records)):
+        keep(f"similarities_{file_name(one)}", similarity(records, one))
     if any(record.get("presence") for record in records):
         keep("detections", detections(records))
     for rule in METHODS:
@@ -667,8 +763,9 @@ def draw_all(out: Path | str, *, columns: int = 6) -> list[Path]:
             keep(f"scales_{rule}", scales(records, rule))
     for prompt in dict.fromkeys(record["prompt"] for record in records):
         name = file_name(prompt)
-        if _followed(records, prompt):
-            keep(f"paths_{name}", paths(records, prompt, folder.path))
+        if followed := _followed(records, prompt):
+            stem = f"trajectories_{name}_seed-{followed[0]['seed']}"
+            keep(stem, trajectories(records, prompt, folder.path))
         for kind in KINDS:
             if _has(records, {"prompt": prompt, "kind": kind}):
                 keep(f"grid_{name}_{kind}", grid(records, prompt, kind, out, columns=columns))

@@ -162,12 +162,12 @@ PAPER: tuple[Prompt, ...] = (
 )
 
 
-def load(source: str) -> tuple[Prompt, ...]:
+def load(source: str | Path) -> tuple[Prompt, ...]:
     """The prompts of the paper, or of a file.
 
     Parameters
     ----------
-    source : str
+    source : str or Path
         "paper", or a JSON file with a list of objects that have the fields of :class:`Prompt`:
         ``name``, ``prompt``, ``related`` and ``unrelated``; the numbers may be left out.
 
@@ -178,6 +178,8 @@ def load(source: str) -> tuple[Prompt, ...]:
     ValueError, TypeError
         If it is no such list; naming the entry and the field.
     """
+    if not isinstance(source, str | Path) or source == "":
+        raise TypeError(f"prompts must be 'paper' or a JSON file of prompts, got {source!r}")
     if source == "paper":
         return PAPER
     path = Path(source)

@@ -110,7 +110,7 @@ class ZeroShot:
     def __init__(
         self, clip: Clip, template: str = "a photo of {}", neutral: str = "a photo"
     ) -> None:
-        if "{}" not in template:
+        if not isinstance(template, str) or "{}" not in template:
             raise ValueError(f"template must have {{}} for the concept, got {template!r}")
         self.clip = clip
         self.template = template

@@ -70,9 +70,9 @@ def image_name(point: Point, image: int) -> str:
     return f"images/{point.key}/{image:06d}.png"
 
 
-def strip_name(point: Point) -> str:
-    """The file of the way of a point's first image through time."""
-    return f"paths/{point.key}.png"
+def strip_name(point: Point, seed: int) -> str:
+    """The file of the way of an image of a point through time."""
+    return f"paths/{point.key}/seed-{seed}.png"
 
 
 # ---------------------------------------------------------------------- settings
