@@ -46,7 +46,10 @@ def parts(mixture, x, alpha, sigma):
 
 @given(mixtures(), seeds, st.floats(0.3, 0.95), st.floats(0.4, 0.9))
 def test_the_rest_steps_to_mu_minus_odds_gap(mixture, seed, alpha_s, ratio):
-    """mu_rest = mu - o (mu_c - mu): what the log-odds tracker compares with (theory 5)."""
+    """mu_rest = mu - o (mu_c - mu): what the log-odds tracker compares with.
+
+    docs/theory.md, section 6.3.
+    """
     alpha_t = ratio * alpha_s
     sigma_t, sigma_s = np.sqrt(1 - alpha_t**2), np.sqrt(1 - alpha_s**2)
     c = schedule_of(alpha_t, sigma_t, alpha_s, sigma_s).coefficients(DDPM())
@@ -154,11 +157,11 @@ def test_divergences_of_the_parts(mixture, seed, alpha, sigma):
 
 
 def test_weights_correct_guidance_with_another_scale():
-    """At g = 2 exact DNG does not sample p (1 - p_c)^2, but weighted it does (theory 5).
+    """At g = 2 exact DNG does not sample p (1 - p_c)^2, but weighted it does.
 
-    d log w = (g^2_diff/2) g (g - 1) o^2 |s_c - s|^2 dtau.  The mass right of 2 of 20,000 chains;
-    the bounds hold at a false-alarm rate of 1e-6 each, the
-    weighted one through the effective sample size.
+    d log w = (g^2_diff/2) g (g - 1) o^2 |s_c - s|^2 dtau (docs/theory.md, section 7.2).  The mass
+    right of 2 of 20,000 chains; the bounds hold at a false-alarm rate of 1e-6 each, the weighted
+    one through the effective sample size.
     """
     mixture = GaussianMixture([0.25] * 4, [[-3.0], [-1.0], [1.0], [3.0]], [0.04] * 4)
     n, g, schedule = 20_000, 2.0, NoiseSchedule.linear()

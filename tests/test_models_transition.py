@@ -512,7 +512,10 @@ def test_rows_of_a_run(name: str) -> None:
 
 
 def test_three_names_of_one_sampler() -> None:
-    """DDPM, DDIM with eta = 1 and Euler ancestral: same A, B and V, same images (theory 2)."""
+    """DDPM, DDIM with eta = 1 and Euler ancestral: same A, B and V, same images.
+
+    docs/theory.md, section 3.2.
+    """
     options = {"timestep_spacing": "trailing"}
     runs = [
         scheduler_run(built(DDPMScheduler, 20, **UNCLIPPED, **options)),
