@@ -1,28 +1,33 @@
-"""``python -m benchmarks mixture``: time one thing, print a table, write a CSV."""
+"""``python -m benchmarks COMMAND``: time one thing, print a table, write a CSV."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from dng_models import extras
+from dng_models import command_line, extras
 from dng_models.interrupt import end_at_interrupt
+from dng_models.printable import print_anything
 from dng_models.progress import say, saying_what_compiles, showing
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports that take seconds
 
-from benchmarks.harness import AnyRow, Settings, machine, table, write_csv
+from benchmarks.harness import AnyRow, Settings, machine, read_csv, table, write_csv
 
-# Modules of this package, imported when asked for: each needs what it measures.  Each has PARTS;
-# it may have devices(), more of the machine to name, and report() and draw() of all its rows.
+# Modules of this package, imported when asked for: each needs what it measures.  Each has PARTS
+# and the kind of their rows, ROW; it may have named_devices(), more of the machine to name, and
+# report() and draw() of all its rows.
 COMMANDS = {
+    "start": "imports of each package, and first uses in new processes",
     "mixture": "exact mixtures on the CPU, against NumPy, SciPy, scikit-learn, torch and JAX",
-    "step": "one fused step, against the published sequence, torch.compile and a copy",
+    "step": "one step, against the published sequence and plain torch, eager and compiled",
     "overhead": "the share of the guidance step in a whole sampling step with a UNet",
     "loop": "a whole run of 1000 steps, as one CUDA graph too, against the published one",
 }
@@ -54,14 +59,19 @@ def say_what_there_is() -> None:
             print(f"    {part}: {first_line(function)}")
 
 
-def check_folder(out: Path) -> None:
-    """Make the folder, and raise OSError where nothing can be written to it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out) as file:
+def check_writable(*paths: Path) -> None:
+    """Make the folder of the files, and raise OSError where they cannot be written."""
+    for path in paths:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, and must be a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{path.name} in it is a folder")
+    with tempfile.TemporaryFile(dir=paths[0].parent) as file:
         file.write(b"1")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--list", action="store_true", help="say what there is, and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -79,6 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         command.add_argument("--part", help="one part only, with results under its own name")
         command.add_argument("--quiet", action="store_true", help="no progress")
+        command.add_argument(
+            "--read",
+            type=Path,
+            metavar="CSV",
+            help="measure nothing: print, and draw into --out, what an earlier run wrote",
+        )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    print_anything()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.list:
         say_what_there_is()
@@ -87,6 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"a command is needed, one of: {', '.join(COMMANDS)}")
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    # A trial, or a part, must not overwrite the results that documents refer to.
+    name = "_".join(
+        [options.command, *([options.part] if options.part else []), *["quick"] * options.quick]
+    )
+    path = options.out / f"{name}.csv"
+    try:
+        check_writable(path, path.with_suffix(".png"))
+    except OSError as error:
+        told = f"{parser.prog}: error: --out {options.out} cannot be written to: {error.strerror}"
+        print(told, file=sys.stderr)
+        sys.exit(command_line.status(error))
     try:
         module = import_module(f"benchmarks.{options.command}")
     except ImportError as error:
@@ -97,13 +130,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--part must be one of {', '.join(parts)}, got {options.part}")
         parts = {options.part: parts[options.part]}
     try:
-        check_folder(options.out)
-    except OSError as error:
-        parser.error(f"--out {options.out} cannot be written to: {error.strerror}")
-    extras.hush_torchvision()
+        if options.read is None:
+            rows, where = measured(module, parts, options)
+            write_csv(path, rows, where)
+        else:
+            rows, where = read_table(options.read, module)
+        tell(module, rows)
+        if options.read is None:
+            print(f"written to {path}")
+        if hasattr(module, "draw"):
+            print(module.draw(rows, path.with_suffix(".png"), where))
+    except OSError as error:  # what was measured is above
+        sys.exit(f"{parser.prog}: error: {error}")
 
-    where = machine(**getattr(module, "devices", dict)())
-    print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
+
+def read_table(path: Path, module: Any) -> tuple[list[AnyRow], dict[str, str]]:
+    """The rows of an earlier run, printed, and its machine; the end where it is no such table."""
+    try:
+        rows, where = read_csv(path, module.ROW)
+    except (OSError, ValueError) as error:
+        print(f"python -m benchmarks: error: --read: {error}", file=sys.stderr)
+        sys.exit(command_line.status(error))
+    say_where(where)
+    print(f"\n{table(rows)}")
+    return rows, where
+
+
+def measured(
+    module: Any, parts: Mapping[str, Any], options: argparse.Namespace
+) -> tuple[list[AnyRow], dict[str, str]]:
+    """The rows of all parts, which are printed one after the other, and the machine."""
+    extras.hush_torchvision()
+    where = machine(**getattr(module, "named_devices", dict)())
+    say_where(where)
     rows: list[AnyRow] = []
     with showing(not options.quiet), saying_what_compiles(not options.quiet):
         for part, function in parts.items():
@@ -111,25 +170,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = function(Settings(options.repeats, options.quick))
             say(table(found))
             rows += found
-    # A trial, or a part, must not overwrite the results that documents refer to.
-    name = "_".join(
-        [options.command, *([options.part] if options.part else []), *["quick"] * options.quick]
-    )
-    path = options.out / f"{name}.csv"
-    try:
-        write_csv(path, rows, where)
-    except OSError as error:  # what was measured is above
-        sys.exit(f"{parser.prog}: error: {error}")
+    return rows, where
+
+
+def say_where(where: Mapping[str, str]) -> None:
+    print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
+
+
+def tell(module: Any, rows: Sequence[AnyRow]) -> None:
+    """What the rows come to, and which goals were reached."""
     if hasattr(module, "report"):
         print("\nreport")
-        print("\n".join(f"  {line}" for line in module.report(rows)))
+        print("\n".join(f"  {line}".rstrip() for line in module.report(rows)))
     print("\ngoals")
     for row in rows:
         if row.goal:
             print(f"  {row.met}: {subject(row)}: {row.goal}; {row.measured}")
-    print(f"written to {path}")
-    if hasattr(module, "draw"):
-        print(module.draw(rows, path.with_suffix(".png"), where))
 
 
 if __name__ == "__main__":

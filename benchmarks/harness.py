@@ -1,4 +1,4 @@
-"""Interleaved timing, what it was measured on, and the table and CSV that come of it.
+"""Interleaved timing, the machine it was measured on, and tables and CSVs of the results.
 
 Contenders take turns (A, B, C, A, B, C, ...), so a machine that slows down slows all of them, and
 a ratio is the median over the rounds of the ratio within a round.  Nothing is timed before its
@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -63,7 +63,7 @@ class Goal:
 
 
 def nothing() -> None:
-    """The warm-up of what is warm already, or must not be."""
+    """No warm-up."""
 
 
 def wall(run: Callable[[], object]) -> float:
@@ -119,6 +119,12 @@ def verdict(reached: bool, settings: Settings) -> str:
 def skipped(benchmark: str, contender: str, n: int, steps: int | None, reason: object) -> Row:
     """A contender that is not here."""
     return Row(benchmark, contender, n, steps, note=f"skipped: {reason}")
+
+
+def first_words(error: BaseException) -> str:
+    """The first line of an error's message, after its kind."""
+    said = next(filter(None, map(str.strip, str(error).splitlines())), "")
+    return f"{type(error).__name__}: {said}"[:160]
 
 
 def check_close(what: str, actual: ArrayLike, expected: ArrayLike, tolerance: float) -> None:
@@ -270,6 +276,42 @@ def write_csv(path: Path, rows: Sequence[AnyRow], where: dict[str, str]) -> None
         cells = {name: _cell(value) for name, value in asdict(row).items()}
         writer.writerow(cells | where)
     files.write_text(path, text.getvalue())
+
+
+AnyKind = TypeVar("AnyKind", bound=AnyRow)
+
+
+def read_csv(path: Path, kind: type[AnyKind]) -> tuple[list[AnyKind], dict[str, str]]:
+    """The rows that :func:`write_csv` wrote, and the machine of the first.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it is not such a table; naming it.
+    """
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(kind)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file, strict=True))
+        rows = [kind(**{name: _value(line[name], hints[name]) for name in names}) for line in lines]
+        where = {name: value for name, value in lines[0].items() if name not in names}
+    except (KeyError, IndexError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path} must be a table that this benchmark wrote, with the columns {', '.join(names)}"
+        ) from error
+    return rows, where
+
+
+def _value(cell: str, hint: Any) -> Any:
+    """What a cell of a column says; an empty one of numbers says nothing."""
+    if hint is str:
+        return cell
+    if not cell:
+        return None
+    return int(cell) if int in (hint, *getattr(hint, "__args__", ())) else float(cell)
 
 
 def _cell(value: object) -> str:

@@ -18,26 +18,22 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.harness import Contender, Settings
-from benchmarks.overhead import SmallUNet, parameters
-from benchmarks.step import (
+from benchmarks.contenders import (
     BETAS,
-    PUBLISHED_LOG_P,
     RULE,
     SEED,
     TOLERANCE,
-    Device,
-    Published,
-    cpu_device,
-    devices,
-    first_words,
-    gpu_device,
     largest_error,
     make_plan,
+    published_log_p,
 )
+from benchmarks.device import Device, cpu_device, gpu_device, named_devices
+from benchmarks.harness import Contender, Settings, first_words
+from benchmarks.overhead import SmallUNet, parameters
+from benchmarks.published import Published
 from dng_kernels import StepPlan, StepResult, dng_step, standard_normal
 
-__all__ = ["PARTS", "devices"]
+__all__ = ["PARTS", "ROW", "named_devices", "report"]
 
 STEPS = len(BETAS)
 CHECKED = 5  # steps after which both runs must still be one
@@ -90,7 +86,7 @@ def published_run(
     net: Net, shape: tuple[int, ...], steps: int, place: torch.device, *, seeded: bool
 ) -> tuple[Tensor, Tensor]:
     """x and p after the first steps; with noise of its own, or (``seeded``) ours."""
-    published = Published(BETAS, torch.float32, place)
+    published = Published(BETAS, torch.float32, place, guidance_scale=RULE.guidance_scale)
     x = standard_normal(SEED, shape, device=place)
     p = torch.full(shape[:1], float(RULE.posterior.prior or 0.0), device=place)  # type: ignore[union-attr]
     for step in range(steps):
@@ -145,7 +141,7 @@ def check(net: Net, shape: tuple[int, ...], device: Device, ours: OurRun) -> Non
     bound = CHECKED * TOLERANCE[torch.float32]
     harness.check_close("x of a run", largest_error(ours.x, x), 0.0, bound)
     error = largest_error(ours.state, p.log())
-    bound = CHECKED * PUBLISHED_LOG_P[torch.float32]
+    bound = CHECKED * published_log_p(torch.float32, x)
     harness.check_close("the posterior of a run", error, 0.0, bound)
 
 
@@ -221,6 +217,7 @@ def gpu(settings: Settings) -> list[LoopRow]:
 
 
 PARTS: dict[str, Callable[[Settings], list[LoopRow]]] = {"cpu": cpu, "gpu": gpu}
+ROW = LoopRow
 
 
 def report(rows: list[LoopRow]) -> list[str]:

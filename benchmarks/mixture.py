@@ -6,13 +6,9 @@ does not is left as it is, and the rows say so.
 
 from __future__ import annotations
 
-import os
 import resource
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -23,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from benchmarks import harness, rivals
+from benchmarks import fresh, harness, rivals
 from benchmarks.harness import (
     Contender,
     Goal,
@@ -34,6 +30,7 @@ from benchmarks.harness import (
     nothing,
     skipped,
 )
+from benchmarks.style import seconds_text
 from dng_math import (
     DynamicNegativeGuidance,
     GaussianMixture,
@@ -46,7 +43,6 @@ from dng_models.threads import torch_threads
 
 Array = NDArray[np.float64]
 SLOW_ROUNDS = 3
-ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---------------------------------------------------------------------- chain
@@ -254,69 +250,7 @@ def _on_one_thread(run: Callable[[], None]) -> None:
         run()
 
 
-# ---------------------------------------------------------------------- fresh processes
-
-# Nothing but the package: the benchmarks themselves import much more.
-IMPORTS = """
-import os
-from dng_math import DynamicNegativeGuidance, GaussianMixture, NoiseSchedule, PaperTracker, sample
-"""
-FIRST_SAMPLE = """
-mixture = GaussianMixture([0.25] * 4, [[-3.0], [-1.0], [1.0], [3.0]], [0.04] * 4)
-rule = DynamicNegativeGuidance(posterior=PaperTracker())
-sample(mixture, NoiseSchedule.linear(100), rule, n=1000, forbidden=[1])
-"""
-# Without the time that Python takes to end.
-RETURNED = """
-print("returned", flush=True)
-os._exit(0)
-"""
-
-
-def _fresh(code: str, **variables: str) -> str:
-    """Run code in a new process until it says something; what it said."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
-    command = [sys.executable, "-c", code]
-    # In a group of its own, which Ctrl-C does not reach: it would tell where it was interrupted.
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0
-    ) as process:
-        assert process.stdout is not None
-        try:
-            said = process.stdout.readline()
-        except KeyboardInterrupt:
-            process.kill()
-            raise
-    if process.returncode != 0 or not said:
-        raise RuntimeError(f"a new process failed with {process.returncode}, running {code}")
-    return said
-
-
-def first_use(settings: Settings) -> list[Row]:
-    """Seconds until the first sample of a new process, with and without compiled code on disk."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = partial(_fresh, NUMBA_CACHE_DIR=folder)
-        imports, first = IMPORTS + RETURNED, IMPORTS + FIRST_SAMPLE + RETURNED
-
-        def without_cache() -> None:
-            shutil.rmtree(folder)
-            os.mkdir(folder)
-            run(first)
-
-        contenders = [
-            Contender(
-                "dng_math, empty cache",
-                without_cache,
-                nothing,
-                1 if settings.quick else SLOW_ROUNDS,
-                Goal("at most 20 s", most_seconds=20.0),
-            ),
-            # The one before it has filled the cache.
-            Contender("dng_math", partial(run, first), nothing, note="cached"),
-            Contender("imports alone", partial(run, imports)),
-        ]
-        return compare("first use", contenders, settings, n=1000, steps=100)
+# ---------------------------------------------------------------------- memory
 
 
 def memory_growth(n: int, steps: int, record: str) -> float:
@@ -353,7 +287,7 @@ def memory(settings: Settings) -> list[Row]:
     for steps, record in ((few, ""), (10 * few, ""), (few, "trajectory")):
         code = "from benchmarks.mixture import memory_growth\n"
         said = [
-            float(_fresh(f"{code}print(memory_growth({n}, {steps}, {record!r}))"))
+            float(fresh.said_by(f"{code}print(memory_growth({n}, {steps}, {record!r}))"))
             for _ in range(1 if settings.quick else SLOW_ROUNDS)
         ]
         name = f"dng_math, {record} recorded" if record else "dng_math"
@@ -369,6 +303,25 @@ PARTS: dict[str, Callable[[Settings], list[Row]]] = {
     "chain": chain,
     "log_prob and score": densities,
     "digits step": digits,
-    "first use": first_use,
     "memory": memory,
 }
+ROW = Row
+
+
+def report(rows: Sequence[Row]) -> list[str]:
+    """Every comparison in Markdown: our time, and the others' with how many times ours it is."""
+    lines = ["", "| | dng_math | others, and how many times its time |", "| --- | --- | --- |"]
+    jobs = dict.fromkeys((row.benchmark, row.n, row.steps) for row in rows)
+    for name, n, steps in jobs:
+        own = [row for row in rows if (row.benchmark, row.n, row.steps) == (name, n, steps)]
+        times = {row.contender: seconds_text(row.median_s) for row in own if row.median_s}
+        if harness.BASELINE not in times:
+            continue
+        others = [
+            f"{row.contender} {times[row.contender]} ({row.ratio_to_dng_math:.3g}x)"
+            for row in own
+            if row.contender in times and row.contender != harness.BASELINE
+        ]
+        size = f"n = {n:,}" + (f", {steps} steps" if steps else "")
+        lines.append(f"| {name}, {size} | {times[harness.BASELINE]} | {'; '.join(others)} |")
+    return lines

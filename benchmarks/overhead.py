@@ -19,32 +19,32 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
-from benchmarks.harness import Contender, Settings
-from benchmarks.step import (
-    GRAPH,
+from benchmarks.contenders import (
+    EAGER,
+    KERNEL,
+    OURS,
     OWN,
-    PLAIN,
     PUBLISHED,
+    SEEDED,
     STEP,
     TIME,
     Case,
-    Device,
     Entry,
     check_published,
-    cpu_device,
-    devices,
-    first_words,
-    gpu_device,
-    lap,
+    eager_entries,
+    kernel_entries,
+    label_of,
     largest_error,
     make_plan,
     make_tensors,
-    microseconds,
-    step_entries,
 )
+from benchmarks.device import GRAPH, PLAIN, Device, cpu_device, gpu_device, named_devices
+from benchmarks.harness import Contender, Settings, first_words
+from benchmarks.step import lap
+from benchmarks.style import seconds_text
 from dng_kernels import dng_step
 
-__all__ = ["PARTS", "devices"]
+__all__ = ["PARTS", "ROW", "named_devices", "report"]
 
 LEAST_SHARE = 0.001  # of a step with a real network, that ours may take
 NETWORK, WITH_PUBLISHED, WITH_OURS = "network", "network + published", "network + dng_step"
@@ -206,9 +206,12 @@ def shares(
     """The network alone, with the published step and with ours, and both steps alone."""
     plan = make_plan(device)
     t = make_tensors(case, dtype, plan)
-    ours = f"fused, seed, {OWN}" if device.fused else f"reference, {OWN}"
-    steps = {entry.label: entry for entry in step_entries(plan, dtype, device)}
-    steps = {WITH_PUBLISHED: steps[f"{PUBLISHED}, {OWN}"], WITH_OURS: steps[ours]}
+    entries = [*eager_entries(plan, dtype, device), *kernel_entries(plan, device)]
+    steps = {entry.label: entry for entry in entries}
+    steps = {
+        WITH_PUBLISHED: steps[label_of(PUBLISHED, EAGER, OWN)],
+        WITH_OURS: steps[label_of(OURS, *((KERNEL, SEEDED) if device.kernel else (EAGER, OWN)))],
+    }
 
     def whole(entry: Entry | None, captured: bool) -> None:
         eps, eps_neg = predict(torch.cat([t.x, t.x])).chunk(2)
@@ -334,6 +337,7 @@ PARTS: dict[str, Callable[[Settings], list[ShareRow]]] = {
     "sd15": stable_diffusion,
     "sdxl": sdxl,
 }
+ROW = ShareRow
 
 
 def report(rows: list[ShareRow]) -> list[str]:
@@ -346,7 +350,7 @@ def report(rows: list[ShareRow]) -> list[str]:
         elif row.contender == NETWORK and row.median_s is not None:
             lines.append(
                 f"{start} ({row.mode}): {row.parameters / 1e6:.4g} million parameters, two "
-                f"predictions in {microseconds(row.median_s)}"
+                f"predictions in {seconds_text(row.median_s)}"
             )
         elif row.share is not None and row.share_q25 is not None and row.share_q75 is not None:
             line = (

@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from benchmarks import loop  # noqa: E402
+from benchmarks.device import cpu_device  # noqa: E402
 from benchmarks.harness import Settings  # noqa: E402
-from benchmarks.step import cpu_device  # noqa: E402
 from dng_kernels import standard_normal  # noqa: E402
 
 SHAPE = (2, 3, 32, 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_every_part_leaves_rows(quick):
     _, rows = quick
     found = {row["benchmark"] for row in rows}
     kinds = {f"{what} ({kind})" for what in ("log_prob", "score") for kind in ("full", "diagonal")}
-    assert found == {"chain", "digits step", "first use", "memory", *kinds}
+    assert found == {"chain", "digits step", "memory", *kinds}
     for row in rows:
         assert tuple(row) == COLUMNS
         measured = row["median_s"] or row["memory_mib"]
@@ -93,6 +94,23 @@ def test_without_scikit_learn_the_rest_runs(monkeypatch):
     skipped = [row for row in rows if row.note.startswith("skipped")]
     assert {row.contender for row in skipped} == {"scikit-learn"} and len(rows) == 3 * len(skipped)
     assert [row.note[:7] for row in mixture.digits(QUICK)] == ["skipped"]
+
+
+def test_every_number_that_the_readme_says_of_speed_is_printed(tmp_path, capsys):
+    pytest.importorskip("torch")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("\n## Speed\n")[2].partition("\n## ")[0]
+    for command in COMMANDS:
+        path = ROOT / "benchmarks" / "results" / f"{command}.csv"
+        if path.exists():
+            main([command, "--read", str(path), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    lines = {line.strip() for line in printed.splitlines()}
+    tables = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(tables) > 5 and [line for line in tables if line not in lines] == []
+    said = re.findall(r"[\d.]+x to [\d.]+x|\b[\d.]+ (?:s|ms|µs)\b", section.replace("\n", " "))
+    assert [number for number in said if number not in printed] == []
+    assert any("x to " in number for number in said)
 
 
 # ---------------------------------------------------------------------- like with like
@@ -209,7 +227,40 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_anything_is_measured
     with pytest.raises(SystemExit) as exit_:
         main(["mixture", "--out", str(tmp_path / "file")])
     assert exit_.value.code == 2
-    assert f"--out {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"--out {tmp_path / 'file'} cannot be written to: it is a file" in said
+
+
+@pytest.mark.parametrize("name", ["mixture.csv", "mixture.png"])
+def test_a_folder_in_the_place_of_a_result_is_known_before_anything_is_measured(
+    name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(mixture, "PARTS", {"part": None})
+    (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        main(["mixture", "--out", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert f"cannot be written to: {name} in it is a folder" in capsys.readouterr().err
+
+
+def test_what_was_written_is_read_as_it_was(tmp_path):
+    rows = [
+        Row("b", "dng_math", 1, 2, 0.5, 0.25, 0.75, note="a, note"),
+        Row("b", "other", 1, memory_mib=3.0),
+    ]
+    harness.write_csv(tmp_path / "b.csv", rows, {"cpu": "a CPU", "date": "today"})
+    assert harness.read_csv(tmp_path / "b.csv", Row) == (rows, {"cpu": "a CPU", "date": "today"})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_committed_results_can_be_told_again(command, tmp_path, capsys):
+    """What the README says of them is printed by this."""
+    pytest.importorskip("torch")
+    path = ROOT / "benchmarks" / "results" / f"{command}.csv"
+    if not path.exists():
+        pytest.skip(f"no results of {command} are committed")
+    main([command, "--read", str(path), "--out", str(tmp_path)])
+    assert "cpu: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -226,7 +277,8 @@ def test_what_is_timed_is_named_unless_it_is_to_be_quiet(quiet, tmp_path, monkey
 
 
 def test_a_missing_package_is_named_with_the_cure(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "benchmarks.step", raising=False)
+    for name in ("step", "contenders", "device", "published", "step_report"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit):
         main(["step"])

@@ -189,7 +189,7 @@ def test_ctrl_c_ends_the_imports_of_the_figures(tmp_path):
 
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_ctrl_c_ends_benchmarks_and_the_process_that_they_time(tmp_path, whole_group):
-    command = ["-m", "benchmarks", "mixture", "--part", "first use", "--quick", "--out"]
+    command = ["-m", "benchmarks", "start", "--part", "first use", "--quick", "--out"]
     found = interrupted([*command, str(tmp_path)], "first use:", whole_group=whole_group, wait=2.0)
     assert_ended(found)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,132 @@
+"""Where a step is timed, and how: a CPU by the clock on the wall, a GPU by its events."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+
+# What a contender is started as.
+PLAIN, GRAPH = "plain", "graph"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device, its clock, and what can be asked of it.
+
+    ``kernel`` says whether the Triton kernel runs there; ``cache`` is the size in bytes that input
+    sets must outgrow (0: one set); ``capture`` makes a replay of a lap; ``launches`` counts what a
+    call starts; ``least_lap`` is how many seconds a lap of many steps should take.
+    """
+
+    name: str
+    place: torch.device
+    clock: Callable[[Callable[[], object]], float]
+    kernel: bool = False
+    cache: int = 0
+    capture: Callable[[Callable[[], object]], Callable[[], object]] | None = None
+    launches: Callable[[Callable[[], object]], int | None] = lambda run: None
+    free: Callable[[], float] = lambda: math.inf
+    least_lap: float = 0.005
+
+
+def named_devices() -> dict[str, str]:
+    """What a table says of the machine, beyond what it always says."""
+    return {"gpu": harness.gpu(), "torch_threads": str(torch.get_num_threads())}
+
+
+# ---------------------------------------------------------------------- a CPU
+
+
+def cpu_device() -> Device:
+    return Device("cpu", torch.device("cpu"), awake, free=_free_on_cpu)
+
+
+def awake(run: Callable[[], object]) -> float:
+    """Seconds on the wall, after a pause, with torch's threads awake again.
+
+    The first parallel operation after a pause waits for them, for milliseconds on some machines.
+    """
+    time.sleep(harness.PAUSE)
+    spare = torch.zeros(2**18)
+    for _ in range(3):
+        spare.add_(1.0)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _free_on_cpu() -> float:
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError):  # not told here
+        return math.inf
+
+
+# ---------------------------------------------------------------------- a GPU
+
+
+def gpu_device() -> Device:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Device(
+        "gpu",
+        torch.device("cuda"),
+        event_clock,
+        kernel=True,
+        cache=properties.L2_cache_size,
+        capture=captured,
+        launches=device_operations,
+        free=lambda: float(torch.cuda.mem_get_info()[0]),
+        least_lap=0.002,
+    )
+
+
+def event_clock(run: Callable[[], object]) -> float:
+    """Seconds between two events on the device, around whatever is launched in between."""
+    cuda: Any = torch.cuda
+    start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3
+
+
+def captured(lap: Callable[[], object]) -> Callable[[], object]:
+    """A replay of what a lap launches, which keeps the lap: its kernels must stay loaded."""
+    # Whatever happens once (compiling, workspaces, handles of libraries) happens before.
+    cuda: Any = torch.cuda
+    side = cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        lap()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lap()
+
+    def replay(captured: object = lap) -> None:
+        graph.replay()
+
+    return replay
+
+
+def device_operations(run: Callable[[], object]) -> int | None:
+    """Kernels and copies that a call starts; None where the profiler cannot see the device."""
+    run()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    kinds = [str(event.device_type) for event in profile.events() or []]
+    return sum(kind.endswith("CUDA") for kind in kinds) or None
