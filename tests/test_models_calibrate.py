@@ -269,6 +269,21 @@ def test_a_calibration_is_saved_whole_and_read_back(tmp_path):
     assert tracker.prior == 0.2
     constant = again.tracker("log-odds", varying=False)
     assert isinstance(constant, LogOddsTracker) and isinstance(constant.temperature, float)
+    head, _, row = calibrate.report_table({"0": again}).splitlines()
+    cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    for title, name in (
+        ("share alone", "prior alone"),
+        ("paper's settings", "paper's settings"),
+        ("one temperature", "paper, constant"),
+        ("varying", "paper"),
+        ("log-odds, varying", "log-odds"),
+    ):
+        assert float(cells[title]) == pytest.approx(again.report[name]["mean_log_loss"][0], 5e-3)
+    gain = np.array(again.about["gain_unwanted"])
+    assert cells["exact evidence"] == f"{np.log(5.0):.1f}"
+    assert cells["most, at t/T"] == f"{gain.max():.1f}, {again.report['time'][gain.argmax()]:.2f}"
+    assert cells["at the end"] == f"{gain[-1]:.1f}"
+
     report = made.report
     assert report["prior alone"]["mean_log_loss"][0] > report["paper"]["mean_log_loss"][0]
     assert len(report["time"]) == len(report["paper"]["log_loss"]) == 31
@@ -277,10 +292,10 @@ def test_a_calibration_is_saved_whole_and_read_back(tmp_path):
 
     told = json.loads(path.read_text())
     path.write_text(json.dumps(told | {"version": 0}))
-    with pytest.raises(ValueError, match=r"0\.json is not a calibration.*version 0"):
+    with pytest.raises(ValueError, match=r"0\.json is a calibration of version 0"):
         Calibration.load(path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="is not a calibration"):
+    with pytest.raises(ValueError, match=r"0\.json has no .version"):
         Calibration.load(path)
     with pytest.raises(FileNotFoundError, match="run the calibrate command first"):
         Calibration.load(tmp_path / "1.json")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ pytest.importorskip("diffusers")
 
 from PIL import Image  # noqa: E402
 
-from dng_models.class_removal import commands, files  # noqa: E402
+from dng_models.class_removal import classifier, commands, files, plan, train  # noqa: E402
 from dng_models.class_removal.__main__ import main, make_parser  # noqa: E402
 from dng_models.class_removal.classifier import ClassifierConfig, train_classifier  # noqa: E402
 from dng_models.class_removal.config import Config  # noqa: E402
@@ -27,7 +29,7 @@ from dng_models.class_removal.networks import save_network  # noqa: E402
 from tests.tiny_networks import tiny  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("run", "train", "calibrate", "sample", "evaluate", "sweep", "plot", "convert")
+COMMANDS = ("run", "train", "calibrate", "sample", "evaluate", "sweep", "tune", "plot", "convert")
 FEW = ("--device", "cpu", "--quiet")
 SHORT = (*FEW, "--steps", "4", "--num-images", "12", "--batch-size", "12")
 
@@ -200,9 +202,159 @@ def test_a_plot_of_nothing_is_refused(tmp_path, capsys):
     assert "sweep.jsonl" in line
 
 
-def test_quick_needs_shipped_networks(out, capsys):
-    line = refused(capsys, "run", "--quick", "--dataset", "mnist", "--out", out, *FEW)
-    assert "dataset must be one whose networks come with the package" in line
+# One's own data
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """A folder of three classes, one of which has a name that no shell and no figure likes."""
+    folder = tmp_path_factory.mktemp("own") / "photos"
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("cat", "dog $x_$", "owl")):
+        (folder / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(60 * number, 60 * number + 60, (8, 8)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["run", "train", "calibrate", "sample", "sweep", "evaluate"])
+def test_no_class_of_ones_own_data_is_forgotten_unasked(photos, tmp_path, capsys, command):
+    images = [photos / "cat"] if command == "evaluate" else []
+    line = refused(capsys, command, *images, "--dataset", photos, "--out", tmp_path / "o", *FEW)
+    assert "forget must be given for" in line and "cat, dog $x_$, owl" in line
+    assert "--forget cat" in line and not (tmp_path / "o").exists()
+    line = refused(
+        capsys, command, *images, "--dataset", photos, "--forget", "fox", "--out", tmp_path, *FEW
+    )
+    assert "class must be one of cat, dog $x_$, owl" in line
+
+
+def test_a_base_needs_no_forgotten_class(photos, tmp_path, capsys):
+    arguments = ["train", "--dataset", photos, "--only", "base", "classifier", "--plan"]
+    assert main([str(each) for each in (*arguments, "--out", tmp_path / "o", *FEW)]) == 0
+    assert "train base: 4,000 updates" in capsys.readouterr().out
+
+
+def test_an_unreadable_class_is_not_passed_over(photos, tmp_path, capsys, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    asked = "sweep", "--dataset", data, "--forget", "cat", "--out", tmp_path / "o", *FEW
+    allowed = os.access
+    with monkeypatch.context() as patch:  # these tests may be root's, who may read everything
+        patch.setattr(os, "access", lambda at, mode: "3.png" not in str(at) and allowed(at, mode))
+        line = refused(capsys, *asked)
+        assert "3.png cannot be read (Permission denied)" in line and "would be missing" in line
+    (data / "cat" / "link.png").symlink_to(data / "nothing.png")
+    assert "link.png cannot be read" in refused(capsys, *asked)
+    (data / "cat" / "link.png").unlink()
+    (data / "elk").mkdir()
+    (data / "elk" / "a.heic").write_bytes(b"another format")
+    line = refused(capsys, *asked)
+    assert "elk has no image among its 1 files (such as a.heic)" in line
+
+
+def test_a_plan_is_printed_and_nothing_done(photos, tmp_path, capsys, monkeypatch):
+    for module, name in ((train, "seconds_per_update"), (classifier, "seconds_per_update")):
+        monkeypatch.setattr(module, name, lambda *_, **__: 0.5)
+    monkeypatch.setattr(plan, "seconds_to_fit", lambda *_: 7.0)
+    monkeypatch.setattr(plan, "seconds_per_step", lambda *_: 0.25)
+    monkeypatch.setattr(plan, "seconds_to_measure", lambda *_: 2.0)
+    monkeypatch.setattr(commands, "train_diffusion", None)
+    monkeypatch.setattr(commands, "sweep", None)
+    out = tmp_path / "o"
+    arguments = ["run", "--dataset", photos, "--forget", "owl", "--out", out, "--plan", *FEW]
+    assert main(list(map(str, arguments))) == 0
+    told = capsys.readouterr().out
+    assert "36 images of 8 x 8 in grey, 3 classes" in told and "on cpu" in told
+    for part in (
+        "train base: 4,000 updates of 64 images",
+        "train class-owl: 2,200 updates of 64 images",
+        "train classifier: 1,600 updates of 64 images",
+        "calibrate owl, pair: 8 held-out images, 2 paths of 100 steps each",
+        "draw and measure 1 setting, unguided, pair: 1,024 images of 1000 steps",
+        "draw and measure 10 settings, guided, pair: 1,024 images of 1000 steps",
+    ):
+        assert part in told
+    # 7,800 updates, and 11 settings of 16 batches of 1,000 steps, 2 s each to measure.
+    total = 7800 * 0.5 + 7.0 + 100 * 0.25 + 11 * (16_000 * 0.25 + 2.0)
+    assert f"about {total / 3600:.0f} h" in told.splitlines()[-2]
+    assert "shorter: --quick" in told.splitlines()[-1]
+    assert "conditional" not in told and not out.exists()
+    assert main(list(map(str, [*arguments, "--conditional"]))) == 0
+    assert "train conditional: 5,000 updates" in capsys.readouterr().out
+    assert main(list(map(str, [*arguments, "--quick"]))) == 0
+    told = capsys.readouterr()
+    assert "train base: 1,500 updates" in told.out and "64 images of 50 steps" in told.out
+    assert told.err.startswith("QUICK RUN: 64 images a setting, 50 steps, networks of 750 and 1500")
+    assert "its numbers are no results" in told.err
+
+
+def test_a_plan_knows_what_is_there(out, capsys):
+    arguments = ["sweep", "--rules", "none", "np", "--scale", "0.5", "--out", str(out), *SHORT]
+    assert main([*arguments, "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert "draw and measure 1 setting, guided, pair: 12 images of 4 steps" in told
+    assert not (out / "sweep.jsonl").exists()
+    assert main([*arguments]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--plan"]) == 0
+    assert "everything is there, nothing is left to do" in capsys.readouterr().out
+
+
+def test_large_images_are_made_small_for_a_quick_run(tmp_path):
+    def fields(side, width=None):
+        folder = tmp_path / f"{side}" / "cat"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (width or side, side)).save(folder / "a.png")
+        (tmp_path / f"{side}" / "dog").mkdir()
+        Image.new("RGB", (width or side, side)).save(tmp_path / f"{side}" / "dog" / "a.png")
+        return commands._quick_fields(Config(dataset=str(folder.parent))).get("image_size")
+
+    assert [fields(8), fields(28), fields(27), fields(32)] == [None, None, 16, 16]
+    assert fields(24, width=20) == 16
+    given = Config(dataset=str(tmp_path / "32"), image_size=20)
+    assert "image_size" not in commands._quick_fields(given)
+
+
+def test_what_is_given_by_name_is_looked_at_before_anything_is_trained(out, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "_train", None)
+    new = out / "new"
+    for option, value, message in (
+        ("--base", out / "networks" / "coloured", "8 x 8 pixels and 3 channels"),
+        ("--base", "./nets", "no such file or folder"),
+        ("--classifier", "x/y/z", "no such file or folder"),
+        ("--classifier", out / "networks" / "base", "classifier"),
+    ):
+        line = refused(capsys, "run", option, value, "--out", new, *FEW)
+        assert message in line
+    # A network of another configuration in the folder of one class, after that of the base.
+    folder = out / "other" / "networks" / "class-0"
+    folder.mkdir(parents=True)
+    (folder / "training.json").write_text('{"configuration": {"steps": 3}}')
+    line = refused(capsys, "train", "--out", out / "other", *FEW)
+    assert "class-0" in line and "is of another configuration" in line
+
+
+@pytest.mark.slow
+def test_a_quick_run_on_ones_own_data_does_all_of_it(photos, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    name = "dog $x_$"
+    arguments = ["run", "--quick", "--dataset", str(photos), "--forget", name, "--device", "cpu"]
+    assert main([*arguments, "--train-steps", "10", "--steps", "4"]) == 0
+    told = capsys.readouterr()
+    assert "plan: " in told.err and "QUICK RUN" in told.err and "--conditional" in told.err
+    out = tmp_path / "runs" / "photos-quick"
+    assert {path.name for path in (out / "networks").iterdir()} == {
+        "base",
+        "class-dog %24x_%24",
+        "classifier",
+    }
+    assert (out / "table.md").read_text().startswith("QUICK RUN")
+    assert {"curves.png", "histogram_dog_x_.png", "grid_dog_x_.png"} <= {
+        path.name for path in (out / "figures").iterdir()
+    }
 
 
 def test_debug_shows_where_an_error_comes_from(out):
@@ -215,7 +367,7 @@ def test_an_interrupted_command_says_that_it_goes_on(out, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "sweep", interrupted)
-    assert main(["sweep", "--out", str(out), *SHORT]) == 130
+    assert main(["sweep", "--rules", "none", "--out", str(out), *SHORT]) == 130
     told = capsys.readouterr().err
     assert "the same command goes on from here" in told and "Traceback" not in told
 
@@ -290,7 +442,9 @@ def test_a_sweep_prints_its_table_and_plot_draws_it(out, capsys):
     ]
     assert len(told.splitlines()) == 6
     assert main(["plot", "--out", str(out)]) == 0
-    drawn = capsys.readouterr().out.split()
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("At 0.5% forbidden")
+    drawn = [line for line in told if line.startswith(str(out))]
     assert str(out / "figures" / "curves.png") in drawn
     assert all(Path(path).stat().st_size > 0 for path in drawn)
 

@@ -15,6 +15,7 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 Image = pytest.importorskip("PIL.Image")
 
+from dng_models import foreign  # noqa: E402
 from dng_models.class_removal.data import (  # noqa: E402
     Dataset,
     held_out_rows,
@@ -535,6 +536,7 @@ def test_a_name_goes_to_the_hub(monkeypatch, name, asked):
         seen.append(path)
         raise ConnectionError("no network")
 
+    monkeypatch.setattr(foreign, "ask_hub", lambda name, kind: True)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(OSError, match=f"{name}.* hub did not give it: ConnectionError"):
         load_dataset(name)

@@ -208,6 +208,69 @@ def test_many_methods_differ_in_colour_or_marker_and_fit():
     assert texts_inside(plot.curves(rows))
 
 
+# Axes
+
+
+def labelled(axis):
+    """The ticks within the limits of an axis that have a label, as they are drawn."""
+    low, high = sorted(axis.get_view_interval())
+    return [
+        tick
+        for tick, text in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+        if low <= tick <= high and text.get_text()
+    ]
+
+
+@pytest.mark.parametrize("middle", [0.003, 0.13, 4.7, 58.0, 910.0])
+@pytest.mark.parametrize("span", [1.05, 1.6, 3.0, 9.0, 25.0, 1e3, 1e7])
+def test_a_logarithmic_axis_has_three_to_eight_labels_between_any_limits(middle, span):
+    low, high = middle / span**0.5, middle * span**0.5
+    ticks = plot._log_ticks(low, high)
+    assert plot.FEWEST_TICKS <= len(ticks) <= plot.MOST_TICKS
+    assert ticks == sorted(set(ticks)) and low <= ticks[0] and ticks[-1] <= high
+    assert len({f"{tick:g}" for tick in ticks}) == len(ticks)
+
+
+@pytest.mark.parametrize("ratio", [1.01, 4.0, 9.0, 500.0])
+def test_every_axis_of_the_curves_can_be_read(ratio):
+    """Values and shares, each over that ratio, from numbers that no tick is at."""
+    numbers = [0.13, 0.13 * ratio]
+    rows = [
+        make_row(
+            scale=g,
+            safety=0.0031 * 1.2**g,
+            metrics={
+                name + end: value
+                for name in compare.QUANTITIES
+                for end, value in (("", v), ("_low", v), ("_high", v))
+            },
+        )
+        for g, v in enumerate(numbers, 1)
+    ]
+    for row in rows:
+        row["metrics"] |= {f"safety{end}": row["metrics"]["safety"] for end in ("_low", "_high")}
+    figure = plot.curves(rows)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        assert axes.get_yscale() == axes.get_xscale() == "log"
+        assert len(labelled(axes.yaxis)) >= 3 and len(labelled(axes.xaxis)) >= 2
+
+
+def test_every_other_logarithmic_axis_can_be_read():
+    times, x, scale, _ = walk()
+    scale = np.linspace(3.1, 390.0, scale.size).reshape(scale.shape)
+    strong = plot.trajectories(times, x, scale)
+    data = calibration()
+    for name, low in (("before", 0.11), ("after", 0.004), ("prior", 0.2)):
+        data[name] = {key: [low] * 6 for key in ("log_loss", "brier")}
+    losses = plot.reliability(data)
+    for figure, places in ((strong, (1, 3)), (losses, (1, 2))):
+        FigureCanvasAgg(figure).draw()
+        for place in places:
+            axes = figure.axes[place]
+            assert axes.get_yscale() == "log" and len(labelled(axes.yaxis)) >= 3
+
+
 # Methods
 
 
@@ -327,6 +390,115 @@ def test_a_distance_that_is_missing_at_one_end_is_none_and_the_others_are_there(
 def test_of_several_crossings_the_weakest_is_taken():
     rows = [exact(g, s, g) for g, s in ((4.0, 0.002), (3.0, 0.02), (2.0, 0.005), (1.0, 0.02))]
     assert at_equal_safety(rows, 0.01)[0]["scale"] == pytest.approx(1.5)
+
+
+def ends_of(**values):
+    """Metrics with their intervals: name=(value, low, high)."""
+    return {
+        name + end: number
+        for name, three in values.items()
+        for end, number in zip(("", "_low", "_high"), three, strict=True)
+    }
+
+
+def at_one_percent(rule, *, forget=("0",), kl=(0.1, 0.1, 0.1), **config):
+    """Two rows between which the share is one percent, and all distances are what is said."""
+    distances = config.pop("distances")
+    return [
+        make_row(
+            rule,
+            g,
+            s,
+            forget=forget,
+            metrics=ends_of(safety=(s, s, s), kl=kl, **distances),
+            **config,
+        )
+        for g, s in ((1.0, 0.02), (2.0, 0.005))
+    ]
+
+
+def distances(features, pixels):
+    return {"distances": {"frechet": features, "frechet_pixels": pixels}}
+
+
+def test_the_lead_is_over_the_nearest_other_method_in_each_quantity_alone():
+    """20/5 and 3/2; the errors of the logarithms add in quadrature."""
+    rows = [
+        *at_one_percent("np", **distances((20.0, 18.0, 24.0), (9.0, 8.0, 10.0))),
+        *at_one_percent("sld", **distances((30.0, 29.0, 31.0), (3.0, 2.7, 3.3))),
+        *at_one_percent("dng", **distances((5.0, 4.0, 6.0), (2.0, 1.9, 2.1))),
+        *at_one_percent(
+            "dng", hyperparameters="calibrated", **distances((40.0, 36.0, 44.0), (6.0, 5.9, 6.1))
+        ),
+    ]
+    rows += [make_row("none", 0.0, 0.1)]
+    own, calibrated = compare.leads(rows, 0.01)
+    assert (own["forget"], own["method"]) == ("0", "DNG, paper settings")
+    assert (own["frechet_over"], own["frechet_pixels_over"]) == ("NP", "SLD")
+    # Both rows of a method have the same distance and interval: at 1% its errors shrink, since
+    # they are independent, so the lead's are taken from what the table at equal safety says.
+    by_name = {found["method"]: found for found in at_equal_safety(rows, 0.01)}
+    best, dng = by_name["NP"], by_name["DNG, paper settings"]
+    assert own["frechet"] == pytest.approx(4.0)
+    down = np.hypot(np.log(20.0 / best["frechet_low"]), np.log(dng["frechet_high"] / 5.0))
+    up = np.hypot(np.log(best["frechet_high"] / 20.0), np.log(5.0 / dng["frechet_low"]))
+    assert own["frechet_low"] == pytest.approx(4.0 * np.exp(-down))
+    assert own["frechet_high"] == pytest.approx(4.0 * np.exp(up))
+    assert own["frechet_pixels"] == pytest.approx(1.5)
+    assert calibrated["frechet"] == pytest.approx(0.5)  # farther, and said so
+    assert calibrated["frechet_pixels"] == pytest.approx(0.5)
+    text = compare.lead_table(rows, 0.01)
+    assert "| 0 | DNG, paper settings | 1.00 [1.00, 1.00] over NP | 4.00 [" in text
+    assert "0.500 [" in text and "over SLD" in text
+
+
+def test_an_end_of_zero_is_infinitely_far():
+    best, own = (
+        {"frechet": value, "frechet_low": 0.0, "frechet_high": high}
+        for value, high in ((8.0, 9.0), (2.0, 3.0))
+    )
+    assert compare._ratio(best, own, "frechet") == (4.0, 0.0, np.inf)
+
+
+def test_there_is_no_lead_without_another_method_for_the_same_class():
+    one = (1.0, 1.0, 1.0)
+    own = at_one_percent("dng", **distances(one, one))
+    elsewhere = at_one_percent("np", forget=("8",), **distances(one, one))
+    assert compare.leads(elsewhere, 0.01) == [] and compare.lead_table(elsewhere, 0.01) == ""
+    for rows in (own, [*elsewhere, *own]):
+        (alone,) = compare.leads(rows, 0.01)
+        assert {alone[f"frechet{end}"] for end in ("", "_low", "_high", "_over")} == {None}
+
+
+def test_the_comparison_has_the_settings_that_were_chosen_and_the_lead():
+    of = distances((4.0, 3.0, 5.0), (1.0, 0.9, 1.1))
+    tuned = {"gate": "absolute", "threshold": 0.3, "slope": 100.0, "t_lo": 0.25, "t_hi": 1.0}
+    rows = [*at_one_percent("sld", **tuned, **of), *at_one_percent("dng", **of)]
+    text = compare.comparison(rows, 0.01)
+    assert text.startswith("At 1% forbidden") and "| setting |" in text
+    assert "| 0 | SLD | gate absolute, threshold 0.3, t/T 0.25 to 1 | 1.5 |" in text
+    assert "How many times nearer DNG is" in text
+    assert "How many times" not in compare.comparison(rows[:2], 0.01)
+    assert "| setting |" not in compare.comparison(rows[2:], 0.01)
+
+
+def test_the_table_of_a_tuning_marks_what_is_chosen():
+    def of(features, pixels, **config):
+        return at_one_percent("sld", **distances((features,) * 3, (pixels,) * 3), **config)
+
+    rows = [
+        *of(9.0, 1.0),
+        *of(4.0, 2.0, gate="absolute", threshold=0.3),
+        *of(20.0, 0.5, t_lo=0.25),
+        make_row("sld", 1.0, 0.02, t_lo=0.4),
+    ]
+    lines = compare.tuning_table(rows, 0.01).splitlines()
+    assert lines[2] == "| 0 | SLD | as it is | 1.5 | 9.00 | 1.00 |"
+    assert lines[3] == (
+        "| **0** | **SLD** | **gate absolute, threshold 0.3** | **1.5** | **4.00** | **2.00** |"
+    )
+    assert lines[5] == "| 0 | SLD | t/T 0.4 to 1 | not reached, or given up |  |  |"
+    assert sum("**" in line for line in lines) == 1
 
 
 def test_the_weakest_safe_scale_or_else_the_safest():
@@ -603,9 +775,20 @@ def saved_calibration():
 
     def judged(slope):
         loss = [slope * (1.0 - t) + 0.3 for t in data["times"]]
-        return {"log_loss": loss, "brier": loss, "reliability": data["reliability"]["after"]}
+        names = (
+            f"{score}{end}" for score in ("log_loss", "brier") for end in ("", "_low", "_high")
+        )
+        diagram = data["reliability"]["after"].items()
+        full = {name: [value for value in values if value is not None] for name, values in diagram}
+        full["count"] = [1000, 10]
+        return dict.fromkeys(names, loss) | {"reliability": full}
 
     fit = {
+        "prior": 0.1,
+        "p_max": 0.5,
+        "offset_nats": 0.1,
+        "offset_low": 0.0,
+        "offset_high": 0.2,
         "times": [0.0, 0.6],
         "temperature": [0.1, 0.9],
         "temperature_low": [0.05, 0.5],
@@ -621,8 +804,12 @@ def saved_calibration():
         "log-odds, constant": judged(-0.15),
         "time": data["times"],
     }
-    kinds = [f"{kind}{end}" for kind in ("paper", "log-odds") for end in ("", ", constant")]
-    return {"version": 1, "about": {}, "fits": dict.fromkeys(kinds, fit), "report": report}
+    fits = {
+        f"{kind}{end}": {"tracker": kind, **fit}
+        for kind in ("paper", "log-odds")
+        for end in ("", ", constant")
+    }
+    return {"version": 1, "about": {}, "fits": fits, "report": report}
 
 
 def test_a_saved_calibration_is_compared_with_what_its_tracker_was_before(tmp_path):
@@ -643,7 +830,7 @@ def test_a_saved_calibration_is_compared_with_what_its_tracker_was_before(tmp_pa
         assert found[tracker]["profile"]["high"] == [0.2, 1.5, 1.5]
     del (saved := saved_calibration())["report"]
     write_json(tmp_path / "1.json", saved)
-    with pytest.raises(ValueError, match="1.json must hold a calibration; it lacks 'report'"):
+    with pytest.raises(ValueError, match="1.json has no 'report'"):
         plot._calibrations(tmp_path / "1.json")
 
 
@@ -704,7 +891,9 @@ def test_everything_is_drawn_that_there_is_data_for(run):
 def test_the_csv_has_every_number_of_every_row(run):
     _, rows = run
     read = list(csv.DictReader(compare.csv_table(rows).splitlines()))
-    assert len(read) == len(rows)
+    assert len(read) == len(rows) and {line["setting"] for line in read} == {""}
+    tuned = make_row("np", t_lo=0.25, t_hi=1.0)
+    assert "NP,t/T 0.25 to 1," in compare.csv_table([tuned])
     by_scale = {(line["forget"], line["method"], float(line["scale"])): line for line in read}
     for row in rows:
         (name,) = {m.name for m in compare.methods_of(rows) if row in m.rows}
@@ -792,3 +981,56 @@ def test_without_matplotlib_there_are_numbers_and_an_error_that_says_what_to_ins
 def test_plotting_does_not_load_torch():
     code = "import sys, dng_models.class_removal.plot; print('torch' in sys.modules)"
     assert imports(code) == "False"
+
+
+# Names and images of others
+
+
+@pytest.mark.parametrize("name", ["dog $x_$", "$", r"$\nothing$", "a$b$c"])
+def test_names_that_are_no_mathematics_are_drawn(tmp_path, coarse, name):
+    rows = [
+        make_row("none", 0.0, 0.1, forget=(name,)),
+        make_row("np", 0.5, 0.02, forget=(name,)),
+        make_row("dng", 2.0, 0.01, forget=(name,), calibration=name, hyperparameters="calibrated"),
+    ]
+    classes = [name, *(f"${i}_" for i in range(9))]
+    images = np.zeros((2, 1, 8, 8))
+    times = np.linspace(1.0, 0.0, 3)
+    for figure in (
+        plot.curves(rows),
+        plot.histogram(rows, classes),
+        plot.grid({f"{name}\nforgotten": images, "NP, $g=1$": images}),
+        plot.trajectories(times, np.zeros((3, 1, 1, 8, 8)), np.ones((3, 1)), labels=[name]),
+        plot.reliability({**calibration(), "label": name}),
+    ):
+        plot.save(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_only_digits_are_drawn_as_negatives(tmp_path, coarse):
+    """Grey photographs are not turned inside out, whatever the command."""
+    white = np.ones((2, 1, 8, 8))
+
+    def shown(**options):
+        (axes,) = plot.grid({"unguided": white}, **options).axes
+        (image,) = axes.images
+        return image.to_rgba(image.get_array())[4, 4, 0]
+
+    assert shown() == 1.0 and shown(negative=True) == 0.0
+    for dataset, like, negative in (
+        ("digits", None, True),
+        ("mnist", None, True),
+        ("photos", None, False),
+        ("cifar10", None, False),
+        ("mine.parquet", "mnist", True),
+    ):
+        row = make_row("none", 0.0, 0.1, dataset=dataset, like=like)
+        assert plot._is_ink(row) is negative
+        # And of a run's folder.
+        folder = tmp_path / f"{dataset}{like}" / "samples" / "key"
+        states = torch.ones(2, 1, 1, 8, 8)
+        tensors = {"times": torch.tensor([1.0, 0.5]), "x": states, "scale": torch.ones(2, 1)}
+        save_tensors(folder / "trajectories.safetensors", tensors)
+        write_json(folder / "config.json", row["config"])
+        image = plot._trajectories(folder / "trajectories.safetensors").axes[0].images[0]
+        assert image.to_rgba(image.get_array())[4, 4, 0] == (0.0 if negative else 1.0)

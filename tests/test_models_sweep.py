@@ -100,7 +100,7 @@ def test_a_row_says_everything(undisturbed):
     assert [Config.from_json(row["config"]) for row in rows] == CONFIGS
     assert [row["key"] for row in rows] == [config.key for config in CONFIGS]
     for row in rows:
-        assert set(row) == {"config", "key", "metrics", "sources", "summary", "versions"}
+        assert set(row) == {"base", "config", "key", "metrics", "sources", "summary", "versions"}
         assert row["metrics"]["num_images"] == 20
         assert len(row["metrics"]["histogram"]) == 10
         assert {"dng", "diffusers", "numpy", "python", "torch", "device"} <= set(row["versions"])
@@ -108,6 +108,23 @@ def test_a_row_says_everything(undisturbed):
     assert rows[0]["summary"]["mean_scale"] == 0.0 and rows[1]["summary"]["mean_scale"] == 0.5
     assert 0.0 < rows[2]["summary"]["mean_posterior"] < 1.0
     assert set(rows[2]["sources"]) == {"base", "forgetful-0", "classifier"}
+
+
+def test_the_line_of_a_row_names_its_divergence_as_what_it_is(undisturbed):
+    """The table has the divergence itself, which may be infinite."""
+    row = json.loads(undisturbed.splitlines()[1])
+    line = sweeping._told(CONFIGS[1], row)
+    assert f"smoothed KL {row['metrics']['kl_smoothed']:.3f}, Frechet" in line
+    assert line.startswith("np g=0.5, without 0: ")
+
+
+def test_a_table_of_its_own_keeps_no_images(materials, undisturbed):
+    table = materials.folder.tuning
+    rows = sweep(CONFIGS, materials, table=table, keep_first=False, progress=False)
+    assert table.read_bytes() == undisturbed and not materials.folder.table.exists()
+    assert not (materials.folder.path / "samples").exists()
+    again = sweep(CONFIGS, materials, table=table, keep_first=False, progress=False)
+    assert again == rows and not (materials.folder.path / "samples").exists()
 
 
 def test_nothing_is_drawn_twice(materials, undisturbed, monkeypatch):

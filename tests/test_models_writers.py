@@ -276,3 +276,36 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, capsys, comman
     (line,) = capsys.readouterr().err.splitlines()
     assert str(out) in line and "cannot be written to: Not a directory" in line
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("program", ["class_removal", "text_to_image", "figures", "benchmarks"])
+def test_a_machine_that_cannot_write_is_status_1_for_every_command_line(
+    tmp_path, capsys, monkeypatch, program, code
+):
+    """What was given wrongly is 2, as is a folder that is a file."""
+    pytest.importorskip("diffusers")
+    from importlib import import_module
+
+    def refusing(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    main = import_module(
+        f"dng_models.{program}.__main__" if "_" in program else f"{program}.__main__"
+    ).main
+    arguments = {
+        "class_removal": ["train", "--device", "cpu", "--quiet"],
+        "text_to_image": ["run", "--tiny", "--device", "cpu", "--quiet"],
+        "figures": ["update_geometry", "--quiet"],
+        "benchmarks": ["mixture", "--quiet"],
+    }[program]
+    monkeypatch.setattr(files, "_acquire", refusing)
+    monkeypatch.setattr("tempfile.TemporaryFile", refusing)
+    try:
+        status = main([*arguments, "--out", str(tmp_path / "run")])
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(told) == 1 and str(tmp_path / "run") in told[0]
+    assert os.strerror(code) in told[0]

@@ -27,6 +27,7 @@ from dng_models.class_removal.config import (
     PRECISIONS,
     RULES,
     TRACKERS,
+    TUNED,
     Config,
 )
 
@@ -46,6 +47,7 @@ Figs. 4, 10, 11, 13-15), with negative prompting and SLD beside it.
   sample     draw images of one setting
   evaluate   measure images: forbidden share, KL, Frechet distance, precision, recall, FID
   sweep      draw and measure many settings, into a table of JSON lines
+  tune       choose the best setting of every method at one forbidden share, and measure it anew
   plot       draw the curves, histograms and grids of a table
   convert    turn a published class network into a folder that diffusers reads
 
@@ -57,12 +59,14 @@ What a run leaves in its folder (--out, by default runs/NAME of the data set):
   networks/         base, class-NAME, conditional, classifier; diffusers' layout, safetensors
   calibration/      NAME.json of every calibrated class
   sweep.jsonl       one setting a line: configuration, metrics with 95%% intervals, versions
+  tuning.jsonl      the same of the settings that 'tune' chose from
   samples/KEY/      images, configuration and a sheet of every setting
   figures/          the plots; table.md and table.csv are beside sweep.jsonl
   work/             pieces of what is being drawn; emptied as settings are finished
 
 Everything resumes: the same command, started again, goes on where it was stopped, and leaves the
-same files. "accelerate launch -m dng_models.class_removal sweep ..." (on CPUs, where that starts
+same files. One process, or launch of several, writes to a folder at a time; another is refused.
+"accelerate launch -m dng_models.class_removal sweep ..." (on CPUs, where that starts
 one process only, "torchrun --nproc-per-node 2 -m ...") spreads train, sample and sweep over
 processes; sample and sweep give the same numbers, trainings differ by rounding.
 
@@ -139,7 +143,14 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 def _forget_option(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("what is forgotten, and by which networks")
-    _field(group, "--forget", "names or numbers of classes", metavar="CLASS", nargs="+")
+    _field(
+        group,
+        "--forget",
+        "names or numbers of classes",
+        "0 of digits and mnist; to be given for other data",
+        metavar="CLASS",
+        nargs="+",
+    )
     return group
 
 
@@ -204,17 +215,7 @@ def _rule_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
             f"{rule}: {' '.join(f'{scale:g}' for scale in ladder)}"
             for rule, ladder in LADDERS.items()
         )
-        group.add_argument(
-            "--rule",
-            "--rules",
-            dest="rules",
-            nargs="+",
-            metavar="RULE",
-            default=list(DEFAULT_METHODS),
-            help=f"methods, in the order of the rows: {', '.join(METHODS)}, or a rule of "
-            f"{', '.join(RULES)} with the hyperparameters below (default: "
-            f"{' '.join(DEFAULT_METHODS)})",
-        )
+        _methods_option(group, DEFAULT_METHODS)
         group.add_argument(
             "--scale",
             dest="scales",
@@ -276,6 +277,37 @@ def _rule_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
     )
 
 
+def _methods_option(group: Any, default: Sequence[str]) -> None:
+    group.add_argument(
+        "--rule",
+        "--rules",
+        dest="rules",
+        nargs="+",
+        metavar="RULE",
+        default=list(default),
+        help=f"methods, in the order of the rows: {', '.join(METHODS)}, or a rule of "
+        f"{', '.join(RULES)} with the hyperparameters below (default: {' '.join(default)})",
+    )
+
+
+def _safety_option(group: Any, default: float) -> None:
+    group.add_argument(
+        "--safety",
+        type=float,
+        default=default,
+        metavar="SHARE",
+        help="forbidden share at which methods are compared (default: %(default)s)",
+    )
+
+
+def _shipped_option(group: Any) -> None:
+    group.add_argument(
+        "--shipped",
+        action="store_true",
+        help="networks, classifier and calibrations that come with the package (digits 0, 1, 8)",
+    )
+
+
 def _chain_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images")
     _field(
@@ -323,8 +355,16 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     _common_options(group)
 
 
+def _plan_option(group: Any) -> None:
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="say what would be done and about how long it would take here, and stop",
+    )
+
+
 def _common_options(group: Any) -> None:
-    group.add_argument("--quiet", action="store_true", help="no progress bars")
+    group.add_argument("--quiet", action="store_true", help="no progress bars, and no plan")
     group.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
@@ -364,16 +404,28 @@ def make_parser() -> argparse.ArgumentParser:
         "--quick\n\n--dataset cifar10 --base google/ddpm-cifar10-32 --forget airplane",
     )
     run.add_argument(
-        "--quick", action="store_true", help="shipped networks of the digits, 256 images a setting"
+        "--quick",
+        action="store_true",
+        help="minutes instead of hours, in a folder of its own (runs/NAME-quick): of digits the "
+        "shipped networks and 256 images a setting; of other data small networks, few updates, "
+        "images and steps, on images of at most 28 pixels (larger ones are made 16 x 16)",
     )
     _data_options(run)
     group = _forget_option(run)
     _each_option(group)
+    group.add_argument(
+        "--conditional",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="train one conditional network too, and draw with it beside the pair (default: of "
+        "digits only)",
+    )
     _field(group, "--base", "base network: a folder or a hub name", metavar="NAME_OR_DIR")
     _judge_options(group)
     _chain_options(run)
     _train_options(run)
     _run_options(run)
+    _plan_option(run)
 
     train = command(
         "train",
@@ -397,15 +449,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _train_options(train)
     _run_options(train)
+    _plan_option(train)
 
     calibrate = command(
         "calibrate",
-        "Fit the temperature and the offset of both trackers to trained networks.\n\n"
+        "Fit the temperature and the offset of both trackers to trained networks, and print what\n"
+        "was gained.\n\n"
         "The reverse of a forward-noised path of a held-out labelled image is a true reverse\n"
         "path: the tracker is run along it and compared with the label.  The result carries over\n"
         "to other numbers of steps; --hyperparameters calibrated uses it.",
-        "--dataset digits --forget 0\n--dataset mnist --forget 0 1 --networks conditional",
+        "--dataset digits --forget 0\n--dataset mnist --forget 0 1 --networks conditional\n"
+        "--shipped --report --forget 0 1 8",
     )
+    calibrate.add_argument(
+        "--report", action="store_true", help="fit nothing, print the table of what was fitted"
+    )
+    _shipped_option(calibrate)
     _data_options(calibrate)
     _network_options(_forget_option(calibrate))
     group = calibrate.add_argument_group("paths")
@@ -429,6 +488,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
     )
     _run_options(calibrate)
+    _plan_option(calibrate)
 
     sample = command(
         "sample",
@@ -489,21 +549,57 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep all images, so that --num-images can be raised; else the first 16",
     )
+    _shipped_option(sweep)
     _run_options(sweep)
+    _plan_option(sweep)
+
+    tune = command(
+        "tune",
+        "Choose the best setting of every method at one forbidden share, and measure it anew.\n\n"
+        "NP, SLD and contrastive CFG choose among intervals of guidance, gates, thresholds,\n"
+        "slopes and contrasts, by the product of both Frechet distances of a few images\n"
+        "(DIR/tuning.jsonl).  What was chosen is measured with another seed and all images\n"
+        "(DIR/sweep.jsonl), so that being the best of many flatters nobody.  DNG has nothing to\n"
+        "choose but the scales that enclose the share.  Resumes as 'sweep' does.",
+        "--shipped --forget 0 1 8 --each\n--dataset mnist --forget 0 --rules np dng-calibrated",
+    )
+    _data_options(tune)
+    group = _forget_option(tune)
+    _each_option(group)
+    _network_options(group)
+    _judge_options(group)
+    group = tune.add_argument_group("choice")
+    _methods_option(group, TUNED)
+    _safety_option(group, 0.01)
+    group.add_argument(
+        "--tuning-images",
+        type=int,
+        default=256,
+        metavar="N",
+        help="images of a setting that is chosen from, with the seed after --seed "
+        "(default: %(default)s)",
+    )
+    _chain_options(tune)
+    _shipped_option(tune)
+    _plan_option(tune)
+    _run_options(tune)
 
     plot = command(
         "plot",
         "Draw everything that the folder of a run has data for, into DIR/figures: curves of KL\n"
         "and Frechet distance over the forbidden share, histograms, grids, trajectories,\n"
-        "reliability.",
-        "--out runs/digits",
+        "reliability; and print the comparison at one forbidden share.",
+        "--out runs/digits\n--data benchmarks/results/class_removal_digits --shipped --safety 0.01",
+    )
+    _safety_option(plot, 0.005)
+    plot.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run that is drawn, if --out is only for the figures (default: --out)",
     )
     plot.add_argument(
-        "--safety",
-        type=float,
-        default=0.005,
-        metavar="SHARE",
-        help="forbidden share at which methods are compared (default: %(default)s)",
+        "--shipped", action="store_true", help="draw the calibrations that come with the package"
     )
     _field(plot, "--dataset", "names the folder where --out does not", metavar="NAME_OR_PATH")
     plot.add_argument("--out", type=Path, metavar="DIR", help="folder of the run")

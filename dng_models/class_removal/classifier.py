@@ -26,7 +26,7 @@ from torch.nn import functional
 from dng_math import _checks
 from dng_models import foreign, metrics
 from dng_models.class_removal import files
-from dng_models.progress import Progress
+from dng_models.progress import Progress, seconds_of
 from dng_models.threads import torch_threads, work_of
 
 if TYPE_CHECKING:
@@ -187,13 +187,7 @@ def train_classifier(
     """
     config = ClassifierConfig() if config is None else config
     out = Path(out)
-    made_from = {
-        "classes": list(dataset.classes),
-        "dataset": dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "shape": list(dataset.images.shape[1:]),
-        "training": dataclasses.asdict(config),
-    }
+    made_from = _made_from(dataset, config)
     if (out / CONFIG).is_file():
         _require_same(out, made_from)
         if (out / WEIGHTS).is_file():
@@ -215,14 +209,55 @@ def train_classifier(
     with torch_threads(work=work if where.type == "cpu" else None):
         _fit(net, dataset.train, config, where, progress)
 
-    net.eval().requires_grad_(False)
-    judge = Judge(tuple(dataset.classes), _own(net), net.image_shape, where)
+    judge = judge_of(net, dataset.classes, where)
     confusion = _confusion(held_out.labels, judge.judge(held_out.images)[0], len(dataset.classes))
     files.save_tensors(out / WEIGHTS, net.state_dict(), {"format": "pt"})
     accuracy = float(np.trace(confusion) / confusion.sum())
     description = {"kind": KIND, "held_out_accuracy": accuracy, "confusion": confusion.tolist()}
     files.write_json(out / CONFIG, made_from | description | {"torch": torch.__version__})
     return out
+
+
+def updates_left(dataset: Dataset, out: Path | str, config: ClassifierConfig) -> int:
+    """How many updates :func:`train_classifier` would do; a ValueError where it would refuse."""
+    out = Path(out)
+    if (out / CONFIG).is_file():
+        _require_same(out, _made_from(dataset, config))
+        if (out / WEIGHTS).is_file():
+            return 0
+    return config.steps
+
+
+def seconds_per_update(
+    dataset: Dataset, config: ClassifierConfig, device: torch.device | str | None = None
+) -> float:
+    """How long an update of :func:`train_classifier` takes here, found out by doing some."""
+    where, train = _device(device), dataset.train
+    _, channels, side, _ = dataset.images.shape
+    with torch.random.fork_rng(devices=[]):
+        net = SmallClassifier(side, channels, len(dataset.classes), config.width, config.layers)
+    net.to(where).train()
+    few = dataclasses.replace(config, steps=1)
+    work = 3 * work_of((config.batch_size, channels, side, side), [net])
+    with torch_threads(work=work if where.type == "cpu" else None):
+        return seconds_of(lambda: _fit(net, train, few, where, False))
+
+
+def _made_from(dataset: Dataset, config: ClassifierConfig) -> dict[str, Any]:
+    """What says that a classifier is the one that would be trained."""
+    return {
+        "classes": list(dataset.classes),
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "shape": list(dataset.images.shape[1:]),
+        "training": dataclasses.asdict(config),
+    }
+
+
+def judge_of(net: SmallClassifier, classes: Sequence[str], device: torch.device) -> Judge:
+    """A judge by a network that is at hand."""
+    net.to(device).eval().requires_grad_(False)
+    return Judge(tuple(classes), _own(net), net.image_shape, device)
 
 
 def _require_same(out: Path, made_from: dict[str, Any]) -> None:
@@ -467,6 +502,13 @@ def load_classifier(
         description = foreign.read_object(directory / CONFIG)
         if description.get("kind") == KIND:
             return _load_own(directory, description, classes, where)
+    elif directory.is_file():
+        raise ValueError(
+            f"classifier must be a folder or a name on the Hugging Face hub, got the file "
+            f"{directory}"
+        )
+    else:
+        foreign.require_hub_name("classifier", name_or_dir)
     return _load_hugging_face(str(name_or_dir), classes, where)
 
 

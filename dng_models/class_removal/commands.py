@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dng_models.class_removal import compare, files
-from dng_models.class_removal.calibrate import calibrate, collect
+from dng_math import NoiseSchedule, _checks
+from dng_models import foreign, metrics
+from dng_models.class_removal import compare, files, plan
+from dng_models.class_removal.calibrate import calibrate, collect, report_table
 from dng_models.class_removal.classifier import ClassifierConfig, classifier_files, train_classifier
 from dng_models.class_removal.config import (
     CALIBRATED,
@@ -29,13 +33,45 @@ from dng_models.class_removal.config import (
     RunFolder,
     settings,
 )
-from dng_models.class_removal.data import Dataset, read_image
+from dng_models.class_removal.data import Dataset, first_size, held_out_rows, read_image
 from dng_models.class_removal.evaluate import evaluate
-from dng_models.class_removal.generate import Materials, generate, piece_count, trajectories
-from dng_models.class_removal.networks import is_there
-from dng_models.class_removal.sweep import Row, keep_samples, label, sweep, without_broken
-from dng_models.class_removal.train import Kind, default_config, train_diffusion
+from dng_models.class_removal.generate import (
+    Materials,
+    generate,
+    piece_count,
+    same_schedule,
+    trajectories,
+)
+from dng_models.class_removal.networks import Size, is_there
+from dng_models.class_removal.sweep import (
+    Row,
+    keep_samples,
+    label,
+    read_table,
+    sweep,
+    without_broken,
+)
+from dng_models.class_removal.train import (
+    SCHEDULE_STEPS,
+    Kind,
+    TrainConfig,
+    default_config,
+    train_diffusion,
+)
+from dng_models.class_removal.tune import expected, tune
 from dng_models.progress import Progress
+
+# How what takes long could be shorter.
+_FEWER = "--num-images and --steps are fewer images and steps"
+_SMALLER = (
+    "--image-size and --size small make smaller networks, --train-steps trains them for less long"
+)
+SHORTER = {
+    "run": f"--quick shows in minutes that everything works; {_SMALLER}; {_FEWER}; or a GPU",
+    "train": f"{_SMALLER}; or a GPU",
+    "calibrate": "--paths and --path-steps; or a GPU",
+    "sweep": f"{_FEWER}; --rules and --scale name fewer settings; or a GPU",
+}
 
 # What a whole run draws: kind of networks, method, scales.  A setting of 1,024 digits takes half a
 # minute, and all of it, with the training, a quarter of an hour.
@@ -56,7 +92,13 @@ QUICK: Plan = (
     ("pair", "dng-calibrated", (3.0, 8.0)),
 )
 QUICK_IMAGES = 256
-PATHS = 2  # noisings of an image that a run calibrates on
+PATHS, PATH_STEPS = 2, 100  # noisings of an image that a run calibrates on, and their steps
+# Of a quick run on data without shipped networks.  The number of updates is such that they take
+# minutes on two cores: their time goes with the number of pixels.
+QUICK_SIDE, QUICK_SMALLER = 28, 16  # images of more pixels are made smaller
+QUICK_FIELDS: dict[str, Any] = {"num_images": 64, "steps": 50, "batch_size": 64}
+QUICK_UPDATES, QUICK_PIXEL_UPDATES, QUICK_JUDGE_UPDATES = 1500, 256_000, 300
+QUICK_PATHS, QUICK_PATH_STEPS, QUICK_HELD_OUT = 1, 50, 128
 FOLLOWED = 6  # images whose way through time a run draws
 
 
@@ -87,8 +129,33 @@ def _folder(given: argparse.Namespace, dataset: str, suffix: str = "") -> Path:
     return Path("runs", name + suffix)
 
 
-def _materials(given: argparse.Namespace, config: Config) -> Materials:
-    return _with(given, RunFolder(_folder(given, config.dataset)))
+def _materials(given: argparse.Namespace, config: Config, *, forgets: bool = True) -> Materials:
+    """Folder and device of the run; ``forgets``: whether the command needs the forgotten classes.
+
+    Raises
+    ------
+    ValueError
+        If it does, they are not given, and the data are not digits: no class of one's own data
+        is forgotten because it comes first in the alphabet.
+    """
+    folder = RunFolder(_folder(given, config.dataset))
+    if getattr(given, "shipped", False):
+        shipped = _shipped(config, "--shipped")
+        folder = RunFolder(_folder(given, config.dataset, "-shipped"), shipped)
+    materials = _with(given, folder)
+    if forgets:
+        _require_forget(given, config, materials)
+    return materials
+
+
+def _require_forget(given: argparse.Namespace, config: Config, materials: Materials) -> None:
+    if "forget" in vars(given) or config.paper_name in ("digits", "mnist"):
+        return
+    classes = materials.dataset(config).classes
+    raise ValueError(
+        f"forget must be given for {config.dataset}: one of its classes {', '.join(classes)}, or "
+        f"several (such as --forget {shlex.quote(classes[0])})"
+    )
 
 
 def _with(given: argparse.Namespace, folder: RunFolder) -> Materials:
@@ -115,18 +182,30 @@ def _shows(given: argparse.Namespace, materials: Materials) -> bool:
 def train_command(given: argparse.Namespace) -> None:
     """Train networks."""
     config = _config(given)
-    materials = _materials(given, config)
     parts: tuple[str, ...] = ("base", "class", "classifier")
     if config.networks == "conditional":
         parts = ("conditional", "classifier")
-    _train(given, config, materials, given.only or parts)
+    parts = given.only or parts
+    materials = _materials(given, config, forgets="class" in parts)
+    trainings = _trainings(given, config, materials, parts)
+    if not _planned(
+        given, config, materials, lambda: plan.of_trainings(trainings, materials.device)
+    ):
+        _train(given, materials, trainings)
 
 
-def _train(
+def _trainings(
     given: argparse.Namespace, config: Config, materials: Materials, parts: Sequence[str]
-) -> None:
-    """Train networks of the run; those that are finished are left."""
+) -> list[plan.Training]:
+    """The networks of the run that these parts are, and how each is trained.
+
+    Raises
+    ------
+    ValueError
+        If one of them cannot be trained, for its sizes or for what is in its folder.
+    """
     dataset, folder = materials.dataset(config), materials.folder
+    quick = _is_quick(given, config)
     options = {
         "steps": given.train_steps,
         "batch_size": given.train_batch_size,
@@ -140,44 +219,70 @@ def _train(
     }
     options = {name: value for name, value in options.items() if value is not None}
 
-    def diffusion(kind: Kind, data: Dataset, out: Path) -> None:
-        train_diffusion(
-            data,
-            out,
-            dataclasses.replace(default_config(dataset, kind), **options),
-            conditional=kind == "conditional",
-            device=materials.device.type,
-            progress=not given.quiet,
-        )
+    def diffusion(kind: Kind, data: Dataset, out: Path) -> plan.Training:
+        trained = default_config(dataset, kind)
+        if quick:
+            trained = _quick_training(dataset, kind, trained)
+        trained = dataclasses.replace(trained, **options)
+        return plan.Training(out, data, trained, conditional=kind == "conditional")
 
+    found = []
     if "base" in parts:
-        diffusion("base", dataset, folder.networks / "base")
+        found.append(diffusion("base", dataset, folder.networks / "base"))
     if "class" in parts:
         for name in materials.resolved(config).forget:
-            diffusion("class", dataset.only(name), folder.class_network(name))
+            found.append(diffusion("class", dataset.only(name), folder.class_network(name)))
     if "conditional" in parts:
-        diffusion("conditional", dataset, folder.networks / "conditional")
+        found.append(diffusion("conditional", dataset, folder.networks / "conditional"))
     if "classifier" in parts:
-        out = folder.networks / "classifier"
+        # Only small drawings change their meaning in a mirror.
+        photographs = dataset.image_size > 28
+        judge = ClassifierConfig(flips=photographs if given.flip is None else given.flip)
+        if quick:
+            judge = dataclasses.replace(judge, steps=QUICK_JUDGE_UPDATES)
+        found.append(plan.Training(folder.networks / "classifier", dataset, judge))
+    for training in found:
+        training.updates_left()
+    return found
+
+
+def _quick_training(dataset: Dataset, kind: Kind, trained: TrainConfig) -> TrainConfig:
+    """Few updates, by the number of pixels; of a class, half as many."""
+    updates = min(QUICK_UPDATES, QUICK_PIXEL_UPDATES // dataset.image_size**2)
+    steps = updates // 2 if kind == "class" else updates
+    return dataclasses.replace(trained, steps=steps, batch_size=64, size="small")
+
+
+def _train(
+    given: argparse.Namespace, materials: Materials, trainings: Sequence[plan.Training]
+) -> None:
+    """Train networks; those that are finished are left."""
+    shown = not given.quiet
+    for training in trainings:
+        config, out = training.config, training.out
+        if isinstance(config, TrainConfig):
+            train_diffusion(
+                training.dataset,
+                out,
+                config,
+                conditional=training.conditional,
+                device=materials.device.type,
+                progress=shown,
+            )
+            continue
         finished = classifier_files(out) and not (out / files.LOCK).exists()
         with nullcontext() if finished else materials.only_writer(out):
             if materials.processes.is_main_process:
-                # Only small drawings change their meaning in a mirror.
-                photographs = dataset.image_size > 28
                 train_classifier(
-                    dataset,
-                    out,
-                    ClassifierConfig(flips=photographs if given.flip is None else given.flip),
-                    device=materials.device,
-                    progress=not given.quiet,
+                    training.dataset, out, config, device=materials.device, progress=shown
                 )
             materials.processes.wait_for_everyone()
 
 
-def _train_missing(
+def _missing(
     given: argparse.Namespace, config: Config, materials: Materials, kinds: set[Networks]
-) -> None:
-    """Train the networks of the run that are not there, or not finished."""
+) -> list[plan.Training]:
+    """The networks of the run that are not there, or not finished."""
     folder = materials.folder
     places = {
         "base": [] if config.base else [folder.networks / "base"],
@@ -187,7 +292,39 @@ def _train_missing(
     missing = [part for part, paths in places.items() if not all(is_there(path) for path in paths)]
     if not config.classifier and not classifier_files(folder.networks / "classifier"):
         missing.append("classifier")
-    _train(given, config, materials, missing)
+    return _trainings(given, config, materials, missing)
+
+
+# ---------------------------------------------------------------------- the plan
+
+
+def _writing(given: argparse.Namespace, materials: Materials) -> AbstractContextManager[None]:
+    """Be the only one that writes to the folder of the run; a plan writes nothing."""
+    return nullcontext() if given.plan else materials.only_writer(materials.folder.path)
+
+
+def _planned(
+    given: argparse.Namespace,
+    config: Config,
+    materials: Materials,
+    parts: Callable[[], list[plan.Part]],
+) -> bool:
+    """Say what will be done, and how long it will take; True if that was all that is wanted.
+
+    Nothing is asked: who reads that it takes a day stops it, and loses nothing.
+    """
+    if given.plan or _shows(given, materials):
+        data = materials.dataset(config)
+        count, channels, side, _ = data.images.shape
+        kind = "in colour" if channels == 3 else "in grey"
+        about = (
+            f"{config.dataset}, {count:,} images of {side} x {side} {kind}, {len(data.classes)} "
+            f"classes, into {materials.folder.path}, on {materials.device}"
+        )
+        shorter = "" if getattr(given, "quick", False) else SHORTER.get(given.command, "")
+        text = plan.told(parts(), about, shorter)
+        print(text, file=sys.stdout if given.plan else sys.stderr, flush=True)
+    return bool(given.plan)
 
 
 # ---------------------------------------------------------------------- calibrate
@@ -197,24 +334,49 @@ def calibrate_command(given: argparse.Namespace) -> None:
     """Fit the trackers to networks, one class after the other."""
     config = _config(given)
     materials = _materials(given, config)
-    with materials.only_writer(materials.folder.path):
-        for each in _one_by_one(config, materials, True):
-            path = _calibrate(
-                each, materials, given.paths, given.path_steps, progress=_shows(given, materials)
-            )
-            if materials.processes.is_main_process:
-                print(path)
+    each_class = _one_by_one(config, materials, True)
+    if not given.report:
+        _checks.integer("paths", given.paths, 1)
+        _checks.integer("path_steps", given.path_steps, 1, 1000)
+        with _writing(given, materials):
+            # Another class's network that is missing should be known before the first is fitted.
+            for each in each_class:
+                materials.models(dataclasses.replace(each, rule="dng", hyperparameters="paper"))
+            numbers = {"paths": given.paths, "steps": given.path_steps}
+            if _planned(
+                given,
+                config,
+                materials,
+                lambda: plan.of_calibrations(each_class, materials, **numbers),
+            ):
+                return
+            for each in each_class:
+                path = _calibrate(each, materials, **numbers, progress=_shows(given, materials))
+                if materials.processes.is_main_process:
+                    print(path)
+    if materials.processes.is_main_process:
+        found = {each.forget[0]: materials.calibration(each) for each in each_class}
+        print(report_table(found), end="")
 
 
 def _calibrate(
-    config: Config, materials: Materials, paths: int, steps: int, *, progress: bool
+    config: Config,
+    materials: Materials,
+    paths: int,
+    steps: int,
+    *,
+    progress: bool,
+    most: int | None = None,
 ) -> Path:
-    """Write the calibration of one class and one kind of networks."""
+    """Write the calibration of one class and one kind of networks, by not more than ``most``."""
     (name,) = config.forget
     path = materials.folder.calibration(name, config.networks)
     if materials.processes.is_main_process:
         config = dataclasses.replace(config, rule="dng", hyperparameters="paper")
         models, held_out = materials.models(config), materials.dataset(config).held_out
+        if most is not None and most < len(held_out):
+            rows = held_out_rows(held_out.labels.numpy(), most / len(held_out))
+            held_out = held_out.chosen(torch.from_numpy(rows))
         with materials.threads(config):
             evidence = collect(
                 models.base,
@@ -262,6 +424,9 @@ def sample_command(given: argparse.Namespace) -> None:
 
 
 def _sample(given: argparse.Namespace, config: Config, materials: Materials) -> None:
+    _checks.integer("trajectories", given.trajectories, 0)
+    materials.models(config)
+    materials.judge(config)  # what is missing should be known before anything is drawn
     shown = _shows(given, materials)
     with Progress(piece_count(config), label(config), unit="batch", shown=shown) as bar:
         generated = generate(config, materials, advance=bar.update)
@@ -282,18 +447,29 @@ def evaluate_command(given: argparse.Namespace) -> None:
     source: Path = given.images
     folder = source if source.is_dir() else source.parent
     told = folder / "config.json"
-    fields = Config.from_json(files.read_json(told)).to_json() if told.is_file() else {}
+    fields = _read_config(told).to_json() if told.is_file() else {}
     config = _config(given, **fields)
-    materials = _materials(given, config)
+    materials = _materials(given, config, forgets="forget" not in fields)
     if given.out is None and folder.resolve().parent.name == "samples":
         materials = _with(given, RunFolder(folder.resolve().parent.parent))
     config = materials.resolved(config)
     images = _read_images(source, tuple(materials.dataset(config).images.shape[1:]))
     with materials.threads(config):
-        metrics = evaluate(images, materials.reference(config), materials.judge(config))
+        found = evaluate(images, materials.reference(config), materials.judge(config))
     files.clean(folder, below=False)
-    files.write_json(folder / "metrics.json", metrics)
-    print(json.dumps(metrics, indent=2, sort_keys=True))
+    files.write_json(folder / "metrics.json", found)
+    print(json.dumps(found, indent=2, sort_keys=True))
+
+
+def _read_config(path: Path) -> Config:
+    """The setting in a file beside its images."""
+    try:
+        return Config.from_json(files.read_json(path))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no setting of this version ({foreign.reason(error)}): move it away, and "
+            "say by options what the images are"
+        ) from None
 
 
 def _read_images(source: Path, shape: tuple[int, ...]) -> Tensor:
@@ -307,7 +483,7 @@ def _read_images(source: Path, shape: tuple[int, ...]) -> Tensor:
                 f"{file} must hold a tensor 'images' of shape (N, {channels}, {height}, {width}), "
                 f"got {'none' if images is None else tuple(images.shape)}"
             )
-        return images
+        return metrics.float_images(f"images in {file}", images)
     suffixes = (".png", ".jpg", ".jpeg")
     names = sorted(path for path in source.glob("*") if path.suffix.lower() in suffixes)
     if not names:
@@ -338,8 +514,71 @@ def sweep_command(given: argparse.Namespace) -> None:
         for each in _one_by_one(config, materials, given.each)
         for setting in settings(each, given.rules, given.scales)
     ]
-    rows = sweep(configs, materials, keep_images=given.keep_images, progress=not given.quiet)
+    with _writing(given, materials):
+        _require_materials(configs, materials)
+        if _planned(
+            given,
+            config,
+            materials,
+            lambda: plan.of_settings(_pending(configs, materials), materials),
+        ):
+            return
+        rows = sweep(configs, materials, keep_images=given.keep_images, progress=not given.quiet)
     _print_table(materials, rows)
+
+
+def _pending(configs: Sequence[Config], materials: Materials) -> list[Config]:
+    """Settings that the table does not have yet."""
+    known = {row["key"] for row in read_table(materials.folder.table)}
+    each = dict.fromkeys(materials.resolved(config) for config in configs)
+    return [config for config in each if config.key not in known]
+
+
+def _require_materials(configs: Sequence[Config], materials: Materials) -> None:
+    """Load all that settings need, so that what is missing or wrong is known before long work."""
+    for config in configs:
+        materials.sources(config)
+        if config.fid:
+            materials.inception()
+
+
+def tune_command(given: argparse.Namespace) -> None:
+    """Choose the best setting of every method, and measure it."""
+    config = _config(given, rule="none", scale=0.0)
+    first = config.forget[:1] if given.each else config.forget
+    settings(dataclasses.replace(config, forget=first), given.rules)
+    materials = _materials(given, config)
+    bases = _one_by_one(config, materials, given.each)
+    if _planned(given, config, materials, lambda: _tuning_parts(given, bases, materials)):
+        return
+    rows: list[Row] = []
+    with materials.only_writer(materials.folder.path):
+        for each in bases:
+            rows += tune(
+                each,
+                materials,
+                given.rules,
+                safety=given.safety,
+                tuning_images=given.tuning_images,
+                progress=not given.quiet,
+            )
+    if materials.processes.is_main_process:
+        print(compare.comparison(rows, given.safety), end="")
+
+
+def _tuning_parts(
+    given: argparse.Namespace, bases: Sequence[Config], materials: Materials
+) -> list[plan.Part]:
+    """About what a tuning has still to draw: as many settings fewer as its tables have rows."""
+    several = [expected(each, given.rules, given.tuning_images) for each in bases]
+    tables = materials.folder.tuning, materials.folder.table
+    return [
+        dataclasses.replace(part, what=f"about: {part.what}")
+        for configs, table in zip(zip(*several, strict=True), tables, strict=True)
+        for part in plan.of_settings(
+            [config for each in configs for config in each][len(read_table(table)) :], materials
+        )
+    ]
 
 
 def _print_table(materials: Materials, rows: Sequence[Row]) -> None:
@@ -354,10 +593,17 @@ def plot_command(given: argparse.Namespace) -> None:
     """Draw the figures of a run."""
     from dng_models.class_removal import plot
 
-    folder = _folder(given, getattr(given, "dataset", Config.dataset))
+    dataset = getattr(given, "dataset", Config.dataset)
+    folder = _folder(given, dataset)
     files.clean(folder, below=False)
     files.clean(RunFolder(folder).figures)
-    for path in plot.draw_all(folder, safety=given.safety):
+    data = folder if given.data is None else given.data
+    calibrations = None
+    if given.shipped:
+        calibrations = _shipped(Config(dataset=dataset), "--shipped") / "calibration"
+    written = plot.draw_all(folder, safety=given.safety, data=data, calibrations=calibrations)
+    print(compare.comparison(compare.read_rows(data / "sweep.jsonl"), given.safety))
+    for path in written:
         print(path)
 
 
@@ -375,66 +621,186 @@ def convert_command(given: argparse.Namespace) -> None:
 
 def run_command(given: argparse.Namespace) -> None:
     """All of it."""
-    fewer = {"num_images": QUICK_IMAGES} if given.quick else {}
-    config = _config(given, rule="none", scale=0.0, **fewer)
-    materials = _materials(given, config)
+    fields: dict[str, Any] = {}
     if given.quick:
-        folder = RunFolder(_folder(given, config.dataset, "-quick"), shipped=_shipped(config))
-        materials = _with(given, folder)
-    with materials.only_writer(materials.folder.path):
+        asked = _config(given, rule="none", scale=0.0)
+        is_shipped = (SHIPPED / asked.dataset / "base").is_dir()
+        fields = {"num_images": QUICK_IMAGES} if is_shipped else _quick_fields(asked)
+    config = _config(given, rule="none", scale=0.0, **fields)
+    folder = RunFolder(_folder(given, config.dataset))
+    if given.quick:
+        shipped = None if _is_quick(given, config) else _shipped(config, "--quick")
+        folder = RunFolder(_folder(given, config.dataset, "-quick"), shipped=shipped)
+    materials = _with(given, folder)
+    _require_forget(given, config, materials)
+    with _writing(given, materials):
         _run(given, config, materials)
 
 
-def _run(given: argparse.Namespace, config: Config, materials: Materials) -> None:
-    from dng_models.class_removal import plot
+def _is_quick(given: argparse.Namespace, config: Config) -> bool:
+    """Whether networks are trained quickly, where none come with the package."""
+    return getattr(given, "quick", False) and not (SHIPPED / config.dataset / "base").is_dir()
 
+
+def _quick_fields(config: Config) -> dict[str, Any]:
+    """Of a quick run on data without shipped networks: little of everything, and small images."""
+    fields = dict(QUICK_FIELDS)
+    if config.image_size is None and not (config.base or config.classifier):
+        height, width = first_size(
+            config.dataset,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            split=config.split,
+        )
+        halvings = 2 if height <= 8 else 4
+        if height != width or height > QUICK_SIDE or height % halvings:
+            fields["image_size"] = QUICK_SMALLER
+    return fields
+
+
+def _run(given: argparse.Namespace, config: Config, materials: Materials) -> None:
     each = _one_by_one(config, materials, given.each)
-    plan = [
+    conditional = given.conditional
+    if conditional is None:
+        conditional = config.dataset == "digits"
+    steps = [
         step
         for step in (QUICK if given.quick else FULL)
         # Of several classes at once, DNG alone takes a network for each.
-        if len(each[0].forget) == 1 or METHODS[step[1]]["rule"] in ("none", "dng")
+        if (len(each[0].forget) == 1 or METHODS[step[1]]["rule"] in ("none", "dng"))
+        and (conditional or step[0] == "pair")
     ]
-    if not given.quick:
-        _train_missing(given, config, materials, {networks for networks, _, _ in plan})
-    shown = _shows(given, materials)
-    configs = []
+    if given.conditional and given.quick:
+        steps += [step for step in FULL if step[0] == "conditional"]
+    quick = _is_quick(given, config)
+    numbers: dict[str, Any] = {"paths": PATHS, "steps": PATH_STEPS}
+    if quick:
+        numbers = {"paths": QUICK_PATHS, "steps": QUICK_PATH_STEPS, "most": QUICK_HELD_OUT}
+    trainings = []
+    if materials.folder.shipped is None:
+        trainings = _missing(given, config, materials, {networks for networks, _, _ in steps})
+    _require_given(config, materials)
+    configs: list[Config] = []
+    calibrations: list[Config] = []
     for one in each:
-        for networks, method, scales in plan:
+        for networks, method, scales in steps:
             # What is given as base is the base of the pair.
             base = one.base if networks == "pair" else None
             kind = dataclasses.replace(one, networks=networks, base=base)
-            calibrated = METHODS[method].get("hyperparameters") in CALIBRATED
-            if calibrated:
-                _calibrate_missing(kind, materials, progress=shown)
+            if METHODS[method].get("hyperparameters") in CALIBRATED:
+                calibrations += _uncalibrated(kind, materials)
             configs += settings(kind, [method], scales)
+    calibrations = list(dict.fromkeys(calibrations))
+
+    def parts() -> list[plan.Part]:
+        size: Size | None = "small" if quick else given.size
+        pending = _pending(configs, materials)
+        return [
+            *plan.of_trainings(trainings, materials.device),
+            *plan.of_calibrations(calibrations, materials, **numbers, size=size),
+            *plan.of_settings(pending, materials, size),
+        ]
+
+    shown = _shows(given, materials)
+    heading = _quick_heading(config, trainings) if given.quick else ""
+    if heading and (shown or given.plan):
+        print(heading, file=sys.stderr)
+    if _planned(given, config, materials, parts):
+        return
+    if shown and not conditional:
+        told = "no conditional network is trained, which would forget any class: --conditional"
+        print(told, file=sys.stderr)
+    _train(given, materials, trainings)
+    for one in calibrations:
+        _calibrate(
+            one,
+            materials,
+            numbers["paths"],
+            numbers["steps"],
+            progress=shown,
+            most=numbers.get("most"),
+        )
     rows = sweep(configs, materials, progress=not given.quiet)
     if materials.processes.is_main_process:
-        _follow(rows, materials, progress=shown)
-        classes = materials.dataset(config).classes
-        for path in plot.draw_all(materials.folder.path, classes=classes):
-            print(path)
+        _draw(rows, materials, heading, progress=shown)
+        if heading:
+            print(heading)
     _print_table(materials, rows)
 
 
-def _shipped(config: Config) -> Path:
-    """The networks that came with the package, for a data set."""
+def _quick_heading(config: Config, trainings: Sequence[plan.Training]) -> str:
+    """What a quick run is, above its numbers."""
+    updates = [t.config.steps for t in trainings if isinstance(t.config, TrainConfig)]
+    trained = f", networks of {' and '.join(map(str, sorted(set(updates))))} updates" * bool(
+        updates
+    )
+    resized = f" resized to {config.image_size} x {config.image_size}" * bool(config.image_size)
+    return (
+        f"QUICK RUN: {config.num_images} images{resized} a setting, {config.steps} steps{trained}."
+        "  It shows that everything works; its numbers are no results."
+    )
+
+
+def _draw(rows: Sequence[Row], materials: Materials, heading: str, *, progress: bool) -> None:
+    """Draw the figures of a run; above its tables stands what kind of run it was."""
+    from dng_models.class_removal import plot
+
+    _follow(rows, materials, progress=progress)
+    folder = materials.folder.path
+    for path in plot.draw_all(folder, classes=materials.dataset(_of(rows[0])).classes):
+        if heading and path.name == "table.md":
+            files.write_text(path, f"{heading}\n\n{path.read_text(encoding='utf-8')}")
+        print(path)
+
+
+def _of(row: Row) -> Config:
+    return Config.from_json(row["config"])
+
+
+def _require_given(config: Config, materials: Materials) -> None:
+    """Load what was given by name, so that what is wrong with it is known before long work.
+
+    Raises
+    ------
+    ValueError
+        If it does not fit the data, or the networks that are trained here.
+    OSError
+        If it is not there.
+    """
+    if config.base is not None:
+        base = materials.network(config.base, config, conditional=False)
+        trained = NoiseSchedule.linear(SCHEDULE_STEPS)
+        if base.prediction != "epsilon" or not same_schedule(base.schedule, trained):
+            raise ValueError(
+                f"base must predict noise on DDPM's linear schedule, as the networks of classes "
+                f"that are trained here do; {config.base} predicts {base.prediction!r} on "
+                f"{base.schedule!r}"
+            )
+    if config.classifier is not None:
+        materials.judge(config)
+    if config.fid:
+        materials.inception()
+
+
+def _shipped(config: Config, option: str) -> Path:
+    """The networks that came with the package, for a data set and the option that wants them."""
     shipped = SHIPPED / config.dataset
     if not (shipped / "base").is_dir():
         there = ", ".join(sorted(path.name for path in SHIPPED.glob("*/"))) or "none here"
         raise ValueError(
-            "dataset must be one whose networks come with the package for --quick "
+            f"dataset must be one whose networks come with the package for {option} "
             f"({there}), got {config.dataset!r}"
         )
     return shipped
 
 
-def _calibrate_missing(config: Config, materials: Materials, *, progress: bool) -> None:
-    """Calibrate every forgotten class that is not."""
-    for name in config.forget:
-        if not materials.folder.calibration(name, config.networks).is_file():
-            one = dataclasses.replace(config, forget=(name,))
-            _calibrate(one, materials, PATHS, 100, progress=progress)
+def _uncalibrated(config: Config, materials: Materials) -> list[Config]:
+    """A configuration for every forgotten class that was not calibrated."""
+    return [
+        dataclasses.replace(config, forget=(name,))
+        for name in config.forget
+        if not materials.folder.calibration(name, config.networks).is_file()
+    ]
 
 
 def _follow(rows: Sequence[Row], materials: Materials, *, progress: bool) -> None:

@@ -15,6 +15,7 @@ for it.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -25,12 +26,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dng_math import _checks
+from dng_models import foreign
+from dng_models.class_removal.config import Config
+from dng_models.printable import plain
 
-__all__ = ["at_equal_safety", "csv_table", "read_rows", "safety_table", "table", "weakest_safe"]
+__all__ = [
+    "at_equal_safety",
+    "csv_table",
+    "lead_table",
+    "leads",
+    "read_rows",
+    "safety_table",
+    "table",
+    "tuning_table",
+    "weakest_safe",
+]
 
 Row = Mapping[str, Any]
 Quantity = Literal["kl", "frechet", "frechet_pixels"]
 QUANTITIES: tuple[Quantity, ...] = ("kl", "frechet", "frechet_pixels")
+DISTANCES = ("KL (nats)", "Fréchet, features", "Fréchet, pixels")
 
 NAMES = {
     "none": "unguided",
@@ -96,6 +111,24 @@ def none_forbidden(row: Row) -> bool:
     return bool(row["metrics"]["safety"] == 0)
 
 
+BASES = {"good": "", "unsure": "unsure", "bad": "NOT GOOD ENOUGH", "unchecked": "not checked"}
+
+
+def base_verdict(row: Row) -> str:
+    """What :mod:`dng_models.class_removal.base` found of the base, in words for a table.
+
+    Nothing where it is good enough to be guided, or the row is older than the check.
+    """
+    told = row.get("base")
+    verdict = told.get("verdict") if isinstance(told, Mapping) else None
+    return BASES.get(verdict, "") if isinstance(verdict, str) else ""
+
+
+def base_is_bad(row: Row) -> bool:
+    """Whether the base is known not to be good enough to be guided."""
+    return base_verdict(row) == BASES["bad"]
+
+
 def forgotten_by(row: Row) -> str:
     """The forgotten classes, as one name."""
     return ", ".join(row["config"]["forget"])
@@ -134,6 +167,21 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def chosen_settings(config: Mapping[str, Any]) -> str:
+    """What a tuning changed in a configuration, in words; nothing where all is as it was."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    changed = {
+        name: config[name]
+        for name in ("gate", "threshold", "slope", "contrast")
+        if name in config and config[name] != defaults[name]
+    }
+    parts = [f"{name} {_plain(value)}" for name, value in changed.items()]
+    low, high = config.get("t_lo", 0.0), config.get("t_hi", 1.0)
+    if (low, high) != (0.0, 1.0):
+        parts.append(f"t/T {low:g} to {high:g}")
+    return ", ".join(parts)
+
+
 @dataclass(frozen=True)
 class Method:
     """A named curve: the rows of one method, for any class."""
@@ -150,8 +198,9 @@ class Method:
         return str(self.rows[0]["config"]["rule"])
 
     def at(self, row: Row) -> str:
-        """The name with the scale of a row."""
-        return self.name if self.rule in UNSCALED else f"{self.name}, $g={scale_of(row):g}$"
+        """The name with the scale of a row, for a figure."""
+        name = plain(self.name)
+        return name if self.rule in UNSCALED else f"{name}, $g={scale_of(row):g}$"
 
 
 def methods_of(rows: Sequence[Row]) -> list[Method]:
@@ -211,7 +260,24 @@ def _problem(row: Any) -> str | None:
         for name in names:
             if row[part].get(name) is None:
                 return f"must have {name!r} in its {part!r}, which has {', '.join(row[part])}"
+    config, metrics = row["config"], row["metrics"]
+    forget = config["forget"]
+    if not isinstance(forget, list | tuple) or not all(isinstance(each, str) for each in forget):
+        return f"must have names of classes in 'forget', got {foreign.shown(forget)}"
+    if not isinstance(config["rule"], str) or not _is_number(config["scale"]):
+        told = foreign.shown((config["rule"], config["scale"]))
+        return f"must have a text as 'rule' and a number as 'scale', got {told}"
+    for name, value in metrics.items():
+        values = value if name == "histogram" and isinstance(value, list) else [value]
+        if not all(each is None or _is_number(each) for each in values):
+            return f"must have numbers in its 'metrics', got {name} = {foreign.shown(value)}"
+    if not metrics["num_images"] > 0:
+        return f"must have a positive 'num_images', got {metrics['num_images']}"
     return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
@@ -237,16 +303,16 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
     """
     path = Path(path)
     rows = []
-    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    *lines, last = foreign.read_text(path).split("\n")
     for number, line in enumerate([*lines, last], start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = foreign.parse_json(line, f"{path}, line {number},", "remove it", finite=True)
+        except ValueError:
             if number > len(lines):
                 break
-            raise ValueError(f"{path}, line {number}, is not JSON ({error}): remove it") from None
+            raise
         problem = _problem(row)
         if problem:
             raise ValueError(f"{path}, line {number}, {problem}")
@@ -279,10 +345,11 @@ def at_equal_safety(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        For each class forgotten and method that has a scale: ``forget`` and ``method`` (str),
-        ``safety``, and, as floats, ``scale`` and ``kl``, ``frechet`` and ``frechet_pixels``, each
-        with ``_low`` and ``_high``.  They are None where the method does not reach that share from
-        both sides, or did not measure that quantity.
+        For each class forgotten and method that has a scale: ``forget``, ``method``, ``rule`` and
+        ``setting`` (str, :func:`chosen_settings`), ``safety``, and, as floats, ``scale`` and
+        ``kl``, ``frechet`` and ``frechet_pixels``, each with ``_low`` and ``_high``.  They are None
+        where the method does not reach that share from both sides, or did not measure that
+        quantity.
 
     Raises
     ------
@@ -302,8 +369,8 @@ def at_equal_safety(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
 
 def _at_safety(method: Method, forget: str, safety: float) -> dict[str, Any]:
     members = method.of(forget)
-    found: dict[str, Any] = {"forget": forget, "method": method.name, "safety": safety}
-    found |= {"scale": None}
+    found: dict[str, Any] = {"forget": forget, "method": method.name, "rule": method.rule}
+    found |= {"setting": chosen_settings(members[0]["config"]), "safety": safety, "scale": None}
     found |= {f"{q}{end}": None for q in QUANTITIES for end in ("", "_low", "_high")}
     for first, second in itertools.pairwise(members):
         shares = forbidden_share(first), forbidden_share(second)
@@ -353,6 +420,62 @@ def _interpolated(
         down = math.hypot(down, min(0.0, *changes))
         up = math.hypot(up, max(0.0, *changes))
     return value, max(0.0, value - down), value + up
+
+
+def leads(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
+    """How many times nearer DNG is than the best other method, at one forbidden share.
+
+    For each quantity on its own the other method is the one with the least distance b, so that
+    which of them is best is not left to whoever tells it.  With DNG's distance d the lead is b / d,
+    below 1 where DNG is farther.  Its interval adds the errors of log b and log d in quadrature, as
+    if they were independent; rows of one seed have their noise in common, so it is rather too wide.
+
+    Parameters
+    ----------
+    rows, safety
+        As for :func:`at_equal_safety`.
+
+    Returns
+    -------
+    list of dict
+        For each class forgotten and DNG method that reaches the share: ``forget`` and ``method``
+        (str), ``safety``, and ``kl``, ``frechet`` and ``frechet_pixels``, each with ``_low``,
+        ``_high`` and ``_over``, the name of the other method; all None where no other reaches it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`at_equal_safety`.
+    """
+    found = [each for each in at_equal_safety(rows, safety) if each["scale"] is not None]
+    result = []
+    for own in (each for each in found if each["rule"] == "dng"):
+        others = [o for o in found if o["rule"] != "dng" and o["forget"] == own["forget"]]
+        lead: dict[str, Any] = {name: own[name] for name in ("forget", "method", "safety")}
+        for quantity in QUANTITIES:
+            known = [other for other in others if other[quantity] is not None]
+            values: tuple[float | None, ...] = (None, None, None)
+            name = None
+            if known and own[quantity]:
+                best = min(known, key=lambda other: float(other[quantity]))
+                values, name = _ratio(best, own, quantity), best["method"]
+            for suffix, value in zip(("", "_low", "_high"), values, strict=True):
+                lead[quantity + suffix] = value
+            lead[f"{quantity}_over"] = name
+        result.append(lead)
+    return result
+
+
+def _ratio(
+    best: Mapping[str, Any], own: Mapping[str, Any], quantity: Quantity
+) -> tuple[float, float, float]:
+    """b / d with its interval; an end that is 0 is infinitely far."""
+    (b, b_low, b_high), (d, d_low, d_high) = (
+        [float(each[quantity + end]) for end in ("", "_low", "_high")] for each in (best, own)
+    )
+    down = math.hypot(math.log(b / b_low), math.log(d_high / d)) if b_low else math.inf
+    up = math.hypot(math.log(b_high / b), math.log(d / d_low)) if d_low else math.inf
+    return b / d, b / d * math.exp(-down), b / d * math.exp(up)
 
 
 def weakest_safe(rows: Sequence[Row], safety: float = 0.005) -> list[Row]:
@@ -410,8 +533,8 @@ def table(rows: Sequence[Row]) -> str:
     """
     rows = checked(rows)
     head = (
-        *("forgotten", "method", "g", "images", "forbidden (%)", "KL (nats)"),
-        *("Fréchet, features", "Fréchet, pixels", "precision", "recall"),
+        *("forgotten", "method", "g", "images", "forbidden (%)"),
+        *(*DISTANCES, "precision", "recall", "base"),
     )
     lines, methods = [], methods_of(rows)
     for forget in classes_forgotten(rows):
@@ -431,6 +554,7 @@ def table(rows: Sequence[Row]) -> str:
                             "" if metrics.get(name) is None else f"{metrics[name]:.3f}"
                             for name in ("precision", "recall")
                         ),
+                        base_verdict(row),
                     )
                 )
     return _markdown(head, lines)
@@ -446,7 +570,7 @@ def csv_table(rows: Sequence[Row]) -> str:
         {name for row in rows for name, value in row["metrics"].items() if name != "histogram"}
     )
     counted = max(len(row["metrics"].get("histogram") or ()) for row in rows)
-    names = ("dataset", "forget", "method", "scale", "steps", "seed")
+    names = ("dataset", "forget", "method", "setting", "scale", "steps", "seed")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*names, *numbers, *(f"share_{i}" for i in range(counted))])
@@ -456,6 +580,7 @@ def csv_table(rows: Sequence[Row]) -> str:
                 config, metrics = row["config"], row["metrics"]
                 own = {name: config.get(name) for name in names}
                 own |= {"forget": forget, "method": method.name}
+                own |= {"setting": chosen_settings(config)}
                 shares = metrics.get("histogram") or ()
                 cells = [*own.values(), *(metrics.get(name) for name in numbers), *shares]
                 writer.writerow([f"{c:.6g}" if isinstance(c, float) else c for c in cells])
@@ -464,18 +589,110 @@ def csv_table(rows: Sequence[Row]) -> str:
 
 def safety_table(rows: Sequence[Row], safety: float) -> str:
     """A Markdown table of what :func:`at_equal_safety` returns; the same arguments and errors."""
-    head = ("forgotten", "method", "g", "KL (nats)", "Fréchet, features", "Fréchet, pixels")
+    head = ("forgotten", "method", "setting", "g", *DISTANCES)
     lines = []
     for found in at_equal_safety(rows, safety):
-        numbers = [
-            None
-            if found[quantity] is None
-            else Measured(*(found[quantity + end] for end in ("", "_low", "_high")))
-            for quantity in QUANTITIES
-        ]
         scale = "not reached" if found["scale"] is None else f"{found['scale']:.3g}"
-        lines.append((found["forget"], found["method"], scale, *map(_written, numbers)))
-    return _markdown(head, lines)
+        names = found["forget"], found["method"], found["setting"]
+        lines.append((*names, scale, *(_written(_of(found, each)) for each in QUANTITIES)))
+    return _markdown(head, lines, texts=3)
+
+
+def lead_table(rows: Sequence[Row], safety: float) -> str:
+    """A Markdown table of what :func:`leads` returns, and nothing if that is nothing.
+
+    Arguments and errors as there.
+    """
+    lines = [
+        (
+            found["forget"],
+            found["method"],
+            *(
+                ""
+                if found[each] is None
+                else f"{_written(_of(found, each))} over {found[f'{each}_over']}"
+                for each in QUANTITIES
+            ),
+        )
+        for found in leads(rows, safety)
+    ]
+    return _markdown(("forgotten", "method", *DISTANCES), lines) if lines else ""
+
+
+def comparison(rows: Sequence[Row], safety: float) -> str:
+    """Markdown: the methods at one forbidden share, and DNG's lead over the best of the others.
+
+    Arguments and errors as for :func:`at_equal_safety`.
+    """
+    told = (
+        f"At {100.0 * safety:g}% forbidden, interpolated between scales, with 95% intervals:\n\n"
+        f"{safety_table(rows, safety)}"
+    )
+    lead = lead_table(rows, safety)
+    if lead:
+        told += (
+            "\nHow many times nearer DNG is than the nearest other method there (below 1: farther)"
+            f":\n\n{lead}"
+        )
+    return told
+
+
+def tuning_table(rows: Sequence[Row], safety: float) -> str:
+    """A Markdown table of what settings were chosen from, and which was.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Rows of ``tuning.jsonl`` (:mod:`dng_models.class_removal.tune`).
+    safety : float
+        Forbidden share in (0, 1) at which they were compared.
+
+    Returns
+    -------
+    str
+        By class and method, in the order of the rows; the chosen setting's row is bold.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`at_equal_safety`.
+    """
+    settings: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in checked(rows):
+        method = forgotten_by(row), _base_name(row["config"])
+        setting = chosen_settings(row["config"])
+        settings.setdefault(method, {}).setdefault(setting, []).append(row)
+    lines = []
+    for method, members in settings.items():
+        found = {name: at_equal_safety(each, safety)[0] for name, each in members.items()}
+        chosen = min(found, key=lambda name: badness(found[name]))
+        for name, at in found.items():
+            reached = at["scale"] is not None
+            cells = (
+                *method,
+                name or "as it is",
+                f"{at['scale']:.3g}" if reached else "not reached, or given up",
+                *(f"{at[each]:#.3g}" if reached else "" for each in QUANTITIES[1:]),
+            )
+            bold = name == chosen and reached
+            lines.append(tuple(f"**{cell}**" if bold and cell else cell for cell in cells))
+    return _markdown(("forgotten", "method", "setting", "g", *DISTANCES[1:]), lines, texts=3)
+
+
+def badness(found: Mapping[str, Any]) -> float:
+    """By which settings are chosen: the product of both Frechet distances, infinite without them.
+
+    So neither the features nor the pixels alone decide.
+    """
+    both = found["frechet"], found["frechet_pixels"]
+    return math.inf if None in both else float(both[0] * both[1])
+
+
+def _of(found: Mapping[str, Any], quantity: Quantity) -> Measured | None:
+    """A number with its ends."""
+    if found[quantity] is None:
+        return None
+    return Measured(*(found[quantity + end] for end in ("", "_low", "_high")))
 
 
 def _written(number: Measured | None) -> str:
@@ -485,10 +702,10 @@ def _written(number: Measured | None) -> str:
     return f"{'inf; ' if number.infinite else ''}{value} [{low}, {high}]"
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table without its empty columns; the first two are text, the others end flush right."""
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]], texts: int = 2) -> str:
+    """A table without its empty columns; the first few are text, the others end flush right."""
     kept = [i for i in range(len(head)) if i < 2 or any(line[i] for line in lines)]
-    rule = ["---" if i < 2 else "---:" for i in range(len(head))]
+    rule = ["---" if i < texts else "---:" for i in range(len(head))]
     return "".join(
         "| " + " | ".join(line[i].replace("|", r"\|") for i in kept) + " |\n"
         for line in (head, rule, *lines)

@@ -34,6 +34,7 @@ from dng_math.guidance import (
 )
 from dng_math.posterior import LogOddsTracker, PaperTracker
 from dng_math.schedules import TRACKER_VARIANCES, TrackerVariance
+from dng_models import foreign
 
 if TYPE_CHECKING:
     from dng_models.class_removal.calibrate import Calibration
@@ -209,9 +210,15 @@ class Config:
     fid: bool = False
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type).split(" | ")
+            if "str" in kind and not (isinstance(value, str) or (value is None and "None" in kind)):
+                raise TypeError(f"{field.name} must be a text, got {foreign.shown(value)}")
         for name in ("forget", "forgetful"):
             names = getattr(self, name)
-            if isinstance(names, str) or not all(isinstance(each, str) for each in names):
+            if not isinstance(names, tuple | list) or not all(
+                isinstance(each, str) for each in names
+            ):
                 raise TypeError(f"{name} must be a sequence of names, got {names!r}")
             object.__setattr__(self, name, tuple(names))
         for name in ("image_size", "channels"):
@@ -308,6 +315,8 @@ class Config:
         ValueError
             If there is a field that no configuration has, or a value that is not allowed.
         """
+        if not isinstance(fields, dict):
+            raise ValueError(f"a configuration must be an object, got {foreign.shown(fields)}")
         unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(
@@ -467,6 +476,30 @@ LADDERS: dict[str, tuple[float, ...]] = {
     "dng-log-odds": (3.0, 6.0, 12.0),
     "dng": (1.0, 2.0, 4.0),
 }
+# What a tuning compares.
+TUNED = ("none", "np", "sld", "ccfg", "dng-paper", "dng-constant", "dng-calibrated", "dng-log-odds")
+# What may be chosen of a method, stage after stage: each alternative changes what the stages before
+# it chose.  DNG has the paper's settings or its calibration.
+_INTERVALS: tuple[tuple[dict[str, Any], ...], ...] = (
+    ({"t_lo": 0.25}, {"t_lo": 0.4}),
+    ({"t_hi": 0.7},),
+)
+ALTERNATIVES: dict[str, tuple[tuple[dict[str, Any], ...], ...]] = {
+    "np": _INTERVALS,
+    "sld": (
+        (
+            {"gate": "absolute", "threshold": 0.3},
+            {"gate": "absolute", "threshold": 0.1},
+            {"gate": "absolute", "threshold": 1.0},
+            {"gate": "signed", "threshold": 0.3},
+        ),
+        ({"slope": 10.0}, {"slope": 1.0}),
+        # A slope that does not saturate may want another threshold.
+        ({"gate": "absolute", "threshold": 1.0},),
+        *_INTERVALS,
+    ),
+    "ccfg": (({"contrast": 0.2}, {"contrast": 5.0}), *_INTERVALS),
+}
 
 
 def settings(
@@ -530,6 +563,11 @@ class RunFolder:
     def table(self) -> Path:
         """The rows of the sweeps."""
         return self.path / "sweep.jsonl"
+
+    @property
+    def tuning(self) -> Path:
+        """The rows from which settings were chosen."""
+        return self.path / "tuning.jsonl"
 
     @property
     def figures(self) -> Path:

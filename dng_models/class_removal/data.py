@@ -7,9 +7,12 @@ are measured on it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import struct
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -155,6 +158,10 @@ class Dataset:
         wanted = [classes] if isinstance(classes, str | int) else list(classes)
         return torch.isin(self.labels, torch.tensor([self.index_of(c) for c in wanted]).long())
 
+    def chosen(self, rows: Tensor) -> Dataset:
+        """The images of some rows, a mask of shape (N,)."""
+        return self._where(rows)
+
     def _where(self, rows: Tensor) -> Dataset:
         return replace(
             self,
@@ -257,6 +264,30 @@ def load_dataset(
     return _dataset(pixels, rows, names, _name(dataset), held_out)
 
 
+def first_size(
+    dataset: str | Path,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str = "train",
+) -> tuple[int, int]:
+    """Height and width of the first image of a data set, as it lies there; for whoever chooses one.
+
+    Arguments and errors as for :func:`load_dataset`; no other image is decoded.
+    """
+    import datasets
+
+    if dataset == "digits":
+        return 8, 8
+    table = _read(dataset, split)
+    column, _, _ = _columns(table, dataset, image_column, label_column)
+    first = table.select([0]).select_columns([column])
+    array = _array(
+        first.cast_column(column, datasets.Image(decode=False))[0][column], 0, None, 3, square=False
+    )
+    return array.shape[0], array.shape[1]
+
+
 def _name(dataset: str | Path) -> str:
     """Of a file its own, unless that says only which part it is; of a folder the folder's."""
     path = Path(dataset)
@@ -321,26 +352,54 @@ def _read(dataset: str | Path, split: str) -> datasets.Dataset:
         foreign.check_table(path)
         where: tuple[str, dict[str, Any]] = ("parquet", {"data_files": str(path)})
     elif path.is_dir():
+        _require_readable(path)
         where = ("imagefolder", {"data_dir": str(path), "drop_labels": False})
-    elif path.suffix == ".parquet" or path.is_absolute() or str(dataset).startswith("."):
-        raise FileNotFoundError(
-            f"dataset must be a file, a folder or a name, got {dataset!r}: "
-            "there is no such file or folder"
-        )
     else:
+        foreign.require_hub_name("dataset", dataset)
         where = (HUB_NAMES.get(str(dataset), str(dataset)), {})
         if int(datasets.__version__.split(".")[0]) < 4:
             # Before 4 a data set could be a script, and unless told so it asked whether to run it.
             where[1]["trust_remote_code"] = False
+    # The library tries five times for what the hub has not, and again for what it does not reach.
+    reached = path.exists() or foreign.ask_hub(where[0], "dataset")
     try:
-        return datasets.load_dataset(where[0], split=split, **where[1])
+        with nullcontext() if reached else foreign.hub_offline():
+            return datasets.load_dataset(where[0], split=split, **where[1])
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         if path.exists() or not isinstance(error, OSError):
             raise ValueError(f"dataset '{dataset}' cannot be read: {_reason(error)}") from error
-        raise OSError(
-            f"dataset '{dataset}' is no local file or folder, and the Hugging Face hub did not "
-            f"give it: {_reason(error)}"
+        raise FileNotFoundError(
+            f"dataset '{dataset}' is no local file or folder, and the Hugging Face hub "
+            f"{'did not give it' if reached else 'cannot be reached'}: {_reason(error)}"
         ) from error
+
+
+def _require_readable(folder: Path) -> None:
+    """Refuse a folder of which a part cannot be read: the library passes over it in silence."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(
+            f"{error.filename} cannot be read ({error.strerror}), and its images would be missing "
+            "in the data: give yourself the right to (chmod), or move it out"
+        )
+
+    for directory, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        shown = [name for name in names if not name.startswith((".", "__"))]
+        images = [name for name in shown if Path(name).suffix.lower() in ImageFolder.EXTENSIONS]
+        if shown and not images and not folders and Path(directory) != folder:
+            raise ValueError(
+                f"{directory} has no image among its {len(shown)} files (such as {shown[0]}), and "
+                "its class would be missing in the data: convert them to PNG or JPEG, or move it "
+                "out"
+            )
+        for name in images:
+            path = Path(directory, name)
+            if not path.is_file():
+                refuse(OSError(errno.ENOENT, "it is no file, or a link to none", str(path)))
+            if not os.access(path, os.R_OK):
+                refuse(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)))
 
 
 def _reason(error: BaseException) -> str:
@@ -489,7 +548,12 @@ def _shape(array: NDArray[np.uint8]) -> str:
 
 
 def _array(
-    item: dict[str, Any] | None, row: int, image_size: int | None, channels: int | None
+    item: dict[str, Any] | None,
+    row: int,
+    image_size: int | None,
+    channels: int | None,
+    *,
+    square: bool = True,
 ) -> NDArray[np.uint8]:
     """One decoded image, shape (H, W, C)."""
     from io import BytesIO
@@ -500,7 +564,7 @@ def _array(
     image = read_image(source, f"image {row}", channels)
     if image_size is not None:
         image = _resized(image, image_size)
-    if image.width != image.height:
+    if square and image.width != image.height:
         raise ValueError(
             f"images must be square, but image {row} has {image.width} x {image.height} pixels: "
             "choose an image_size, which cuts and resizes them"

@@ -112,7 +112,7 @@ class Reference:
             classes=judge.classes,
             forbidden=forbidden,
             features=Moments.of(features[allowed]),
-            pixels=Moments.of(_pixels(images[allowed])),
+            pixels=Moments.of(pixels_of(images[allowed])),
             features_all=Moments.of(features),
             manifold=Manifold.of(features[kept]),
             inception=inception,
@@ -120,7 +120,7 @@ class Reference:
         )
 
 
-def _pixels(images: Tensor) -> Array:
+def pixels_of(images: Tensor) -> Array:
     """Pixels of every image, shape (N, D); averaged over squares where they are more than 1024."""
     from torch.nn.functional import adaptive_avg_pool2d
 
@@ -196,7 +196,7 @@ def evaluate(
         **_named(
             "frechet_pixels",
             metrics.frechet_interval(
-                _pixels(floats.clamp(-1.0, 1.0)), reference.pixels, **bootstrap
+                pixels_of(floats.clamp(-1.0, 1.0)), reference.pixels, **bootstrap
             ),
         ),
         **metrics.precision_recall(features, reference.manifold)._asdict(),

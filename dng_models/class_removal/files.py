@@ -27,6 +27,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dng_models import foreign
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -170,7 +172,7 @@ def _writer(descriptor: int) -> dict[str, Any]:
     """What the lock says of who has it, or had it when killed; empty if it says nothing."""
     try:
         told = json.loads(os.pread(descriptor, 1 << 16, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 
@@ -355,22 +357,16 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """The value in a JSON file.
+    """The value in a JSON file that :func:`write_json` wrote; :func:`dng_models.foreign.read_json`.
 
     Raises
     ------
     OSError
         If there is no such file, or it cannot be read.
     ValueError
-        If it does not hold JSON; naming it.
+        If it does not hold JSON, or more than any of ours; naming it.
     """
-    text = Path(path).read_bytes()
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}): it was damaged or is another file; remove it"
-        ) from None
+    return foreign.read_json(path, finite=True)
 
 
 def save_tensors(
@@ -390,29 +386,16 @@ def save_tensors(
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, on the CPU, and metadata of a safetensors file.
+    """Tensors, on the CPU, and metadata of a file; :func:`dng_models.foreign.load_tensors`.
 
     Raises
     ------
     OSError
         If there is no such file, or it cannot be read.
     ValueError
-        If it is not a safetensors file, or a damaged one; naming it.
+        If it is not a safetensors file, or a damaged one, or larger than the memory; naming it.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a safetensors file, and there is none")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            return tensors, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): it was damaged or is another "
-            "file; remove it, and what made it makes it again"
-        ) from None
+    return foreign.load_tensors(path)
 
 
 def append_record(path: Path, record: Mapping[str, Any], what: str = "line") -> None:

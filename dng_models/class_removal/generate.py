@@ -241,7 +241,7 @@ class Materials(Place):
         nets = {part: self.network(p, config, conditional=False) for part, p in places.items()}
         base = nets["base"]
         for part, net in nets.items():
-            if net.prediction != base.prediction or not _alike(net.schedule, base.schedule):
+            if net.prediction != base.prediction or not same_schedule(net.schedule, base.schedule):
                 raise ValueError(
                     f"the networks must predict the same on one noise schedule: {places[part]} "
                     f"predicts {net.prediction!r} on {net.schedule!r}, {places['base']} "
@@ -355,7 +355,8 @@ class Materials(Place):
         return loaded
 
 
-def _alike(one: NoiseSchedule, other: NoiseSchedule) -> bool:
+def same_schedule(one: NoiseSchedule, other: NoiseSchedule) -> bool:
+    """Whether two noise schedules are one, but for rounding."""
     return len(one) == len(other) and np.allclose(one.alpha, other.alpha, rtol=1e-6)
 
 

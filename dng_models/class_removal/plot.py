@@ -17,7 +17,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote
@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dng_math import _checks
 from dng_math.distances import binomial_interval
+from dng_models import foreign
 from dng_models.class_removal.compare import (
     QUANTITIES,
     UNSCALED,
@@ -35,8 +36,10 @@ from dng_models.class_removal.compare import (
     Quantity,
     Row,
     at_equal_safety,
+    base_is_bad,
     checked,
     classes_forgotten,
+    comparison,
     csv_table,
     forbidden_share,
     forgotten_by,
@@ -44,12 +47,14 @@ from dng_models.class_removal.compare import (
     methods_of,
     none_forbidden,
     read_rows,
-    safety_table,
     scale_of,
     table,
+    tuning_table,
     weakest_safe,
 )
+from dng_models.class_removal.config import BUILT_IN, TRACKERS
 from dng_models.class_removal.files import load_tensors, read_json, write_atomically, write_text
+from dng_models.printable import drawable, plain
 
 try:
     import matplotlib
@@ -58,7 +63,7 @@ try:
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch, Rectangle
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
     from matplotlib.transforms import ScaledTranslation
 except ImportError as error:
     raise ImportError(
@@ -93,6 +98,7 @@ PURPLE = "#CC79A7"
 
 WIDTH = 7.2  # inches: the text width of a page
 DPI = 200
+FEWEST_TICKS, MOST_TICKS = 3, 8  # of a logarithmic axis
 RC: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.labelsize": 8,
@@ -148,6 +154,7 @@ LOOKS: dict[tuple[str, ...], _Look] = {
     ("fbg",): _Look(VERMILLION, SOLID, "*"),
     ("dng", "paper", "paper"): _Look(GREEN, SOLID, "o"),
     ("dng", "paper", "calibrated"): _Look(BLUE, SOLID, "s"),
+    ("dng", "paper", "calibrated-constant"): _Look(SKY, SOLID, "<"),
     ("dng", "log-odds", "paper"): _Look(SKY, SOLID, "D"),
     ("dng", "log-odds", "calibrated"): _Look(BLACK, SOLID, "p"),
 }
@@ -160,7 +167,7 @@ SPARE = tuple(
     )
 )
 # A conditional network keeps the colour of its method.
-OTHER_MARKER = dict(zip("v^PXh8d*oDsp", "><XPH*D8*dh8", strict=True))
+OTHER_MARKER = dict(zip("v^PXh8d*oDsp<", "><XPH*D8*dh8>", strict=True))
 
 LABELS: dict[Quantity, str] = {
     "kl": r"KL(ideal $\Vert$ class histogram) (nats)",
@@ -242,6 +249,7 @@ def curves(rows: Sequence[Row]) -> Figure:
         for method in methods:
             _draw_curve(axes, method, looks[method.name], method.of(forget), quantity)
         _title(axes, _letter(place), f"{_named_class(forget)} forgotten")
+    _mark_bases(figure, rows)
     figure.legend(
         *_legend_of_curves(looks, panels.flat),
         loc="outside lower center",
@@ -260,7 +268,7 @@ def curves(rows: Sequence[Row]) -> Figure:
 
 
 def _named_class(forget: str) -> str:
-    return f"{'classes' if ', ' in forget else 'class'} {forget}"
+    return f"{'classes' if ', ' in forget else 'class'} {plain(forget)}"
 
 
 def _title(axes: Axes, letter: str, text: str) -> None:
@@ -278,12 +286,14 @@ def _percent_axis(axes: Axes, rows: Sequence[Row]) -> None:
     apart = 0.1 * math.log10(high / low)  # closer than this labels would touch
     ticks = {100.0 * forbidden_share(row).value: "0" for row in rows if none_forbidden(row)}
     least = max([low, *ticks])  # nothing is less than 0
-    for mantissa in (1, 5, 2):
-        for exponent in range(-4, 3):
-            tick = float(f"{mantissa}e{exponent}")
+    usual = [float(f"{m}e{power}") for m in (1, 5, 2) for power in range(-4, 3)]
+    for some in (usual, _log_ticks(low, high)):
+        for tick in some:
             room = all(abs(math.log10(tick / other)) > apart for other in ticks)
             if least <= tick <= high and room:
                 ticks[tick] = f"{tick:g}"
+        if len(ticks) >= FEWEST_TICKS:
+            break
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xticks([], minor=True)
 
@@ -292,12 +302,40 @@ def _distance_axis(axes: Axes, numbers: Sequence[Measured]) -> None:
     """Logarithmic, for the numbers: a bar that ends near 0 does not stretch it."""
     low = min(max(number.low, 0.5 * number.value) for number in numbers)
     high = max(min(number.high, 2.0 * number.value) for number in numbers)
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_ylim(0.8 * low, 1.3 * high)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis that can be read, whatever it spans."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(_LogTicks())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    if high < 20.0 * low:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
+
+
+class _LogTicks(LogLocator):
+    """Ticks of a logarithmic axis, at least three between any limits: all are labelled."""
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        """Between two limits."""
+        return _log_ticks(min(vmin, vmax), max(vmin, vmax))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between two positive numbers, or the fewest more that make three of them."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [float(f"{m}e{power}") for power in powers for m in mantissas]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= FEWEST_TICKS:
+            return ticks[:: math.ceil(len(ticks) / MOST_TICKS)]
+    # Over less than that a logarithmic axis is nearly a linear one.
+    for count in range(FEWEST_TICKS, 12):
+        ticks = [tick for tick in MaxNLocator(count).tick_values(low, high) if low <= tick <= high]
+        if len(ticks) >= FEWEST_TICKS:
+            break
+    return [float(tick) for tick in ticks]
 
 
 def _draw_chance(axes: Axes, rows: Sequence[Row]) -> None:
@@ -362,7 +400,8 @@ def _legend_of_curves(
     }
     entries: dict[str, Any] = {}
     for name, look in looks.items():
-        entries[name] = Line2D([], [], color=look.color, ls=look.linestyle, marker=look.marker)
+        handle = Line2D([], [], color=look.color, ls=look.linestyle, marker=look.marker)
+        entries[plain(name)] = handle
     grey: dict[str, Any] = {"color": "#555555", "ls": "none"}
     for mark, arrow, text in (
         ("none forbidden", "<", "none forbidden, drawn at half an image"),
@@ -521,6 +560,7 @@ def histogram(rows: Sequence[Row], classes: Sequence[str] | None = None) -> Figu
         if place + columns >= len(rows):
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("class, as classified")
+    _mark_bases(figure, rows)
     # Above the highest bar there is room for the numbers.
     panels[0, 0].set_ylim(0.0, 1.3 * max(axes.dataLim.y1 for axes in panels.flat))
     figure.legend(
@@ -534,6 +574,19 @@ def histogram(rows: Sequence[Row], classes: Sequence[str] | None = None) -> Figu
         ncols=4,
     )
     return figure
+
+
+def _mark_bases(figure: Figure, rows: Sequence[Row]) -> None:
+    """Say above the panels where the base is not good enough for what is shown to mean much."""
+    bad = [row for row in rows if base_is_bad(row)]
+    if bad:
+        some = "all" if len(bad) == len(rows) else f"{len(bad)} of {len(rows)}"
+        figure.suptitle(
+            "The base network is not good enough to be guided: its unguided images are farther from"
+            f"\nthe data than forgetting is.  These numbers mean little ({some} settings).",
+            color=VERMILLION,
+            size=8,
+        )
 
 
 def _letter(place: int) -> str:
@@ -559,7 +612,7 @@ def _draw_histogram(axes: Axes, row: Row, names: Sequence[str]) -> None:
     edges = np.arange(len(names) + 1) - 0.5
     axes.stairs(100.0 * ideal, edges, baseline=None, color=BLACK, lw=0.9)
     long = max(map(len, names)) > 2
-    axes.set_xticks(place, names, rotation=90 if long else 0)
+    axes.set_xticks(place, list(map(plain, names)), rotation=90 if long else 0)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(edges[0], edges[-1])
     lines = [f"{100.0 * metrics['safety']:.2f}% forbidden"]
@@ -573,7 +626,10 @@ def _draw_histogram(axes: Axes, row: Row, names: Sequence[str]) -> None:
 
 @_styled
 def grid(
-    images_by_method: Mapping[str, ArrayLike], marks: Mapping[str, ArrayLike] | None = None
+    images_by_method: Mapping[str, ArrayLike],
+    marks: Mapping[str, ArrayLike] | None = None,
+    *,
+    negative: bool = False,
 ) -> Figure:
     """Images of one noise under every method (paper, Figs. 4 and 10).
 
@@ -581,9 +637,11 @@ def grid(
     ----------
     images_by_method : mapping of str to array_like, shape (n, C, H, W)
         Images in [-1, 1], values outside are clamped; C = 1 or 3.  A row each, under its name, and
-        the same seed in a column.  Gray images are drawn dark on light.
+        the same seed in a column.
     marks : mapping of str to array_like of bool, shape (n,), optional
         Which images are judged forbidden: they are framed.  A method may be missing.
+    negative : bool
+        Draw grey images as negatives: digits, which are light on dark, as ink on paper.
 
     Returns
     -------
@@ -615,7 +673,9 @@ def grid(
             )
     count, columns = sheet.shape[:2]
     # Placed by hand: automatic layouts do not see what the fixed aspect does to the texts.
-    texts = ["\n".join(textwrap.fill(line, 32) for line in name.split("\n")) for name in rows]
+    texts = [
+        "\n".join(textwrap.fill(line, 32) for line in drawable(name).split("\n")) for name in rows
+    ]
     text_width, text_height = np.max([_text_size(text) for text in texts], axis=0)
     left = text_width + 0.15
     aspect = sheet.shape[3] / sheet.shape[4]
@@ -626,7 +686,7 @@ def grid(
     axes = figure.add_axes(
         (left / width, below / height, cell * columns / width, cell * aspect * count / height)
     )
-    gap = _show(axes, sheet)
+    gap = _show(axes, sheet, negative)
     for row, (name, text) in enumerate(zip(rows, texts, strict=True)):
         axes.text(-0.1, row + 0.5, text, ha="right", va="center", size=7)
         for column in np.flatnonzero(flags.get(name, ())):
@@ -653,19 +713,20 @@ def _text_size(text: str) -> tuple[float, float]:
     return float(box.width / figure.dpi), float(box.height / figure.dpi)
 
 
-def _show(axes: Axes, images: Array) -> tuple[float, float]:
+def _show(axes: Axes, images: Array, negative: bool) -> tuple[float, float]:
     """Rows of images (R, n, C, H, W) in units of an image with its gap; returns the gap's size."""
+    negative = negative and images.shape[2] == 1
     rows, columns, channels, height, width = images.shape
     gap = max(1, round(min(height, width) / 16))
     cell = height + 2 * gap, width + 2 * gap
-    # White, in the colours of either kind of image.
-    sheet = np.full((rows, cell[0], columns, cell[1], channels), -1.0 if channels == 1 else 1.0)
+    white = -1.0 if negative else 1.0
+    sheet = np.full((rows, cell[0], columns, cell[1], channels), white)
     inner = np.clip(images, -1.0, 1.0).transpose(0, 3, 1, 4, 2)
     sheet[:, gap : gap + height, :, gap : gap + width] = inner
     picture = sheet.reshape(rows * cell[0], columns * cell[1], channels)
     axes.imshow(
         picture[:, :, 0] if channels == 1 else 0.5 * (picture + 1.0),
-        cmap="gray_r",
+        cmap="gray_r" if negative else "gray",
         vmin=-1.0,
         vmax=1.0,
         extent=(0.0, columns, rows, 0.0),
@@ -685,6 +746,7 @@ def trajectories(
     *,
     labels: Sequence[str] | None = None,
     snapshots: int = 12,
+    negative: bool = False,
 ) -> Figure:
     """Images on their way through time, with the guidance scale below them (paper, Fig. 5).
 
@@ -702,6 +764,8 @@ def trajectories(
         A title for each image.
     snapshots : int
         Images in a strip, each above the time that it was taken at.
+    negative : bool
+        As for :func:`grid`.
 
     Returns
     -------
@@ -740,15 +804,14 @@ def trajectories(
     for i in range(n):
         top = whole - above - i * block - title
         axes = figure.add_axes((left / WIDTH, (top - strip) / whole, inner, strip / whole))
-        _show(axes, images[taken, i][None])
+        _show(axes, images[taken, i][None], negative)
         if labels is not None:
-            axes.text(0.0, -0.05, labels[i], va="bottom", size=7.5)
+            axes.text(0.0, -0.05, drawable(labels[i]), va="bottom", size=7.5)
         lines = figure.add_axes((left / WIDTH, (top - strip - plot) / whole, inner, plot / whole))
         lines.plot(t, strength[:, i], color=GREEN, label="dynamic scale")
         lines.set_ylim(*_limits(strength, logarithmic))
         if logarithmic:
-            lines.set_yscale("log")
-            lines.yaxis.set_minor_formatter(NullFormatter())
+            _logarithmic(lines)
         lines.set_ylabel(r"scale $\lambda$", color=GREEN)
         lines.set_xlim(t[0], t[-1])
         if posterior is not None:
@@ -811,7 +874,7 @@ def reliability(calibration: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
     panels = figure.subplots(2, 2)
     if calibration.get("label"):
-        figure.suptitle(calibration["label"])
+        figure.suptitle(drawable(calibration["label"]))
     axes = panels[0, 0]
     axes.plot([0.0, 1.0], [0.0, 1.0], color=BLACK, lw=0.6, ls=DASHED)
     for name, diagram in calibration["reliability"].items():
@@ -839,7 +902,7 @@ def reliability(calibration: Mapping[str, Any]) -> Figure:
             axes.plot(times, values, color=color, ls=line, label=label)
         every = np.concatenate(drawn)
         if every.min() > 0.0 and every.max() > 30.0 * every.min():
-            axes.set_yscale("log")
+            _logarithmic(axes)
         else:
             axes.set_ylim(bottom=0.0)
         axes.set_ylabel(text)
@@ -912,23 +975,33 @@ def save(figure: Figure, path: Path | str) -> None:
 
 
 def draw_all(
-    out: Path | str, *, classes: Sequence[str] | None = None, safety: float = 0.005
+    out: Path | str,
+    *,
+    classes: Sequence[str] | None = None,
+    safety: float = 0.005,
+    data: Path | str | None = None,
+    calibrations: Path | str | None = None,
 ) -> list[Path]:
     """Draw everything that a run's folder has the data for.
 
     Parameters
     ----------
     out : Path or str
-        Holds ``sweep.jsonl``, and perhaps ``samples/KEY/images.safetensors`` with ``images`` and
-        ``labels``, ``samples/KEY/trajectories.safetensors`` with the arguments of
-        :func:`trajectories`, and ``calibration/NAME.json`` as
-        :class:`dng_models.class_removal.calibrate.Calibration` saves it.
+        Where ``figures`` and the tables are written.
     classes : sequence of str, optional
         Names in the order of the labels.  If not given, those of the classifier in
         ``networks/classifier``, or else "0", "1", ...; if these are not the forgotten ones there
         is no histogram, and no image is framed.
     safety : float
         Methods are compared at this forbidden share, in (0, 1).
+    data : Path or str, optional
+        Default: ``out``.  Holds ``sweep.jsonl``, and perhaps ``tuning.jsonl``,
+        ``samples/KEY/images.safetensors`` with ``images`` and ``labels``, and
+        ``samples/KEY/trajectories.safetensors`` with the arguments of :func:`trajectories`.
+    calibrations : Path or str, optional
+        A folder of files NAME.json as
+        :class:`dng_models.class_removal.calibrate.Calibration` saves them; default:
+        ``calibration`` in ``data``.
 
     Returns
     -------
@@ -943,7 +1016,9 @@ def draw_all(
         If a file is damaged, naming it, and in the table the line.
     """
     out = Path(out)
-    rows = read_rows(out / "sweep.jsonl")
+    data = out if data is None else Path(data)
+    calibrations = data / "calibration" if calibrations is None else Path(calibrations)
+    rows = read_rows(data / "sweep.jsonl")
     written: list[Path] = []
 
     def keep(stem: str, figure: Figure) -> None:
@@ -955,7 +1030,7 @@ def draw_all(
     if len(networks) > 1:
         for name in networks:
             keep(f"curves_{name}", curves([r for r in rows if r["config"].get("networks") == name]))
-    names = classes if classes is not None else _class_names(out)
+    names = classes if classes is not None else _class_names(data)
     safest = weakest_safe(rows, safety)
     for forget in classes_forgotten(rows):
         chosen = [row for row in safest if forgotten_by(row) == forget]
@@ -965,18 +1040,19 @@ def draw_all(
         known = names is not None and set(chosen[0]["config"]["forget"]) <= set(names)
         if counted and known:
             keep(f"histogram_{forget}", histogram(chosen, names))
-        pictures, marks = _samples(out, chosen, names if known else None)
+        pictures, marks = _samples(data, chosen, names if known else None)
         if pictures:
-            keep(f"grid_{forget}", grid(pictures, marks))
-    for path in sorted(out.glob("samples/*/trajectories.safetensors")):
+            keep(f"grid_{forget}", grid(pictures, marks, negative=all(map(_is_ink, chosen))))
+    for path in sorted(data.glob("samples/*/trajectories.safetensors")):
         keep(f"trajectories_{path.parent.name}", _trajectories(path))
-    for path in sorted(out.glob("calibration/*.json")):
+    for path in sorted(calibrations.glob("*.json")):
         for tracker, calibration in _calibrations(path).items():
             keep(f"reliability_{path.stem}_{tracker}", reliability(calibration))
-    text = (
-        f"At {100.0 * safety:g}% forbidden, interpolated between scales:\n\n"
-        f"{safety_table(rows, safety)}\nEvery row, with 95% intervals:\n\n{table(rows)}"
-    )
+    text = comparison(rows, safety)
+    if (data / "tuning.jsonl").is_file():
+        tuning = tuning_table(read_rows(data / "tuning.jsonl"), safety)
+        text += f"\nWhat the settings were chosen from, by other images:\n\n{tuning}"
+    text += f"\nEvery row, with 95% intervals:\n\n{table(rows)}"
     tables = {"table.md": text, "table.csv": csv_table(rows)}
     for name, content in tables.items():
         write_text(out / name, content)
@@ -988,24 +1064,34 @@ def _trajectories(path: Path) -> Figure:
     missing = {"times", "x", "scale"} - tensors.keys()
     if missing:
         raise ValueError(f"{path} must hold {', '.join(sorted(missing))}, got {', '.join(tensors)}")
+    config = path.with_name("config.json")
     return trajectories(
-        tensors["times"], tensors["x"], tensors["scale"], tensors.get("log_posterior")
+        tensors["times"],
+        tensors["x"],
+        tensors["scale"],
+        tensors.get("log_posterior"),
+        negative=config.is_file() and _is_ink({"config": read_json(config)}),
     )
+
+
+def _is_ink(row: Row) -> bool:
+    """Whether the images are digits, light on dark; grey photographs are shown as they are."""
+    config = row["config"]
+    named = config.get("like") or BUILT_IN.get(config.get("dataset", ""))
+    return named in ("digits", "mnist")
 
 
 def _calibrations(path: Path) -> dict[str, dict[str, Any]]:
     """What :func:`reliability` takes, for each tracker of a saved calibration."""
-    saved = read_json(path)
-    try:
-        fits, report = saved["fits"], saved["report"]
-        return {
-            tracker: _calibration(tracker, fits, report)
-            | {"label": f"class {unquote(path.stem)}, {tracker} tracker"}
-            for tracker in ("paper", "log-odds")
-            if tracker in fits
-        }
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} must hold a calibration; it lacks {error}") from None
+    from dng_models.class_removal.calibrate import Calibration
+
+    saved = Calibration.load(path)
+    fits = {name: asdict(each) for name, each in saved.fits.items()}
+    return {
+        tracker: _calibration(tracker, fits, saved.report)
+        | {"label": f"class {plain(unquote(path.stem))}, {tracker} tracker"}
+        for tracker in TRACKERS
+    }
 
 
 def _calibration(
@@ -1038,7 +1124,10 @@ def _calibration(
 def _class_names(out: Path) -> list[str] | None:
     """As the run's own classifier has them."""
     path = out / "networks" / "classifier" / "config.json"
-    return read_json(path).get("classes") if path.is_file() else None
+    names = foreign.read_object(path).get("classes") if path.is_file() else None
+    if names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        return names
+    raise ValueError(f"'classes' in {path} must be names, got {foreign.shown(names)}")
 
 
 def _samples(
@@ -1053,7 +1142,10 @@ def _samples(
         if not path.is_file():
             continue
         tensors = load_tensors(path)[0]
+        if "images" not in tensors:
+            raise ValueError(f"{path} must hold 'images', got {', '.join(tensors) or 'nothing'}")
         name = f"{of[id(row)].at(row)}\n{100.0 * row['metrics']['safety']:.2g}% forbidden"
+        name += "\nbase not good enough" if base_is_bad(row) else ""
         pictures[name] = np.asarray(tensors["images"], dtype=np.float64)[:columns]
         if classes is not None and "labels" in tensors:
             forbidden = [list(classes).index(each) for each in row["config"]["forget"]]

@@ -11,7 +11,6 @@ Whatever would change the images without being a setting of the sampler is refus
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,19 +124,21 @@ def _folder(name_or_path: Path | str) -> Path:
             f"base must be a directory or a name on the hub, got the file {folder} (a checkpoint "
             "in the published layout can be converted: the command convert)"
         )
-    name = str(name_or_path)
-    if isinstance(name_or_path, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise FileNotFoundError(f"base must be a directory or a name on the hub; no {folder}")
-    return _download(name)
+    foreign.require_hub_name("base", name_or_path)
+    return _download(str(name_or_path))
 
 
 def _download(name: str) -> Path:
     """The snapshot of a repository in the hub's cache: configurations, then weights."""
     from huggingface_hub import snapshot_download
 
+    local = not foreign.ask_hub(name, "model")
+
     def fetch(*patterns: str) -> Path:
         try:
-            return Path(snapshot_download(name, allow_patterns=list(patterns)))
+            return Path(
+                snapshot_download(name, allow_patterns=list(patterns), local_files_only=local)
+            )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"there is no directory {name}, and {name} could not be had from the hub "

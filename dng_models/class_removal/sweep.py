@@ -7,7 +7,6 @@ of processes, a sweep leaves the table that it would have left undisturbed.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 import dng_math
-from dng_models.class_removal import files
+from dng_models import foreign
+from dng_models.class_removal import base, files
 from dng_models.class_removal.config import Config
 from dng_models.class_removal.evaluate import evaluate
 from dng_models.class_removal.generate import Generated, Materials, generate, piece_count
@@ -38,6 +38,8 @@ def sweep(
     materials: Materials,
     *,
     keep_images: bool = False,
+    keep_first: bool = True,
+    table: Path | None = None,
     progress: bool = True,
 ) -> list[Row]:
     """Draw and measure every setting that the table does not have yet.
@@ -52,7 +54,11 @@ def sweep(
     materials : Materials
         Networks, data and classifier; the table is in its folder.
     keep_images : bool
-        Keep all images of a setting, in pieces, so that more can be added; else the first 16.
+        Keep all images of a setting, in pieces, so that more can be added.
+    keep_first : bool
+        Keep the first 16 images of a setting, for the grids.
+    table : Path, optional
+        Default: ``sweep.jsonl`` of the folder.
     progress : bool
         Show a bar.
 
@@ -70,24 +76,30 @@ def sweep(
         stays.
     """
     configs = list(dict.fromkeys(materials.resolved(config) for config in configs))
+    table = materials.folder.table if table is None else table
     with materials.only_writer(materials.folder.path):
-        return _sweep(configs, materials, keep_images, progress)
+        return _sweep(configs, materials, table, keep_images, keep_first, progress)
 
 
 def _sweep(
-    configs: Sequence[Config], materials: Materials, keep_images: bool, progress: bool
+    configs: Sequence[Config],
+    materials: Materials,
+    table: Path,
+    keep_images: bool,
+    keep_first: bool,
+    progress: bool,
 ) -> list[Row]:
     processes, folder = materials.processes, materials.folder
     if processes.is_main_process:
-        _drop_torn_line(folder.table)
+        _drop_torn_line(table)
     processes.wait_for_everyone()
-    rows = {row["key"]: row for row in read_table(folder.table)}
+    rows = {row["key"]: row for row in read_table(table)}
     pending = [config for config in configs if config.key not in rows]
-    lost = [config for config in configs if config.key in rows and _lost(materials, config)]
+    measured = [config for config in configs if config.key in rows]
+    lost = [config for config in measured if keep_first and _lost(materials, config)]
     if processes.is_main_process and not keep_images:
-        for config in configs:
-            if config.key in rows:
-                shutil.rmtree(folder.work(config), ignore_errors=True)
+        for config in measured:
+            shutil.rmtree(folder.work(config), ignore_errors=True)
     # Nobody writes a row before everybody has read the table.
     processes.wait_for_everyone()
     # Whatever is missing should be known now, not when its turn comes.
@@ -96,6 +108,7 @@ def _sweep(
         _check_sources(config, sources[config.key], rows.values())
     for config in lost:
         _draw_lost(config, materials, keep_images, progress)
+    bases = _checked_bases(pending, materials, rows.values(), progress)
     shown = progress and processes.is_main_process and pending
     total = sum(map(piece_count, pending))
     with Progress(total, unit="batch", shown=bool(shown)) as bar:
@@ -104,7 +117,11 @@ def _sweep(
             generated = generate(config, materials, advance=bar.update)
             if generated is not None:
                 row = _measured(config, materials, generated, sources[config.key])
-                append_row(folder.table, row)
+                row["base"] = bases[config.key]
+                if keep_first:
+                    with materials.threads(config):
+                        _keep_first(config, materials, generated)
+                append_row(table, row)
                 rows[config.key] = row
                 if progress:
                     say(_told(config, row), sys.stderr)
@@ -112,6 +129,34 @@ def _sweep(
                     shutil.rmtree(folder.work(config), ignore_errors=True)
             processes.wait_for_everyone()
     return [rows[config.key] for config in configs if config.key in rows]
+
+
+def _checked_bases(
+    pending: Sequence[Config], materials: Materials, rows: Iterable[Row], progress: bool
+) -> dict[str, dict[str, Any] | None]:
+    """What there is to say of the base of every setting, before any of them is believed.
+
+    Unguided images that are looked at are not drawn again, if they are a setting themselves.
+    """
+    known: dict[str, dict[str, Any] | None]
+    known = {row["base"]["key"]: row["base"] for row in rows if row.get("base")}
+    drawn = {config.images_key for config in pending}
+    found: dict[str, dict[str, Any] | None] = {}
+    told: set[str] = set()
+    for config in pending:
+        few = base.unguided(config, materials)
+        if few.key not in known:
+            known[few.key] = base.checked(config, materials)
+            if materials.processes.is_main_process and few.images_key not in drawn:
+                shutil.rmtree(materials.folder.work(few), ignore_errors=True)
+            materials.processes.wait_for_everyone()
+        found[config.key] = known[few.key]
+        result = known[few.key]
+        if result is not None and few.key not in told:
+            told.add(few.key)
+            if result["verdict"] == base.BAD or (progress and result["verdict"] != base.GOOD):
+                say(base.warning(result, config), sys.stderr)
+    return found
 
 
 def _lost(materials: Materials, config: Config) -> bool:
@@ -161,8 +206,8 @@ def _told(config: Config, row: Row) -> str:
     found = row["metrics"]
     return (
         f"{label(config)}, without {', '.join(config.forget)}: {100 * found['safety']:.2f}% "
-        f"[{100 * found['safety_low']:.2f}, {100 * found['safety_high']:.2f}] forbidden, KL "
-        f"{found['kl_smoothed']:.3f}, Frechet {found['frechet']:.3g}, of pixels "
+        f"[{100 * found['safety_low']:.2f}, {100 * found['safety_high']:.2f}] forbidden, smoothed "
+        f"KL {found['kl_smoothed']:.3f}, Frechet {found['frechet']:.3g}, of pixels "
         f"{found['frechet_pixels']:.3g}"
     )
 
@@ -173,12 +218,11 @@ def _told(config: Config, row: Row) -> str:
 def _measured(
     config: Config, materials: Materials, generated: Generated, sources: dict[str, str]
 ) -> Row:
-    """The row of a setting; what is kept of its images is on the disk before."""
+    """The row of a setting."""
     images, broken = without_broken(generated.images)
     with materials.threads(config):
         judge, reference = materials.judge(config), materials.reference(config)
         metrics = evaluate(images, reference, judge)
-        _keep_first(config, materials, generated)
     summary: dict[str, float] = {
         "mean_scale": float(generated.mean_scale.mean()),
         "not_finite": broken,
@@ -273,8 +317,10 @@ def read_table(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(_whole_lines(path), 1):
         try:
-            row = json.loads(line)
+            row = foreign.parse_json(line, "it", "it was damaged", finite=True)
             Config.from_json(row["config"])
+            if not isinstance(row["key"], str) or not isinstance(row["sources"], dict):
+                raise ValueError("its key and sources are of other types")
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}, line {number} is not a row of a sweep ({error}): remove the line, and "

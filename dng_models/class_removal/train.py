@@ -16,7 +16,7 @@ import functools
 import json
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -31,11 +31,12 @@ from torch import Tensor
 from dng_kernels import StepPlan, dng_step
 from dng_math import NoiseSchedule, _checks
 from dng_math.guidance import Unguided
+from dng_models import foreign
 from dng_models.class_removal import files, networks
 from dng_models.class_removal.data import Dataset
 from dng_models.class_removal.networks import Size
 from dng_models.processes import only_writer
-from dng_models.progress import Progress
+from dng_models.progress import Progress, seconds_at, seconds_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -311,15 +312,7 @@ def train_diffusion(
         kind: Kind = "conditional" if conditional else "class" if len(present) == 1 else "base"
         config = default_config(data, kind)
     out = Path(out)
-    identity = {
-        **config.identity,
-        "size": config.size or networks.default_size(data.image_size),
-        "dataset": data.name,
-        "fingerprint": data.fingerprint,
-        "classes": list(data.classes),
-        "trained_on": [data.classes[label] for label in present],
-        "conditional": conditional,
-    }
+    identity = _identity(data, config, conditional)
     if _is_finished(out, identity) and not _is_untidy(out):
         return out
     accelerator = _accelerator(config, device)
@@ -340,6 +333,71 @@ def train_diffusion(
             (out / STATE).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     return out
+
+
+def _identity(data: Dataset, config: TrainConfig, conditional: bool) -> dict[str, Any]:
+    """All that the finished network depends on; ``data`` are what it is trained on."""
+    present = sorted(set(data.labels.tolist()))
+    return {
+        **config.identity,
+        "size": config.size or networks.default_size(data.image_size),
+        "dataset": data.name,
+        "fingerprint": data.fingerprint,
+        "classes": list(data.classes),
+        "trained_on": [data.classes[label] for label in present],
+        "conditional": conditional,
+    }
+
+
+def updates_left(
+    dataset: Dataset, out: Path | str, config: TrainConfig, *, conditional: bool = False
+) -> int:
+    """How many updates :func:`train_diffusion` would do, which takes the same arguments.
+
+    Raises
+    ------
+    ValueError
+        If it would refuse them: the folder holds a state or network of another configuration, the
+        network cannot have images of this size, or a file is damaged.
+    """
+    out, data = Path(out), dataset.train
+    identity = _identity(data, config, conditional)
+    if _is_finished(out, identity):
+        return 0
+    with torch.device("meta"):  # it says what is wrong with the size
+        networks.make_unet(
+            data.image_size, data.channels, num_classes=len(data.classes), size=config.size
+        )
+    path = out / STATE
+    if not path.is_file():
+        return config.steps
+    step, _, configuration = _told(path, foreign.metadata(path))
+    _same(configuration, identity, path)
+    return config.steps - step
+
+
+def seconds_per_update(
+    dataset: Dataset,
+    config: TrainConfig,
+    *,
+    conditional: bool = False,
+    device: torch.device | str | None = None,
+) -> float:
+    """How long an update of :func:`train_diffusion` takes here, found out by doing some.
+
+    Of a batch that takes long only a part is done (:func:`dng_models.progress.seconds_at`).
+    """
+    accelerator = _accelerator(config, device)
+
+    def seconds(batch_size: int) -> float:
+        count = accelerator.num_processes
+        fewer = replace(config, batch_size=batch_size * count)
+        run = _Run(dataset.train, Path(), fewer, {}, accelerator, conditional)
+        run.net.train()
+        run.model = run.net
+        return seconds_of(run.timed_update)
+
+    return seconds_at(max(1, config.batch_size // accelerator.num_processes), seconds)
 
 
 def _is_finished(out: Path, identity: dict[str, Any]) -> bool:
@@ -390,6 +448,20 @@ def _accelerator(config: TrainConfig, device: torch.device | str | None) -> Acce
             f"got {device!r}"
         )
     return accelerator
+
+
+def _not_a_state(path: Path) -> str:
+    return f"{path} is not the state of a training here: remove it, or choose another folder"
+
+
+def _told(path: Path, metadata: Mapping[str, str]) -> tuple[int, int, object]:
+    """Of a state: how many steps it has done, losses that are added up, its configuration."""
+    try:
+        told = {name: foreign.parse_json(text, path) for name, text in metadata.items()}
+        step, count = (foreign.member(told, name, int, path) for name in ("step", "loss_count"))
+        return step, count, told["configuration"]
+    except (KeyError, ValueError):
+        raise ValueError(_not_a_state(path)) from None
 
 
 class _Run:
@@ -469,18 +541,11 @@ class _Run:
 
     def _load(self, path: Path) -> None:
         tensors, metadata = files.load_tensors(path)
-        foreign = f"{path} is not the state of a training here: remove it, or choose another folder"
-        try:
-            told = {name: json.loads(text) for name, text in metadata.items()}
-            step, count, configuration = (
-                told[name] for name in ("step", "loss_count", "configuration")
-            )
-        except (KeyError, ValueError):
-            raise ValueError(foreign) from None
+        step, count, configuration = _told(path, metadata)
         _same(configuration, self.identity, path)
         kinds = ("weights", "average", "exp_avg", "exp_avg_sq")
         if tensors.keys() != {"loss", *(f"{kind}.{name}" for kind in kinds for name in self.names)}:
-            raise ValueError(foreign)
+            raise ValueError(_not_a_state(path))
         with torch.no_grad():
             for name, p, average in zip(self.names, self.parameters, self.average, strict=True):
                 p.copy_(tensors[f"weights.{name}"])
@@ -510,7 +575,7 @@ class _Run:
         )
         with bar:
             while self.step < config.steps:
-                self.loss_sum += self._update().double().cpu()
+                self.loss_sum += self.update().double().cpu()
                 self.loss_count += 1
                 self.step += 1
                 bar.update()
@@ -530,7 +595,7 @@ class _Run:
             config.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * self.step / config.steps))
         )
 
-    def _update(self) -> Tensor:
+    def update(self) -> Tensor:
         """One step of the weights and of their average; returns the loss."""
         config, accelerator = self.config, self.accelerator
         shape = tuple(self.images.shape[1:])
@@ -560,6 +625,10 @@ class _Run:
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, 1.0 - decay)
         return loss.detach()
+
+    def timed_update(self) -> None:
+        """A step, and the wait until the device has done it."""
+        self.update().item()
 
     def _gather_loss(self) -> None:
         """The mean over processes of what each has added up; raises where it is not finite."""
@@ -643,7 +712,7 @@ def _truncate_log(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] > step:
                 break
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
         kept.append(line + "\n")
     files.write_text(path, "".join(kept))
