@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from dng_models.class_removal.compare import read_rows
 from figures import class_removal_networks
 from figures.__main__ import draw_figures
 
@@ -17,10 +20,20 @@ def test_every_method_is_swept_with_the_shipped_networks(rows):
     told = [(row["config"]["rule"], row["config"]["scale"]) for row in rows]
     scales = class_removal_networks.METHODS
     assert len(told) == sum(map(len, scales.values()))
-    assert {rule for rule, _ in told} == {"none", "np", "sld", "dng"}
+    assert {rule for rule, _ in told} == {"none", "np", "sld", "ccfg", "dng"}
     assert all(row["metrics"]["num_images"] == 64 for row in rows)
     # The classifier and the networks are those of the package, so all rows name the same ones.
     assert len({row["sources"]["base"] for row in rows}) == 1
+
+
+def test_the_rivals_have_what_the_tuning_chose(rows):
+    """The rows of docs/results.md, which the figure shows with fewer images."""
+    results = Path(__file__).resolve().parent.parent / "benchmarks/results/class_removal_digits"
+    measured = [row["config"] for row in read_rows(results / "sweep.jsonl")]
+    for method, chosen in class_removal_networks.CHOSEN.items():
+        for configs in (measured, [row["config"] for row in rows]):
+            own = [c for c in configs if c["rule"] == method and c["forget"] == ["0"]]
+            assert own and all(c[name] == value for c in own for name, value in chosen.items())
 
 
 def test_guidance_removes_the_zeros(rows):
@@ -29,7 +42,7 @@ def test_guidance_removes_the_zeros(rows):
         (row["config"]["rule"], row["config"]["scale"]): row["metrics"]["safety"] for row in rows
     }
     assert 0.02 < share["none", 0.0] < 0.25
-    for strongest in (("np", 0.6), ("sld", 0.75), ("dng", 8.0)):
+    for strongest in (("np", 0.8), ("sld", 7.7), ("ccfg", 0.7), ("dng", 5.0)):
         assert share[strongest] <= 0.05
 
 

@@ -726,6 +726,8 @@ def _run(given: argparse.Namespace, config: Config, materials: Materials) -> Non
         if heading:
             print(heading)
     _print_table(materials, rows)
+    if materials.processes.is_main_process:
+        print("NP and SLD have their authors' settings here; tune finds their best, and CCFG's")
 
 
 def _quick_heading(config: Config, trainings: Sequence[plan.Training]) -> str:
