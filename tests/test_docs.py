@@ -7,7 +7,10 @@ line for its own.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -287,3 +290,54 @@ def test_formulas_that_it_leaves_alone_pass():
     assert (
         misread(fine + "$$\na = b +\n\\tfrac{1}{2} c\n$$\n\n$$|a|^2 = b$$\n\n| $a$ | $b$ |") == []
     )
+
+
+def examples() -> Iterator[tuple[str, str, str]]:
+    """Page, program, and what the page says that it prints: the next block, or code after it."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for found in re.finditer(
+            r"^```python\n(.*?)^```\n\n(prints.*?)(?=\n\n)", text, re.M | re.S
+        ):
+            program, said = found.groups()
+            if said.endswith(":") and (
+                block := re.match(r"\n\n```\n(.*?)```", text[found.end() :], re.S)
+            ):
+                yield page.name, program, block[1]
+            else:
+                yield page.name, program, " ".join(re.findall(r"`([^`]+)`", said))
+
+
+def close(printed: str, said: str) -> bool:
+    """The same words, and numbers but for what another CPU rounds otherwise."""
+    number = r"-?\d+\.?\d*"
+    words = [re.sub(number, "#", text).split() for text in (printed, said)]
+    values = [[float(value) for value in re.findall(number, text)] for text in (printed, said)]
+    return words[0] == words[1] and values[0] == pytest.approx(values[1], rel=0.02, abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "program", "said"), list(examples()))
+def test_an_example_prints_what_its_page_says(page, program, said, tmp_path):
+    pytest.importorskip("diffusers")
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert close(run.stdout, said), (run.stdout, said)
+
+
+def test_the_examples_are_found():
+    assert [page for page, *_ in examples()] == ["README.md"] * 3 + ["experiments.md"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "said", "same"),
+    [("a 0.1234", "a 0.1235", True), ("a 0.12", "a 0.14", False), ("b 1.0", "a 1.0", False)],
+)
+def test_what_is_printed_is_compared(printed, said, same):
+    assert close(printed, said) is same
