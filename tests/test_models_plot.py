@@ -874,7 +874,7 @@ def test_everything_is_drawn_that_there_is_data_for(run):
         "figures/curves.png",
         "figures/histogram_0.png",
         "figures/grid_0.png",
-        "figures/trajectories_key2.png",
+        "figures/trajectories_0_NP_g-0.2.png",
         "figures/reliability_dog_2Fwolf_paper.png",
         "figures/reliability_dog_2Fwolf_log-odds.png",
         "table.csv",
@@ -886,6 +886,15 @@ def test_everything_is_drawn_that_there_is_data_for(run):
         assert 0.005 < (pixels.min(axis=2) < 0.9).mean() < 0.7, path
     text = (out / "table.md").read_text(encoding="utf-8")
     assert text.startswith("At 0.5% forbidden") and compare.table(rows) in text
+
+
+def test_a_setting_is_named_unless_another_has_the_name():
+    rows = [
+        make_row("np", 0.2, 0.04, key="a"),
+        make_row("np", 0.5, 0.04, key="b"),
+        make_row("np", 0.5, 0.04, key="c", seed=1),
+    ]
+    assert plot._setting_names(rows) == {"a": "0_NP_g-0.2"}
 
 
 def test_the_csv_has_every_number_of_every_row(run):

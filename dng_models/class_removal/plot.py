@@ -1043,8 +1043,10 @@ def draw_all(
         pictures, marks = _samples(data, chosen, names if known else None)
         if pictures:
             keep(f"grid_{forget}", grid(pictures, marks, negative=all(map(_is_ink, chosen))))
+    settings = _setting_names(rows)
     for path in sorted(data.glob("samples/*/trajectories.safetensors")):
-        keep(f"trajectories_{path.parent.name}", _trajectories(path))
+        key = path.parent.name
+        keep(f"trajectories_{settings.get(key, key)}", _trajectories(path))
     for path in sorted(calibrations.glob("*.json")):
         for tracker, calibration in _calibrations(path).items():
             keep(f"reliability_{path.stem}_{tracker}", reliability(calibration))
@@ -1057,6 +1059,16 @@ def draw_all(
     for name, content in tables.items():
         write_text(out / name, content)
     return [*written, *(out / name for name in tables)]
+
+
+def _setting_names(rows: Sequence[Row]) -> dict[str, str]:
+    """Class, method and scale of every row by its key, where no other row has the same."""
+    names = {
+        str(row.get("key")): f"{forgotten_by(row)}_{method.name}_g-{scale_of(row):g}"
+        for method in methods_of(rows)
+        for row in method.rows
+    }
+    return {key: name for key, name in names.items() if list(names.values()).count(name) == 1}
 
 
 def _trajectories(path: Path) -> Figure:
