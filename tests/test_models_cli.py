@@ -125,6 +125,14 @@ def test_every_option_of_a_setting_is_a_field_and_every_field_an_option():
 # ---------------------------------------------------------------------- what is refused
 
 
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_a_precision_that_training_refuses_is_not_offered(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--mixed-precision", "fp16"])
+    told = capsys.readouterr().err
+    assert "invalid choice: 'fp16'" in told and "bf16" in told
+
+
 def test_a_class_that_does_not_exist_lists_those_that_do(out, capsys):
     line = refused(capsys, "sweep", "--forget", "12", "--out", out, *FEW)
     assert "class must be one of 0, 1, 2" in line and line.endswith("got '12'")

@@ -27,6 +27,7 @@ from dng_models.class_removal.config import (
     PRECISIONS,
     RULES,
     TRACKERS,
+    TRAINING_PRECISIONS,
     TUNED,
     Config,
 )
@@ -338,7 +339,9 @@ def _chain_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_options(parser: argparse.ArgumentParser) -> None:
+def _run_options(
+    parser: argparse.ArgumentParser, precisions: Sequence[str] = tuple(PRECISIONS)
+) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME of the data)"
@@ -348,7 +351,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--mixed-precision",
-        choices=tuple(PRECISIONS),
+        choices=precisions,
         default=None,
         help="in which the networks compute (default: no)",
     )
@@ -424,7 +427,7 @@ def make_parser() -> argparse.ArgumentParser:
     _judge_options(group)
     _chain_options(run)
     _train_options(run)
-    _run_options(run)
+    _run_options(run, TRAINING_PRECISIONS)
     _plan_option(run)
 
     train = command(
@@ -448,7 +451,7 @@ def make_parser() -> argparse.ArgumentParser:
         "classifier with --networks conditional)",
     )
     _train_options(train)
-    _run_options(train)
+    _run_options(train, TRAINING_PRECISIONS)
     _plan_option(train)
 
     calibrate = command(

@@ -77,6 +77,8 @@ PAPER: dict[str, dict[str, Any]] = {
 FEWER_FOR_DIGITS: dict[str, Any] = {"steps": 100, "batch_size": 128}
 CALIBRATION_PATHS = 4  # noisings of a held-out image
 PRECISIONS = {"no": None, "fp16": "float16", "bf16": "bfloat16"}
+TrainingPrecision = Literal["no", "bf16"]  # fp16 needs a loss scale, a state more to resume
+TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = ("no", "bf16")
 OWN = ("prior", "temperature", "offset", "offset_nats")
 
 

@@ -33,6 +33,7 @@ from dng_math import NoiseSchedule, _checks
 from dng_math.guidance import Unguided
 from dng_models import foreign
 from dng_models.class_removal import files, networks
+from dng_models.class_removal.config import TRAINING_PRECISIONS, TrainingPrecision
 from dng_models.class_removal.data import Dataset
 from dng_models.class_removal.networks import Size
 from dng_models.processes import only_writer
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import UNet2DModel
 
-Precision = Literal["no", "bf16"]
 Kind = Literal["base", "class", "conditional"]
-PRECISIONS: tuple[Precision, ...] = ("no", "bf16")
 KINDS: tuple[Kind, ...] = ("base", "class", "conditional")
 SCHEDULE_STEPS = 1000
 STATE = networks.STATE
@@ -105,7 +104,7 @@ class TrainConfig:
     label_dropout: float = 0.1
     flip: bool = False
     size: Size | None = None
-    mixed_precision: Precision = "no"
+    mixed_precision: TrainingPrecision = "no"
     seed: int = 0
     checkpoint_every: int = 500
     log_every: int = 50
@@ -123,7 +122,7 @@ class TrainConfig:
         _checks.boolean("flip", self.flip)
         if self.size is not None:
             _checks.choice("size", self.size, networks.SIZES)
-        _checks.choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        _checks.choice("mixed_precision", self.mixed_precision, TRAINING_PRECISIONS)
         _checks.integer("seed", self.seed, 0)
         _checks.integer("checkpoint_every", self.checkpoint_every, 1)
         _checks.integer("log_every", self.log_every, 1)
