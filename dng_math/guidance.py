@@ -12,6 +12,7 @@ scale pushes away from what is forbidden.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
@@ -23,10 +24,11 @@ from dng_math.posterior import (
     ExactPosterior,
     LogOddsTracker,
     PaperTracker,
+    TimeProfile,
     checked_statistics,
     refuse_no_coefficients,
 )
-from dng_math.schedules import StepCoefficients
+from dng_math.schedules import StepCoefficients, TrackerVariance
 
 Array = NDArray[np.float64]
 
@@ -342,6 +344,68 @@ class DynamicNegativeGuidance(_Memoryless):
                 "posterior must be an ExactPosterior, PaperTracker or LogOddsTracker, "
                 f"got {self.posterior!r}"
             )
+
+    @classmethod
+    def tracked(
+        cls,
+        guidance_scale: float = 1.0,
+        prior: float = 0.01,
+        temperature: float | TimeProfile = 1.0,
+        offset: float = 0.0,
+        *,
+        offset_nats: float = 0.0,
+        p_min: float = 1e-6,
+        p_max: float = 0.99,
+        tracker: Literal["paper", "log-odds"] = "paper",
+        variance: TrackerVariance = "matched",
+    ) -> DynamicNegativeGuidance:
+        """With a tracked posterior, its hyperparameters in one line (DNG Eqs. 10 and 12).
+
+        Parameters
+        ----------
+        guidance_scale : float
+            g of lambda = g p / (1 - p).
+        prior : float
+            p(c) at the noisy end, in (0, 1).
+        temperature : float or TimeProfile
+            Factor of the log likelihood ratio, >= 0; below 1 for networks.
+        offset : float
+            The paper's, added as offset / (2 v) at each step.
+        offset_nats : float
+            Added over the whole run in equal parts, whatever the number of steps.
+        p_min, p_max : float
+            Clamp of the posterior; p_max also caps the scale at g p_max / (1 - p_max).
+        tracker : {"paper", "log-odds"}
+            :class:`PaperTracker` or :class:`LogOddsTracker`.
+        variance : {"matched", "small", "large", "published"}
+            That the tracker divides by.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, its value and what is allowed.
+        """
+        if isinstance(prior, Sequence) or isinstance(guidance_scale, Sequence):
+            raise TypeError(
+                "guidance_scale and prior must be numbers, got "
+                f"{guidance_scale!r} and {prior!r}; for unwanted concepts with priors or scales of "
+                "their own give apply_guidance a rule for each, a list"
+            )
+        _checks.choice("tracker", tracker, ("paper", "log-odds"))
+        _checks.real("prior", prior, "in (0, 1)", 0.0, 1.0, closed="()")
+        kind = PaperTracker if tracker == "paper" else LogOddsTracker
+        return cls(
+            guidance_scale,
+            kind(
+                prior=prior,
+                temperature=temperature,
+                offset=offset,
+                offset_nats=offset_nats,
+                p_min=p_min,
+                p_max=p_max,
+                variance=variance,
+            ),
+        )
 
     def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
         """See :class:`Rule`."""

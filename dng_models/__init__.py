@@ -13,8 +13,7 @@ __all__ = [
     "DNGDDPMPipeline",
     "DNGStableDiffusionPipeline",
     "DNGStableDiffusionXLPipeline",
-    "DynamicNegative",
-    "DynamicNegativeGuidance",
+    "DynamicNegativeGuider",
     "EtaDDIMScheduler",
     "Labelled",
     "PosteriorFlowScheduler",
@@ -28,8 +27,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dng_models.guidance import DynamicNegative
-    from dng_models.guider import DynamicNegativeGuidance, ShowLatents, add_latents_block
+    from dng_models.guider import DynamicNegativeGuider, ShowLatents, add_latents_block
     from dng_models.hook import apply_guidance, remove_guidance
     from dng_models.pipelines import (
         DNGDDPMPipeline,
@@ -44,7 +42,6 @@ else:
 
     # Hidden from type checkers, to which a module __getattr__ says that every name exists.
     _HOME = {
-        "DynamicNegative": "guidance",
         "EtaDDIMScheduler": "schedulers",
         "Labelled": "sampling",
         "PosteriorFlowScheduler": "schedulers",
@@ -56,7 +53,7 @@ else:
         "DNGDDPMPipeline": "pipelines",
         "DNGStableDiffusionPipeline": "pipelines",
         "DNGStableDiffusionXLPipeline": "pipelines",
-        "DynamicNegativeGuidance": "guider",
+        "DynamicNegativeGuider": "guider",
         "ShowLatents": "guider",
         "add_latents_block": "guider",
     }

@@ -462,7 +462,7 @@ def run_mixture(
     pipe : StableDiffusionPipeline or StableDiffusion3Pipeline
         From :func:`mixture_pipeline`.
     rule : Rule
-        One that tracks a posterior, such as :class:`dng_models.DynamicNegative`.
+        One that tracks a posterior, such as :meth:`dng_math.DynamicNegativeGuidance.tracked`.
     images, steps, seed : int
         Batch size, number of inference steps, and seed of the pipeline's generator.
     eta : float

@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ from dng_math.guidance import (
     Unguided,
     innermost,
 )
-from dng_math.posterior import LogOddsTracker, PaperTracker, TimeProfile
-from dng_math.schedules import NoiseSchedule, TrackerVariance
+from dng_math.posterior import LogOddsTracker, PaperTracker
+from dng_math.schedules import NoiseSchedule
 from dng_models.sampling import union_of_concepts
 from dng_models.schedulers import sample_keys
 from dng_models.trace import RunTrace, Trace
@@ -52,71 +52,6 @@ SAME_TIMESTEP = 1e-5  # float32 keeps seven digits of a timestep
 ANY_RUN = NoiseSchedule.linear(2).coefficients()
 
 Network = Callable[[Tensor], Sequence[Tensor]]
-
-
-class DynamicNegative(DynamicNegativeGuidance):
-    """DNG with a tracked posterior, its hyperparameters in one line (DNG Eqs. 10 and 12).
-
-    Parameters
-    ----------
-    guidance_scale : float
-        g of lambda = g p / (1 - p).
-    prior : float
-        p(c) at the noisy end, in (0, 1).
-    temperature : float or TimeProfile
-        Factor of the log likelihood ratio, >= 0; below 1 for networks.
-    offset : float
-        The paper's, added as offset / (2 v) at each step.
-    offset_nats : float
-        Added over the whole run in equal parts, whatever the number of steps.
-    p_min, p_max : float
-        Clamp of the posterior; p_max also caps the scale at g p_max / (1 - p_max).
-    tracker : {"paper", "log_odds"}
-        :class:`dng_math.PaperTracker` or :class:`dng_math.LogOddsTracker`.
-    variance : {"matched", "small", "large", "published"}
-        That the tracker divides by.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument, its value and what is allowed.
-    """
-
-    def __init__(
-        self,
-        guidance_scale: float = 1.0,
-        prior: float = 0.01,
-        temperature: float | TimeProfile = 1.0,
-        offset: float = 0.0,
-        *,
-        offset_nats: float = 0.0,
-        p_min: float = 1e-6,
-        p_max: float = 0.99,
-        tracker: Literal["paper", "log_odds"] = "paper",
-        variance: TrackerVariance = "matched",
-    ) -> None:
-        if isinstance(prior, Sequence) or isinstance(guidance_scale, Sequence):
-            raise TypeError(
-                "guidance_scale and prior must be numbers, got "
-                f"{guidance_scale!r} and {prior!r}; for unwanted concepts with priors or scales of "
-                "their own give apply_guidance a rule for each: [DynamicNegative(18, 0.01), "
-                "DynamicNegative(9, 0.1)]"
-            )
-        _checks.choice("tracker", tracker, ("paper", "log_odds"))
-        _checks.real("prior", prior, "in (0, 1)", 0.0, 1.0, closed="()")
-        kind = PaperTracker if tracker == "paper" else LogOddsTracker
-        super().__init__(
-            guidance_scale,
-            kind(
-                prior=prior,
-                temperature=temperature,
-                offset=offset,
-                offset_nats=offset_nats,
-                p_min=p_min,
-                p_max=p_max,
-                variance=variance,
-            ),
-        )
 
 
 def _with_divergence(rule: Rule, wanted: bool) -> Rule:
@@ -193,7 +128,8 @@ class GuidedChain:
     ----------
     rule : Rule or sequence of Rule
         From :mod:`dng_math.guidance`; posteriors are tracked, with a given prior.  A sequence has
-        one :class:`DynamicNegative` for each of ``concepts``, with its own prior and scale:
+        one :class:`dng_math.DynamicNegativeGuidance` for each of ``concepts``, with its own prior
+        and scale:
         ``base - sum_k g_k p_k (eps_k - eps)/(1 - sum_j p_j)``.
     concepts : int, optional
         Number of unwanted concepts, each with its own posterior; None: one.  Rules other than DNG
@@ -1068,8 +1004,8 @@ def _rules(rule: Any, concepts: int | None) -> list[Rule]:
     for each in rules:
         if not isinstance(innermost(each), DynamicNegativeGuidance):
             raise ValueError(
-                "rule must be DynamicNegative for each concept where several are given, got "
-                f"{each!r}: only DNG gives each its own posterior"
+                "rule must be DynamicNegativeGuidance for each concept where several are given, "
+                f"got {each!r}: only DNG gives each its own posterior"
             )
     return rules
 

@@ -6,7 +6,7 @@ whose way says what the image is becoming.  A small block in the denoising loop 
     blocks = add_latents_block(StableDiffusionXLAutoBlocks())
     pipe = blocks.init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
     pipe.load_components()
-    pipe.update_components(guider=DynamicNegativeGuidance(18, prior=0.01, temperature=0.3))
+    pipe.update_components(guider=DynamicNegativeGuider(18, prior=0.01, temperature=0.3))
 
 The block is needed even where a pipeline passes its latents through the guider, for only the
 scheduler tells what a step means.
@@ -36,11 +36,11 @@ from diffusers.modular_pipelines import (
 )
 from torch import Tensor
 
-from dng_math import _checks
+from dng_math import DynamicNegativeGuidance, _checks
 from dng_math.guidance import LimitedInterval, Rule
 from dng_math.schedules import TrackerVariance
 from dng_models.call_begun import check_text
-from dng_models.guidance import DynamicNegative, GuidedChain
+from dng_models.guidance import GuidedChain
 from dng_models.trace import Trace
 from dng_models.transition import scheduler_run
 
@@ -72,7 +72,7 @@ class _Shown:
     eta: float | None
 
 
-class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
+class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
     """DNG (arXiv 2410.14398, Eqs. 10 and 12) in modular pipelines.
 
     ``guided = base - lambda (negative - base)`` with lambda = g p/(1 - p) of each image, where p is
@@ -87,7 +87,7 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
     Parameters
     ----------
     guidance_scale, prior, temperature, offset, offset_nats, p_min, p_max, tracker, variance
-        As for :class:`dng_models.DynamicNegative`; numbers.
+        As for :meth:`dng_math.DynamicNegativeGuidance.tracked`; numbers.
     cfg_scale : float, optional
         Scale of classifier-free guidance beneath the rule, a third prediction a step, for which
         :meth:`encode_unconditional` gives the guider what it needs.
@@ -118,7 +118,7 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
         offset_nats: float = 0.0,
         p_min: float = 1e-6,
         p_max: float = 0.99,
-        tracker: Literal["paper", "log_odds"] = "paper",
+        tracker: Literal["paper", "log-odds"] = "paper",
         variance: TrackerVariance = "matched",
         cfg_scale: float | None = None,
         start: float = 0.0,
@@ -127,7 +127,7 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
     ) -> None:
         if GuiderOutput is None:
             raise ImportError(
-                "DynamicNegativeGuidance needs diffusers 0.36 or newer, whose guiders have another "
+                "DynamicNegativeGuider needs diffusers 0.36 or newer, whose guiders have another "
                 f"interface; this is {diffusers.__version__}. dng_models.apply_guidance works here"
             )
         _checks.real("start", start, "in [0, 1)", 0.0, 1.0, closed="[)")
@@ -135,7 +135,7 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
         _checks.boolean("enabled", enabled)
         _checks.finite("temperature", temperature)
         super().__init__(start, stop, enabled)
-        self.rule = DynamicNegative(
+        self.rule = DynamicNegativeGuidance.tracked(
             guidance_scale,
             prior,
             temperature,
@@ -513,7 +513,7 @@ class DynamicNegativeGuidance(BaseGuidance):  # type: ignore[misc]
 
 
 class ShowLatents(ModularPipelineBlocks):  # type: ignore[misc]
-    """Loop block that shows latents and scheduler to a :class:`DynamicNegativeGuidance`.
+    """Loop block that shows latents and scheduler to a :class:`DynamicNegativeGuider`.
 
     It belongs before the block that predicts, and changes nothing; with other guiders it does
     nothing.
@@ -558,7 +558,7 @@ class ShowLatents(ModularPipelineBlocks):  # type: ignore[misc]
         guiders = {
             name: part
             for name, part in components.components.items()
-            if isinstance(part, DynamicNegativeGuidance)
+            if isinstance(part, DynamicNegativeGuider)
         }
         if not guiders:
             return components, block_state

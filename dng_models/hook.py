@@ -59,8 +59,8 @@ def apply_guidance(
     pipe : DiffusionPipeline
         Of a class in :data:`dng_models.layouts.LAYOUTS`, or of a subclass of one.
     rule : Rule or sequence of Rule
-        :class:`dng_models.DynamicNegative`, or any of :mod:`dng_math.guidance`; a sequence of one
-        :class:`DynamicNegative` for each of the negatives, with its own prior and scale.
+        :meth:`dng_math.DynamicNegativeGuidance.tracked`, or any of :mod:`dng_math.guidance`; a
+        sequence of one DNG for each of the negatives, with its own prior and scale.
     negative_prompts : sequence of str, Tensor or mapping, optional
         Unwanted concepts, for every image; DNG gives each its own posterior, the other rules take
         one.  The pipeline's negative prompt is then the unconditional one.  In place of a text its
@@ -118,7 +118,7 @@ def apply_guidance(
 
     Examples
     --------
-    >>> with apply_guidance(pipe, DynamicNegative(18, 0.01, 0.3, 0.003)) as trace:
+    >>> with apply_guidance(pipe, DynamicNegativeGuidance.tracked(18, 0.01, 0.3, 0.003)) as trace:
     ...     image = pipe("A British breakfast", negative_prompt="egg, sausage").images[0]
     >>> trace.plot("scale.png")
     """
@@ -190,7 +190,7 @@ def guided_calls(
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(
             f"pipe must be a diffusers pipeline, got a {type(pipe).__name__}; for modular "
-            "pipelines set dng_models.DynamicNegativeGuidance as their guider"
+            "pipelines set dng_models.DynamicNegativeGuider as their guider"
         )
     if layout is not None and not isinstance(layout, Layout):
         raise TypeError(f"layout must be a dng_models.layouts.Layout, got {layout!r}")

@@ -50,7 +50,8 @@ class _Prompted:
             ``guidance`` its ``guidance_scale`` must be above 1, as it is by default, and is dropped
             with a warning where it is given; ``cfg_scale`` stands for it.
         guidance : Rule, optional
-            Such as :class:`dng_models.DynamicNegative`; None: the parent's own guidance.
+            Such as :meth:`dng_math.DynamicNegativeGuidance.tracked`; None: the parent's own
+            guidance.
         negative_prompts, cfg_scale, divergence_probes, skip_below
             As for :func:`dng_models.apply_guidance`; only with ``guidance``.
 
@@ -85,7 +86,7 @@ class DNGStableDiffusionPipeline(_Prompted, StableDiffusionPipeline):  # type: i
     Examples
     --------
     >>> pipe = DNGStableDiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-2")
-    >>> rule = DynamicNegative(18, prior=0.01, temperature=0.3, offset=0.003)
+    >>> rule = DynamicNegativeGuidance.tracked(18, prior=0.01, temperature=0.3, offset=0.003)
     >>> pipe("A British breakfast", negative_prompt="egg, sausage", guidance=rule)
     >>> pipe.trace.plot("scale.png")
     """
@@ -162,7 +163,7 @@ class DNGDDPMPipeline(DDPMPipeline):  # type: ignore[misc]
         *args, **kwargs
             Of DDPMPipeline: ``batch_size``, ``num_inference_steps``, ``generator`` ...
         guidance : Rule, optional
-            Such as :class:`dng_models.DynamicNegative`; None: none.
+            Such as :meth:`dng_math.DynamicNegativeGuidance.tracked`; None: none.
         forgetful : callable or sequence of callable, optional
             Instead of ``forgetful_unet``; a sequence of several, each with its own posterior.
         divergence_probes, skip_below

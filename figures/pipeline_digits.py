@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from dng_math import NegativePrompting, Unguided
+from dng_math import DynamicNegativeGuidance, NegativePrompting, Unguided
 from dng_math.guidance import Rule
 from dng_models.progress import progress
 from dng_models.threads import torch_threads
@@ -63,7 +63,7 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
     import torch
     from diffusers import DDPMScheduler
 
-    from dng_models import DynamicNegative, apply_guidance
+    from dng_models import apply_guidance
     from dng_models.exact import mixture_pipeline
 
     n = 32 if quick else 64
@@ -75,7 +75,7 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
     rules: dict[str, Rule] = {
         "unguided": Unguided(),
         style.NP.label: NegativePrompting(CONSTANT),
-        "DNG": DynamicNegative(SCALE, PRIOR, tracker="log_odds"),
+        "DNG": DynamicNegativeGuidance.tracked(SCALE, PRIOR, tracker="log-odds"),
     }
     images, forbidden, traces = [], [], []
     for rule in progress(rules.values(), "pipeline_digits", unit="run", leave=False):

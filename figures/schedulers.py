@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from dng_math import GaussianMixture
+from dng_math import DynamicNegativeGuidance, GaussianMixture
 from dng_math.distances import forbidden_mass
 from dng_models.progress import progress
 from dng_models.threads import torch_threads
@@ -54,9 +54,9 @@ BETAS: dict[str, Any] = {
 STEPS = (20, 50, 200, 1000)
 QUICK_STEPS = (10, 20, 50)
 PROBES = 1
-TRACKERS: tuple[tuple[Literal["paper", "log_odds"], style.Method], ...] = (
+TRACKERS: tuple[tuple[Literal["paper", "log-odds"], style.Method], ...] = (
     ("paper", style.DNG_PAPER),
-    ("log_odds", style.DNG_LOG_ODDS),
+    ("log-odds", style.DNG_LOG_ODDS),
 )
 DRAWN = 0  # of TRACKERS
 
@@ -166,7 +166,6 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
 
 def _compute(n: int, steps: tuple[int, ...], seed: int) -> Data:
     from dng_models.exact import mixture_pipeline, run_mixture
-    from dng_models.guidance import DynamicNegative
 
     shape = (len(ROWS), len(TRACKERS), len(steps))
     error, correlation, mass = (np.full(shape, np.nan) for _ in range(3))
@@ -178,7 +177,7 @@ def _compute(n: int, steps: tuple[int, ...], seed: int) -> Data:
         pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, scheduler_of(row))
         runs = []
         for scale in (0.0, 1.0):
-            rule = DynamicNegative(scale, prior=0.25, tracker=tracker)
+            rule = DynamicNegativeGuidance.tracked(scale, prior=0.25, tracker=tracker)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*tracked posterior is wrong")
                 runs.append(

@@ -7,6 +7,7 @@ line for its own.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -341,3 +342,9 @@ def test_the_examples_are_found():
 )
 def test_what_is_printed_is_compared(printed, said, same):
     assert close(printed, said) is same
+
+
+@each_page
+def test_code_for_python_is_python(page):
+    for program in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+        ast.parse(program)

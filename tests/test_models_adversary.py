@@ -30,12 +30,18 @@ from diffusers import (  # noqa: E402
     StableDiffusionXLPipeline,
 )
 
-from dng_math import LimitedInterval, NegativePrompting  # noqa: E402
-from dng_models import DynamicNegative, apply_guidance, tiny  # noqa: E402
+from dng_math import (  # noqa: E402
+    DynamicNegativeGuidance,
+    LimitedInterval,
+    NegativePrompting,
+)
+from dng_models import apply_guidance, tiny  # noqa: E402
 from dng_models.layouts import Layout  # noqa: E402
 from dng_models.pipelines import DNGStableDiffusionPipeline  # noqa: E402
 from tests.families import FAMILIES, final_latents  # noqa: E402
 from tests.families.base import attends_in_bfloat16  # noqa: E402
+
+tracked_dng = DynamicNegativeGuidance.tracked
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{said}")
@@ -46,7 +52,7 @@ pytestmark = [
 ]
 
 PROMPT, NEGATIVE, STEPS = "A classic British breakfast", "egg, sausage", 3
-RULE = DynamicNegative(40, prior=0.05)
+RULE = tracked_dng(40, prior=0.05)
 CLOSE = 1e-5
 LISTED: dict[str, Any] = {"negative_prompts": ["tea"], "cfg_scale": 2.0}
 
@@ -127,7 +133,7 @@ def embeddings_of(xl: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_embeddings_of_prompts_and_none_of_a_negative_one(xl: Any) -> None:
     positive, negative = embeddings_of(xl)
     stock = run(xl, **positive, guidance_scale=3.0)  # zeros stand for no negative prompt
-    found = guided(xl, DynamicNegative(0.0), {"cfg_scale": 3.0}, **positive, **negative)
+    found = guided(xl, tracked_dng(0.0), {"cfg_scale": 3.0}, **positive, **negative)
     assert apart(found, stock) < CLOSE
 
 
@@ -161,7 +167,7 @@ def test_embeddings_in_lists() -> None:
         PROMPT, device="cpu", negative_prompt=NEGATIVE, max_sequence_length=32
     )
     call = {"prompt": None, "negative_prompt": None, "prompt_embeds": own}
-    rule = DynamicNegative(40, prior=0.05, temperature=1e-4)
+    rule = tracked_dng(40, prior=0.05, temperature=1e-4)
     with apply_guidance(pipe, rule):
         text = final_latents(pipe, family, prompt=PROMPT, negative_prompt=NEGATIVE)
         lists = final_latents(pipe, family, **call, negative_prompt_embeds=negative)
@@ -177,7 +183,7 @@ def test_embeddings_whose_rows_are_not_first() -> None:
     encoded = pipe.encode_prompt(PROMPT, negative_prompt=NEGATIVE, max_sequence_length=64)
     names = ("prompt_embeds_t5", "prompt_embeds_llama3", "pooled_prompt_embeds")
     negative = {f"negative_{n}": e for n, e in zip(names, encoded[1::2], strict=True)}
-    rule = DynamicNegative(40, prior=0.05, temperature=1e-4)
+    rule = tracked_dng(40, prior=0.05, temperature=1e-4)
     call = {"prompt": PROMPT, "max_sequence_length": 64}
     with apply_guidance(pipe, rule):
         own = final_latents(pipe, family, **call, negative_prompt=NEGATIVE)
@@ -451,7 +457,7 @@ def test_the_noise_of_a_clipped_image() -> None:
         parts["scheduler"] = scheduler.from_config(parts["scheduler"].config, clip_sample=True)
         pipe = silent(kind(**parts))
         call = {} if kind is DDPMPipeline else {"eta": 1.0, "use_clipped_model_output": True}
-        rule = DynamicNegative(3.0, prior=0.1, temperature=2e-5)
+        rule = tracked_dng(3.0, prior=0.1, temperature=2e-5)
         with apply_guidance(pipe, rule, forgetful=tiny.tiny_unet(1)) as trace:
             generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
             pipe(2, generators, num_inference_steps=5, output_type="np", **call)
@@ -554,7 +560,7 @@ def test_a_network_without_a_forward_derivative() -> None:
     family = FAMILIES["IFPipeline"]
     pipe = family.build()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    rule = DynamicNegative(40, prior=0.05, temperature=1e-4)
+    rule = tracked_dng(40, prior=0.05, temperature=1e-4)
     with (
         apply_guidance(pipe, rule, divergence_probes=1),
         pytest.raises(ValueError, match="must be 0 for a network without a forward derivative"),

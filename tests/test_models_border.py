@@ -38,7 +38,7 @@ from dng_math import (  # noqa: E402
     SafeLatentDiffusion,
     Unguided,
 )
-from dng_models import DynamicNegative, apply_guidance, sample, tiny  # noqa: E402
+from dng_models import apply_guidance, sample, tiny  # noqa: E402
 from dng_models.exact import MixtureDenoiser, mixture_pipeline, run_mixture  # noqa: E402
 from dng_models.guidance import GuidedChain  # noqa: E402
 from dng_models.layouts import Layout  # noqa: E402
@@ -51,7 +51,7 @@ from dng_models.transition import scheduler_run, transition  # noqa: E402
 
 SURROGATE = "half of a \ud83d"
 NAN, INF = math.nan, math.inf
-RULE = DynamicNegative()
+RULE = DynamicNegativeGuidance.tracked()
 TEXTS = {"name": "a", "prompt": "b", "related": "c", "unrelated": "d"}
 MIXTURE = GaussianMixture([0.5, 0.5], [[1.0] * 8, [-1.0] * 8], [1.0, 1.0])
 
@@ -110,11 +110,11 @@ def sampled(
 
 
 def guider(**options: Any) -> None:
-    dng_models.DynamicNegativeGuidance(**options)
+    dng_models.DynamicNegativeGuider(**options)
 
 
 def set_in_guider(method: str, **options: Any) -> None:
-    getattr(dng_models.DynamicNegativeGuidance(), method)(**options)
+    getattr(dng_models.DynamicNegativeGuider(), method)(**options)
 
 
 def shown_to_guider(**options: Any) -> None:
@@ -122,7 +122,7 @@ def shown_to_guider(**options: Any) -> None:
     scheduler.set_timesteps(2)
     x = torch.zeros(1, 4, 2, 2)
     given = {"scheduler": scheduler, "latents": x, "timestep": scheduler.timesteps[0], **options}
-    dng_models.DynamicNegativeGuidance().show_latents(**given)
+    dng_models.DynamicNegativeGuider().show_latents(**given)
 
 
 def pipeline(kind: str = "DNGStableDiffusionPipeline", **call: Any) -> None:
@@ -211,7 +211,7 @@ class Bad:
 
 NO_NUMBER: tuple[Any, ...] = ("7", [1.0], True, NAN, INF, 1j)
 NO_INTEGER: tuple[Any, ...] = ("2", 1.5, True, -1)
-NO_RULE: tuple[Any, ...] = (None, "dng", 3, DynamicNegative, DynamicNegativeGuidance())
+NO_RULE: tuple[Any, ...] = (None, "dng", 3, DynamicNegativeGuidance, DynamicNegativeGuidance())
 
 TABLE: tuple[Bad, ...] = (
     # apply_guidance
@@ -302,7 +302,7 @@ TABLE: tuple[Bad, ...] = (
     # hyperparameters
     *(
         Bad(function, argument, values)
-        for function in (DynamicNegative, guider)
+        for function in (DynamicNegativeGuidance.tracked, guider)
         for argument, values in (
             ("guidance_scale", NO_NUMBER),
             ("prior", (*NO_NUMBER, 0.0, 1.0, -0.1)),
@@ -339,7 +339,9 @@ TABLE: tuple[Bad, ...] = (
     Bad(shown_to_guider, "eta", (2.0, "1", NAN)),
     Bad(blocks, "blocks", (None, 3, "blocks", PIPES)),
     # pipelines
-    Bad(pipeline, "guidance", ("dng", 3, DynamicNegative, DynamicNegativeGuidance()), "rule"),
+    Bad(
+        pipeline, "guidance", ("dng", 3, DynamicNegativeGuidance, DynamicNegativeGuidance()), "rule"
+    ),
     Bad(pipeline, "negative_prompts", ("egg", [3])),
     Bad(pipeline, "cfg_scale", NO_NUMBER),
     Bad(pipeline, "divergence_probes", (-1, 1.5, "2", None)),
@@ -351,7 +353,7 @@ TABLE: tuple[Bad, ...] = (
     # sample
     Bad(sampled, "base", (None, 3, "unet")),
     Bad(sampled, "forgetful", (None, 3, [], [still, None])),
-    Bad(sampled, "guidance", (None, "dng", 3, DynamicNegative, DynamicNegativeGuidance())),
+    Bad(sampled, "guidance", (None, "dng", 3, DynamicNegativeGuidance, DynamicNegativeGuidance())),
     Bad(
         sampled,
         "guidance",

@@ -38,12 +38,13 @@ from PIL import Image  # noqa: E402
 from dng_math import (  # noqa: E402
     ClassifierFreeGuidance,
     ContrastiveCFG,
+    DynamicNegativeGuidance,
     NegativePrompting,
     PerpNeg,
     SafeLatentDiffusion,
     Unguided,
 )
-from dng_models import DynamicNegative, apply_guidance, tiny  # noqa: E402
+from dng_models import apply_guidance, tiny  # noqa: E402
 from dng_models.hook import remove_guidance  # noqa: E402
 from dng_models.layouts import LAYOUTS, Layout  # noqa: E402
 from dng_models.sampling import Labelled  # noqa: E402
@@ -52,6 +53,8 @@ from tests import textbook  # noqa: E402
 from tests.families import FAMILIES, final_latents  # noqa: E402
 from tests.families.base import attends_in_bfloat16  # noqa: E402
 from tests.families.latent_diffusion import control, made, sd, sdxl  # noqa: E402
+
+tracked_dng = DynamicNegativeGuidance.tracked
 
 # What diffusers and transformers say of their own old and new ways, and of tiny sizes.
 pytestmark = [
@@ -66,9 +69,9 @@ pytestmark = [
 
 PROMPT, NEGATIVE = "a British breakfast", "egg, sausage"
 STEPS = 4
-RULE = DynamicNegative(40, prior=0.05)
+RULE = tracked_dng(40, prior=0.05)
 # Random networks of other families differ by much: evidence that reaches no bound in a few steps.
-GENTLE = DynamicNegative(40, prior=0.05, temperature=1e-5, p_min=1e-300)
+GENTLE = tracked_dng(40, prior=0.05, temperature=1e-5, p_min=1e-300)
 # Float32 networks, shown batches of another size or the same sums in another order.
 CLOSE = 1e-5
 FAR = 100 * CLOSE
@@ -281,7 +284,7 @@ def test_masks_of_two_text_encoders(pipe_of: Callable[[str], Any], other: str) -
     assert apart(listed, own) < CLOSE
     torch.testing.assert_close(same.log_posterior[:, 0], trace.log_posterior, rtol=1e-4, atol=1e-4)
     plain = final_latents(pipe, FAMILIES[name], negative_prompt=None, guidance_scale=3.0)
-    zero, _ = of_family(name, pipe, DynamicNegative(0.0), {"cfg_scale": 3.0}, negative_prompt=other)
+    zero, _ = of_family(name, pipe, tracked_dng(0.0), {"cfg_scale": 3.0}, negative_prompt=other)
     assert apart(zero, plain) < CLOSE
 
 
@@ -346,7 +349,7 @@ def test_embeddings_of_long_and_weighted_prompts(pipe: Any) -> None:
     # The call's own negative is then the unconditional one, of the same length.
     plain = run(pipe, guidance_scale=3.0, negative_prompt_embeds=other, **call)
     options: dict[str, Any] = {"negative_prompts": [unwanted], "cfg_scale": 3.0}
-    zero, _ = guided(pipe, DynamicNegative(0.0), options, negative_prompt_embeds=other, **call)
+    zero, _ = guided(pipe, tracked_dng(0.0), options, negative_prompt_embeds=other, **call)
     assert apart(zero, plain) < CLOSE
     refused: list[tuple[dict[str, Any], Any, str]] = [
         ({}, long("", ""), "must be given, and not be empty.*embeddings 0 are those of the empty"),
@@ -503,7 +506,7 @@ def test_a_control_network_in_its_ways(
     listed, _ = guided(pipe, RULE, added, negative_prompt="tea", **options)
     assert apart(listed, own) < CLOSE
     plain = run(pipe, negative_prompt=None, guidance_scale=3.0, **options)
-    zero, _ = guided(pipe, DynamicNegative(0.0), {"cfg_scale": 3.0}, **options)
+    zero, _ = guided(pipe, tracked_dng(0.0), {"cfg_scale": 3.0}, **options)
     assert apart(zero, plain) < CLOSE
     assert apart(run(pipe, negative_prompt=None, guidance_scale=3.0, image=picture(2)), plain) > FAR
 
@@ -529,7 +532,7 @@ def test_several_control_networks(pipe_of: Callable[[str], Any], guess_mode: boo
     torch.testing.assert_close(same.log_posterior[:, 0], trace.log_posterior, rtol=1e-4, atol=1e-4)
     plain = run(pipe, negative_prompt=None, guidance_scale=3.0, **call)
     options = {"negative_prompts": ["egg", "tea"], "cfg_scale": 3.0}
-    zero, _ = guided(pipe, DynamicNegative(0.0), options, negative_prompt="", **call)
+    zero, _ = guided(pipe, tracked_dng(0.0), options, negative_prompt="", **call)
     assert apart(zero, plain) < CLOSE
     alone = run(one, negative_prompt=None, guidance_scale=3.0)
     assert apart(alone, plain) > FAR
@@ -540,9 +543,9 @@ def test_other_numbers_of_images(pipe: Any, images: int) -> None:
     """Sums of batches of another size differ in their last digits, and in no others."""
     seeds = tuple(range(images))
     plain = run(pipe, seeds, negative_prompt=None, guidance_scale=6.5)
-    zero, _ = guided(pipe, DynamicNegative(0.0), {"cfg_scale": 6.5}, seeds=seeds)
+    zero, _ = guided(pipe, tracked_dng(0.0), {"cfg_scale": 6.5}, seeds=seeds)
     assert apart(zero, plain) < CLOSE
-    again, _ = guided(pipe, DynamicNegative(0.0), {"cfg_scale": 6.5}, seeds=seeds)
+    again, _ = guided(pipe, tracked_dng(0.0), {"cfg_scale": 6.5}, seeds=seeds)
     assert torch.equal(again, zero)
 
 
@@ -552,7 +555,7 @@ def test_steps_at_which_nothing_unwanted_is_evaluated(
 ) -> None:
     """Then the user's negative and the positive prompt are left, as in a call of the pipeline."""
     pipe = pipe_of(name)
-    rule = DynamicNegative(10, prior=1e-3, temperature=1e-6)
+    rule = tracked_dng(10, prior=1e-3, temperature=1e-6)
     options: dict[str, Any] = {"negative_prompts": ["egg", "tea"], "cfg_scale": 3.0}
     call: dict[str, Any] = {"num_inference_steps": 6}
 
@@ -591,7 +594,7 @@ def test_the_scale_of_a_lora_on_the_text_encoder(pipe: Any) -> None:
     # The scale changes between two calls under one guidance.
     with apply_guidance(pipe, RULE, negative_prompts=[NEGATIVE]):
         listed = [run(pipe, negative_prompt="tea", **scale) for scale in scales]
-    with apply_guidance(pipe, DynamicNegative(0.0), cfg_scale=3.0):
+    with apply_guidance(pipe, tracked_dng(0.0), cfg_scale=3.0):
         zero = [run(pipe, **scale) for scale in scales]
     for found, expected in ((listed, own), (zero, plain)):
         assert all(apart(f, e) < CLOSE for f, e in zip(found, expected, strict=True))
@@ -980,7 +983,7 @@ def test_timesteps_that_come_twice(pipe: Any) -> None:
     pipe, number = karras(pipe), 220
     call: dict[str, Any] = {"seeds": (0,), "num_inference_steps": number}
     plain = run(pipe, guidance_scale=3.0, **call)
-    found, trace = guided(pipe, DynamicNegative(20, 1 / 11, temperature=0.0), {}, **call)
+    found, trace = guided(pipe, tracked_dng(20, 1 / 11, temperature=0.0), {}, **call)
     assert trace.runs[0].steps == list(range(number))
     assert len(set(trace.timesteps)) < number - 10
     assert (np.diff(trace.time) < 0).all()
@@ -992,7 +995,7 @@ def test_a_start_at_a_timestep_that_comes_twice(pipe_of: Callable[[str], Any]) -
     pipe = karras(pipe_of("img2img"))
     call: dict[str, Any] = {"num_inference_steps": 400, "strength": 0.02}
     plain = run(pipe, guidance_scale=3.0, **call)
-    found, trace = guided(pipe, DynamicNegative(20, 1 / 11, temperature=0.0), {}, **call)
+    found, trace = guided(pipe, tracked_dng(20, 1 / 11, temperature=0.0), {}, **call)
     assert trace.runs[0].steps == list(range(392, 400))
     assert len(set(trace.timesteps)) < 8
     assert apart(found, plain) < CLOSE
@@ -1042,7 +1045,7 @@ def test_runs_that_start_in_the_middle(pipe_of: Callable[[str], Any], kind: str)
     pipe = pipe_of("img2img")
     scheduler, config = STARTS[kind]
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **config)
-    rule = DynamicNegative(20, 1 / 11, temperature=0.0)
+    rule = tracked_dng(20, 1 / 11, temperature=0.0)
     for strength, first in ((1.0, 0), (0.7, 2), (0.17, 5)):  # the last leaves one step
         call: dict[str, Any] = {"num_inference_steps": 6, "strength": strength}
         found, trace = guided(pipe, rule, {}, **call)
@@ -1105,7 +1108,7 @@ def test_timesteps_of_the_call(pipe: Any, kind: str) -> None:
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **config)
     call: dict[str, Any] = {"timesteps": [901, 601, 201, 51]}
     plain = run(pipe, guidance_scale=3.0, **call)
-    found, trace = guided(pipe, DynamicNegative(20, 1 / 11, temperature=0.0), {}, **call)
+    found, trace = guided(pipe, tracked_dng(20, 1 / 11, temperature=0.0), {}, **call)
     assert apart(found, plain) < CLOSE
     assert trace.timesteps.tolist() == call["timesteps"]
     assert trace.runs[0].steps == [0, 1, 2, 3]
@@ -1276,7 +1279,7 @@ def test_answers_of_any_kind_without_prompts(as_tuple: bool) -> None:
     pipe = OwnLoop(unet=stock.unet, scheduler=DDPMScheduler(clip_sample=False))
     unwanted = tiny.tiny_unet(1)
     plain = pipe(gens(0)[0])
-    with apply_guidance(pipe, DynamicNegative(3.0, 0.1), forgetful=unwanted) as trace:
+    with apply_guidance(pipe, tracked_dng(3.0, 0.1), forgetful=unwanted) as trace:
         found = [pipe(gens(0)[0], by_name=by_name) for by_name in (False, True)]
     assert torch.equal(*found)
     assert apart(found[0], plain) > FAR
@@ -1538,7 +1541,7 @@ def test_an_adapter_for_pictures(pipe_of: Callable[[str], Any], name: str) -> No
     plain = run(pipe, negative_prompt=None, guidance_scale=3.0, **call)
     other = {"ip_adapter_image_embeds": [torch.cat([nothing, -shown])]}
     assert apart(run(pipe, negative_prompt=None, guidance_scale=3.0, **other), plain) > FAR
-    for rule in (DynamicNegative(0.0), Unguided()):
+    for rule in (tracked_dng(0.0), Unguided()):
         zero, _ = guided(pipe, rule, {"cfg_scale": 3.0}, **call)
         assert apart(zero, plain) < CLOSE
     own, trace = guided(pipe, RULE, {}, **call)
@@ -1569,7 +1572,7 @@ def expected_of(rule: Any, p: Any, n: Any, u: Any, scale: float) -> np.ndarray:
         NegativePrompting: lambda: textbook.negative_prompting(p, n, 1.5),
         SafeLatentDiffusion: lambda: textbook.sld(p, n, np.zeros_like(p), 0, 1.5, 0.01)[0],
         ContrastiveCFG: lambda: textbook.contrastive_cfg(p, n, 1.5, 1e-2),
-        DynamicNegative: lambda: textbook.dng(p, n, np.full(len(p), 0.1), 20.0),
+        DynamicNegativeGuidance: lambda: textbook.dng(p, n, np.full(len(p), 0.1), 20.0),
         Unguided: lambda: p,
     }[type(rule)]()
     return base + (pushed - p)
@@ -1582,7 +1585,7 @@ def expected_of(rule: Any, p: Any, n: Any, u: Any, scale: float) -> np.ndarray:
         SafeLatentDiffusion(1.5, threshold=0.01),
         ContrastiveCFG(1.5, 1e-2),
         PerpNeg(1.5, 4.0),
-        DynamicNegative(20.0, 0.1),
+        tracked_dng(20.0, 0.1),
         Unguided(),
     ],
     ids=lambda rule: type(rule).__name__,
@@ -1601,7 +1604,7 @@ def test_one_unwanted_concept_beside_the_users_negative(pipe: Any, rule: Any) ->
     wrong = expected_of(rule, p, n, nothing, 4.0)
     assert np.abs(found[:2].numpy() - wrong).max() > FAR
     assert trace.scale.shape == (STEPS, 2)
-    if not isinstance(rule, DynamicNegative | Unguided):
+    if not isinstance(rule, DynamicNegativeGuidance | Unguided):
         with pytest.raises(ValueError, match="only DNG gives each"):
             apply_guidance(pipe, rule, negative_prompts=["egg", "tea"])
 
@@ -1614,7 +1617,10 @@ def test_rules_that_lead_have_no_concept_of_their_own(pipe: Any) -> None:
 @pytest.mark.parametrize("cfg_scale", [None, 4.0])
 def test_a_rule_for_each_negative(pipe: Any, cfg_scale: float | None) -> None:
     """base - sum_k g_k p_k (eps_k - eps) / (1 - sum_j p_j), at every step."""
-    rules = [DynamicNegative(30, 0.02, temperature=0.5), DynamicNegative(9, 0.2, temperature=0.1)]
+    rules = [
+        tracked_dng(30, 0.02, temperature=0.5),
+        tracked_dng(9, 0.2, temperature=0.1),
+    ]
     texts = ["egg", "tea"]
     with answers_of(pipe.unet) as answers:
         _, trace = guided(
@@ -1643,12 +1649,12 @@ def test_a_rule_for_each_negative(pipe: Any, cfg_scale: float | None) -> None:
     assert apart(again, first) < CLOSE
     for bad, message in (
         (rules[:1], "one for each unwanted concept, 2, got 1"),
-        ([rules[0], NegativePrompting(1.0)], "must be DynamicNegative for each concept"),
+        ([rules[0], NegativePrompting(1.0)], "must be DynamicNegativeGuidance for each concept"),
     ):
         with pytest.raises(ValueError, match=message):
             apply_guidance(pipe, bad, negative_prompts=texts)
     with pytest.raises(TypeError, match="give apply_guidance a rule for each"):
-        DynamicNegative(18, prior=[0.01, 0.1])  # type: ignore[arg-type]
+        tracked_dng(18, prior=[0.01, 0.1])  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- one run in two halves
@@ -1689,7 +1695,7 @@ def test_what_a_run_cannot_begin_with(pipe: Any) -> None:
     start = torch.full((2,), -3.0)
     found, trace = guided(pipe, RULE, {"initial_log_posterior": start})
     np.testing.assert_allclose(trace.log_posterior[0], start)
-    own, _ = guided(pipe, DynamicNegative(40, prior=float(np.exp(-3.0))), {})
+    own, _ = guided(pipe, tracked_dng(40, prior=float(np.exp(-3.0))), {})
     assert apart(found, own) < CLOSE
     # Of a whole record the last step is taken.
     recorded = torch.stack([start - 1.0, start])
@@ -1744,7 +1750,7 @@ def test_another_label_of_the_network_itself() -> None:
             return x
 
     pipe = Conditional(unet=network, scheduler=DDPMScheduler(clip_sample=False))
-    anyone, rule = torch.tensor([10, 10]), DynamicNegative(5.0, prior=0.1)
+    anyone, rule = torch.tensor([10, 10]), tracked_dng(5.0, prior=0.1)
     plain = pipe(anyone, gens(0)[0])
 
     def tracked(forgetful: Any) -> tuple[Any, Any]:

@@ -31,7 +31,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dng_math import GaussianMixture
+from dng_math import DynamicNegativeGuidance, GaussianMixture
 from dng_math.distances import forbidden_mass
 from dng_models.exact import (
     MixtureDenoiser,
@@ -40,7 +40,7 @@ from dng_models.exact import (
     mixture_pipeline,
     run_mixture,
 )
-from dng_models.guidance import DynamicNegative, GuidedChain
+from dng_models.guidance import GuidedChain
 from dng_models.hook import apply_guidance
 from dng_models.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
 from dng_models.threads import torch_threads
@@ -48,6 +48,8 @@ from figures.schedulers import BETAS, FORBIDDEN, MIXTURE, SHAPE
 from tests.mixtures import KINDS, moderate
 from tests.statistical import FALSE_ALARM, assert_mean_close
 from tests.tolerances import LOG_POSTERIOR, SCORE, error
+
+tracked_dng = DynamicNegativeGuidance.tracked
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tracked posterior is wrong:UserWarning"),
@@ -89,7 +91,7 @@ def run(
 ) -> MixtureRun:
     return run_mixture(
         mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, SCHEDULERS[name]()),
-        DynamicNegative(scale, PRIOR, tracker=tracker),
+        tracked_dng(scale, PRIOR, tracker=tracker),
         images=IMAGES,
         steps=steps,
         divergence_probes=probes,
@@ -262,7 +264,7 @@ def test_the_images_of_an_unguided_chain_are_those_of_the_mixture(name):
 
 # Measured: paper's tracker 0.036 - 0.043, log-odds 0.028 - 0.042; at 200 steps 0.021 - 0.024 and
 # 0.013 - 0.037.
-@pytest.mark.parametrize("tracker", ["paper", "log_odds"])
+@pytest.mark.parametrize("tracker", ["paper", "log-odds"])
 @pytest.mark.parametrize("name", NOISY)
 def test_with_the_noise_of_the_posterior_it_is_tracked(name, tracker):
     found = run(name, 50, tracker=tracker)
@@ -286,7 +288,7 @@ def test_with_the_noise_of_the_posterior_more_steps_help(name):
 
 # Measured: 0.165 - 0.185 with the paper's tracker at 50 and 200 steps, 0.137 - 0.169 with the
 # log-odds one; the mean of the tracked posterior is a third to a half of what it should be.
-@pytest.mark.parametrize("tracker", ["paper", "log_odds"])
+@pytest.mark.parametrize("tracker", ["paper", "log-odds"])
 @pytest.mark.parametrize("name", NOISELESS)
 def test_without_noise_the_tracked_posterior_is_wrong(name, tracker):
     found = run(name, 50, tracker=tracker)
@@ -307,7 +309,7 @@ def test_with_half_the_noise_it_is_wrong_too(name):
 
 
 # Measured with one probe, 50 steps: DDIM and DPM-Solver++ 0.053 - 0.060, flow 0.026 - 0.038.
-@pytest.mark.parametrize("tracker", ["paper", "log_odds"])
+@pytest.mark.parametrize("tracker", ["paper", "log-odds"])
 @pytest.mark.parametrize("name", ["ddim-0", "dpm-2", "flow-euler", "flow-0.5"])
 def test_the_divergence_repairs_what_lacks_noise(name, tracker):
     plain, repaired = run(name, 50, tracker=tracker), run(name, 50, tracker=tracker, probes=1)
@@ -359,7 +361,7 @@ def _capped_ratio(scheduler: Any) -> np.ndarray:
     prior = 0.01
     found = run_mixture(
         mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, scheduler),
-        DynamicNegative(0.0, prior, p_min=0.0, p_max=10.0 * prior),
+        tracked_dng(0.0, prior, p_min=0.0, p_max=10.0 * prior),
         images=8192,
         steps=20,
     )
@@ -378,7 +380,7 @@ def test_ddpm_ddim_and_euler_ancestral_are_one_sampler():
     found = [
         run_mixture(
             mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, scheduler),
-            DynamicNegative(1.0, PRIOR),
+            tracked_dng(1.0, PRIOR),
             images=16,
             steps=50,
         )
@@ -402,7 +404,7 @@ def test_the_eta_of_ddim_is_found_out(eta):
     traces = []
     for told in (None, eta):
         pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, DDIMScheduler(**UNCLIPPED))
-        rule = DynamicNegative(0.0, PRIOR)
+        rule = tracked_dng(0.0, PRIOR)
         with apply_guidance(pipe, rule, eta=told, divergence_probes=1) as trace:
             pipe(
                 **pipe.unet.prompts(64),
@@ -419,14 +421,14 @@ def test_the_eta_of_ddim_is_found_out(eta):
         assert float((traces[0] - traces[1]).abs().median()) < 0.05
         assert float((traces[0].exp() - traces[1].exp()).abs().max()) < 0.1
     with pytest.warns(UserWarning, match="tracked posterior is wrong") if eta < 1 else _silence():
-        run_mixture(pipe, DynamicNegative(1.0, PRIOR), images=64, steps=3, eta=eta)
+        run_mixture(pipe, tracked_dng(1.0, PRIOR), images=64, steps=3, eta=eta)
 
 
 # ---------------------------------------------------------------------- guided chains
 
 
 # Measured: 0.026 - 0.028 with the paper's tracker, 0.016 - 0.028 with the log-odds one.
-@pytest.mark.parametrize("tracker", ["paper", "log_odds"])
+@pytest.mark.parametrize("tracker", ["paper", "log-odds"])
 @pytest.mark.parametrize("name", NOISY)
 def test_guidance_removes_the_unwanted_where_it_is_tracked(name, tracker):
     """Of 0.25; a mean of 1024 posteriors, whose standard error is 0.005."""
@@ -444,7 +446,7 @@ def test_of_a_large_variance_either_one_tracks():
     """fixed_large draws more noise than the posterior's; errors 0.037 and 0.033, mass 0.03."""
     for variance in ("matched", "small"):
         pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, LARGE["ddpm-large"]())
-        rules = [DynamicNegative(g, PRIOR, variance=variance) for g in (0.0, 1.0)]
+        rules = [tracked_dng(g, PRIOR, variance=variance) for g in (0.0, 1.0)]
         unguided, guided = (run_mixture(pipe, rule, images=IMAGES, steps=50) for rule in rules)
         assert unguided.error < 0.06 and unguided.correlation > 0.95
         assert left(guided) < 0.06
@@ -455,7 +457,7 @@ def _limited(**limit: Any) -> MixtureRun:
     pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, scheduler)
     # Afterwards, for Stable Diffusion's pipeline switches clipping off in what it is given.
     scheduler.register_to_config(**limit)
-    return run_mixture(pipe, DynamicNegative(0.0, PRIOR), images=IMAGES, steps=50)
+    return run_mixture(pipe, tracked_dng(0.0, PRIOR), images=IMAGES, steps=50)
 
 
 def test_clipping_and_thresholding_do_not_break_it():
@@ -499,7 +501,7 @@ def test_several_concepts_each_have_their_posterior():
     found = {}
     for scale in (0.0, 1.0):
         exact.clear()
-        with apply_guidance(pipe, DynamicNegative(scale, PRIOR), forgetful=forgetful) as trace:
+        with apply_guidance(pipe, tracked_dng(scale, PRIOR), forgetful=forgetful) as trace:
             pipe(
                 batch_size=IMAGES,
                 num_inference_steps=50,
@@ -521,7 +523,7 @@ def test_a_mask_of_ones_is_none_and_one_of_zeros_sees_nothing():
     traces = []
     for mask in (None, torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)):
         pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, DDPMScheduler(**UNCLIPPED))
-        with apply_guidance(pipe, DynamicNegative(0.0, PRIOR), mask=mask) as trace:
+        with apply_guidance(pipe, tracked_dng(0.0, PRIOR), mask=mask) as trace:
             pipe(
                 **pipe.unet.prompts(8),
                 num_inference_steps=10,
@@ -557,7 +559,7 @@ def test_what_is_overwritten_between_steps_does_not_count_under_a_mask():
         pipe = mixture_pipeline(mixture, [[0]], SHAPE, DDPMScheduler(**UNCLIPPED))
         told = pytest.warns(UserWarning, match="the latents were changed before step 1")
         with (
-            apply_guidance(pipe, DynamicNegative(0.0, 0.5), mask=given) as trace,
+            apply_guidance(pipe, tracked_dng(0.0, 0.5), mask=given) as trace,
             nullcontext() if given is mask else told,
         ):
             pipe(
@@ -580,7 +582,13 @@ def test_what_is_overwritten_between_steps_does_not_count_under_a_mask():
 def test_skipping_saves_evaluations_and_leaves_the_images(name):
     pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, SCHEDULERS[name]())
     full, skipping = (
-        run_mixture(pipe, DynamicNegative(1.0, PRIOR), images=IMAGES, steps=50, skip_below=below)
+        run_mixture(
+            pipe,
+            tracked_dng(1.0, PRIOR),
+            images=IMAGES,
+            steps=50,
+            skip_below=below,
+        )
         for below in (None, 0.01)
     )
     assert full.evaluations == 50 * IMAGES and full.evaluations_saved == 0
@@ -613,7 +621,7 @@ def test_the_estimate_of_the_divergence_is_unbiased():
     alpha, sigma = network.noise_level(t)
     points = MIXTURE.diffuse(alpha, sigma).sample(n, 0)
     x = torch.from_numpy(points).float().reshape(n, *SHAPE)
-    chain = GuidedChain(DynamicNegative(1.0, PRIOR), eta=0.0, divergence_probes=1)
+    chain = GuidedChain(tracked_dng(1.0, PRIOR), eta=0.0, divergence_probes=1)
     ddim = DDIMScheduler(**UNCLIPPED)
     ddim.set_timesteps(20)
     assert float(ddim.timesteps[step]) == float(t)
@@ -658,5 +666,5 @@ def test_small_mixtures_run_on_one_thread(monkeypatch):
     monkeypatch.setattr(MixtureDenoiser, "predict", watched)
     pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, NOISY["ddpm"]())
     with torch_threads(count=2):
-        run_mixture(pipe, DynamicNegative(1.0, PRIOR), images=2, steps=2)
+        run_mixture(pipe, tracked_dng(1.0, PRIOR), images=2, steps=2)
         assert set(seen) == {1} and torch.get_num_threads() == 2

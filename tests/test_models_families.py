@@ -21,12 +21,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dng_math import ClassifierFreeGuidance, NegativePrompting, Unguided
-from dng_models import DynamicNegative, apply_guidance, tiny
+from dng_math import ClassifierFreeGuidance, DynamicNegativeGuidance, NegativePrompting, Unguided
+from dng_models import apply_guidance, tiny
 from dng_models.layouts import LAYOUTS, REFUSED, Layout, standing
 from tests.families import FAMILIES, Family, final_latents, stock
 from tests.families.base import NEGATIVE, PROMPT, attends_in_bfloat16
 from tests.families.walk import pipeline_classes
+
+tracked_dng = DynamicNegativeGuidance.tracked
 
 # What diffusers, transformers and torch say of their own old and new ways, and of tiny sizes.
 pytestmark = [
@@ -48,8 +50,8 @@ CLOSE = 2e-5
 
 
 # Random networks differ by much: evidence that reaches no bound in three steps.
-def at_temperature(temperature: float) -> DynamicNegative:
-    return DynamicNegative(40, prior=0.05, temperature=temperature, p_min=1e-300)
+def at_temperature(temperature: float) -> DynamicNegativeGuidance:
+    return tracked_dng(40, prior=0.05, temperature=temperature, p_min=1e-300)
 
 
 RULE = at_temperature(1e-5)
@@ -175,7 +177,7 @@ def test_a_scale_of_the_call_is_dropped_aloud_and_an_input_of_the_network_is_not
 def test_cfg_beneath_is_the_stock_call_without_a_negative(name: str) -> None:
     family, pipe = built(name)
     options = {"cfg_scale": 3.0, **stock.mask(name)}
-    found, _ = guided(family, pipe, DynamicNegative(0.0), options)
+    found, _ = guided(family, pipe, tracked_dng(0.0), options)
     none = {**stock.scale(name, 3.0), **stock.unprompted(name, pipe, family)}
     with stock.plainly(name, pipe):
         plain = final_latents(pipe, family, **none)
@@ -266,7 +268,7 @@ def told_apart(raw: list[Tensor], output: Tensor, w: float) -> tuple[Tensor, Ten
 
 
 def by_hand(
-    name: str, family: Family, pipe: Any, rule: DynamicNegative
+    name: str, family: Family, pipe: Any, rule: DynamicNegativeGuidance
 ) -> tuple[Tensor, list[np.ndarray]]:
     """The stock call, with the scheduler given another combination; in float64."""
     raw: list[Tensor] = []
@@ -341,7 +343,12 @@ def test_a_negative_class() -> None:
     family, pipe = built(name)
     rule = RULE
     found, _ = guided(family, pipe, rule, {"negative_classes": [3]})
-    cfg, _ = guided(family, pipe, DynamicNegative(0.0), {"negative_classes": [3], "cfg_scale": 3.0})
+    cfg, _ = guided(
+        family,
+        pipe,
+        tracked_dng(0.0),
+        {"negative_classes": [3], "cfg_scale": 3.0},
+    )
     assert apart(cfg, final_latents(pipe, family, guidance_scale=3.0)) < CLOSE
     assert apart(found, cfg) > 10 * CLOSE
     # The class of the call itself as unwanted.
@@ -392,7 +399,10 @@ def test_pipelines_that_know_of_no_prompt(name: str) -> None:
     call = {"batch_size": 2, **({"eta": 1.0} if name == "DDIMPipeline" else {})}
     family = Family(name, lambda: pipe, lambda: call, prompted=False)
     plain = final_latents(pipe, family, output_type="np")
-    rule, unwanted = DynamicNegative(3.0, prior=0.1, temperature=0.5), tiny.tiny_unet(1)
+    rule, unwanted = (
+        tracked_dng(3.0, prior=0.1, temperature=0.5),
+        tiny.tiny_unet(1),
+    )
     with apply_guidance(pipe, Unguided()):
         assert apart(final_latents(pipe, family, output_type="np"), plain) < CLOSE
     with apply_guidance(pipe, rule, forgetful=copy.deepcopy(unet)) as same:

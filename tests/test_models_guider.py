@@ -20,17 +20,20 @@ from diffusers import EulerAncestralDiscreteScheduler  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dng_kernels import StepPlan, guide, update_posterior  # noqa: E402
+from dng_math import DynamicNegativeGuidance  # noqa: E402
 from dng_models import guider as module  # noqa: E402
 from dng_models import tiny  # noqa: E402
-from dng_models.guidance import DynamicNegative, GuidedChain  # noqa: E402
+from dng_models.guidance import GuidedChain  # noqa: E402
 from dng_models.guider import (  # noqa: E402
-    DynamicNegativeGuidance,
+    DynamicNegativeGuider,
     ShowLatents,
     add_latents_block,
 )
 from dng_models.hook import apply_guidance  # noqa: E402
 from dng_models.schedulers import PosteriorFlowScheduler  # noqa: E402
 from dng_models.transition import scheduler_run  # noqa: E402
+
+tracked_dng = DynamicNegativeGuidance.tracked
 
 STEPS = 6
 # Latents grow to about 50 with random weights, and float32 has seven digits: relative 1e-6.
@@ -115,7 +118,7 @@ RULE = {"guidance_scale": 20.0, "prior": 0.02, "temperature": 0.02}
 @pytest.mark.parametrize("name", ["xl", "sd3"])
 def test_scale_0_is_plain_cfg_to_the_last_bit(name: str) -> None:
     pipe = build(name)
-    guider = DynamicNegativeGuidance(0.0, cfg_scale=4.0)
+    guider = DynamicNegativeGuider(0.0, cfg_scale=4.0)
     pipe.update_components(guider=guider)
     guider.encode_unconditional(pipe)
     # One image: the same prompt encoded in a batch of two has other last bits.
@@ -131,7 +134,7 @@ def test_scale_0_is_plain_cfg_to_the_last_bit(name: str) -> None:
 @pytest.mark.parametrize("name", ["xl", "sd3"])
 def test_temperature_0_is_plain_negative_prompting(name: str) -> None:
     pipe = build(name)
-    guider = DynamicNegativeGuidance(20.0, prior=0.1, temperature=0.0)
+    guider = DynamicNegativeGuider(20.0, prior=0.1, temperature=0.0)
     ours = latents(pipe, guider)
     scale = 20.0 * 0.1 / 0.9
     torch.testing.assert_close(
@@ -146,12 +149,12 @@ def test_temperature_0_is_plain_negative_prompting(name: str) -> None:
 @pytest.mark.parametrize("cfg_scale", [None, 3.0])
 def test_against_the_hook(name: str, cfg_scale: float | None) -> None:
     pipe = build(name)
-    guider = DynamicNegativeGuidance(**RULE, cfg_scale=cfg_scale)
+    guider = DynamicNegativeGuider(**RULE, cfg_scale=cfg_scale)
     pipe.update_components(guider=guider)
     if cfg_scale is not None:
         guider.encode_unconditional(pipe)
     ours = latents(pipe)
-    with apply_guidance(pipe.classic, DynamicNegative(**RULE), cfg_scale=cfg_scale) as trace:
+    with apply_guidance(pipe.classic, tracked_dng(**RULE), cfg_scale=cfg_scale) as trace:
         theirs = pipe.classic(
             ["a cat", "a house"],
             negative_prompt=["egg", "sausage"],
@@ -172,7 +175,7 @@ def test_against_the_hook(name: str, cfg_scale: float | None) -> None:
 @needs_guiders
 def test_against_a_loop_by_hand() -> None:
     pipe = build("xl")
-    guider = DynamicNegativeGuidance(**RULE)
+    guider = DynamicNegativeGuider(**RULE)
     ours = latents(pipe, guider)
 
     stock, scheduler = pipe.classic, ancestral()
@@ -187,7 +190,7 @@ def test_against_a_loop_by_hand() -> None:
 
     scheduler.set_timesteps(STEPS)
     run = scheduler_run(scheduler)
-    plan = StepPlan(run.coefficients, DynamicNegative(**RULE), prediction=run.prediction)
+    plan = StepPlan(run.coefficients, tracked_dng(**RULE), prediction=run.prediction)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
     state = plan.init_state(2, torch.float32)
@@ -210,7 +213,7 @@ def test_against_a_loop_by_hand() -> None:
 @needs_guiders
 def test_every_call_is_a_run_of_its_own() -> None:
     pipe = build("xl")
-    guider = DynamicNegativeGuidance(**RULE)
+    guider = DynamicNegativeGuider(**RULE)
     first = latents(pipe, guider)
     assert torch.equal(latents(pipe), first)
     assert len(guider.trace.runs) == 2
@@ -243,7 +246,7 @@ class _Breaks(torch.Generator):
 @needs_guiders
 def test_interval_is_of_steps_and_the_posterior_is_tracked_outside() -> None:
     pipe = build("xl")
-    free = DynamicNegativeGuidance(**RULE, stop=0.0)
+    free = DynamicNegativeGuider(**RULE, stop=0.0)
     unguided = latents(pipe, free)
     assert torch.equal(free.trace.scale, torch.zeros(STEPS, 2))
     assert len(torch.unique(free.trace.log_posterior[:, 0])) == STEPS
@@ -255,7 +258,7 @@ def test_interval_is_of_steps_and_the_posterior_is_tracked_outside() -> None:
         (0.2, 0.9, [1, 2, 3, 4]),
         (0.9, 0.9, []),
     ):
-        guider = DynamicNegativeGuidance(**RULE, start=start, stop=stop)
+        guider = DynamicNegativeGuider(**RULE, start=start, stop=stop)
         latents(pipe, guider)
         acted = (guider.trace.scale > 0).all(dim=1).nonzero()[:, 0].tolist()
         assert acted == active
@@ -266,7 +269,7 @@ def test_interval_is_of_steps_and_the_posterior_is_tracked_outside() -> None:
 def test_interval_of_a_run_that_starts_late() -> None:
     """Image to image begins at a later step of the scheduler; fractions are of its own steps."""
     pipe = build("sd3")
-    guider = DynamicNegativeGuidance(**RULE, start=0.5)
+    guider = DynamicNegativeGuider(**RULE, start=0.5)
     picture = torch.zeros(1, 3, 16, 16)
     latents(pipe, guider, image=picture, strength=0.7, prompt="a cat", negative_prompt="egg")
     assert guider.trace.last.steps == [1, 2, 3, 4, 5]
@@ -276,7 +279,7 @@ def test_interval_of_a_run_that_starts_late() -> None:
 @needs_guiders
 def test_disabled_it_is_the_positive_prediction() -> None:
     pipe = build("sd3")
-    guider = DynamicNegativeGuidance(**RULE, enabled=False)
+    guider = DynamicNegativeGuider(**RULE, enabled=False)
     assert guider.num_conditions == 1
     ours = latents(pipe, guider, negative_prompt=None)
     assert not guider.trace.runs
@@ -291,12 +294,12 @@ def test_disabled_it_is_the_positive_prediction() -> None:
 @needs_guiders
 def test_carried_prompts_are_the_pipelines_own() -> None:
     pipe = build("xl")
-    spoken = DynamicNegativeGuidance(**RULE, cfg_scale=3.0)
+    spoken = DynamicNegativeGuider(**RULE, cfg_scale=3.0)
     pipe.update_components(guider=spoken)
     spoken.encode_unconditional(pipe)
     # One row of embeddings serves any number of images; sizes in them are those of the call.
     expected = latents(pipe, negative_prompt="egg", prompt="a cat", num_images_per_prompt=2)
-    carried = DynamicNegativeGuidance(**RULE, cfg_scale=3.0)
+    carried = DynamicNegativeGuider(**RULE, cfg_scale=3.0)
     pipe.update_components(guider=carried)
     carried.encode_negative(pipe, "egg", height=32)
     ours = latents(pipe, negative_prompt=None, prompt="a cat", num_images_per_prompt=2)
@@ -324,22 +327,22 @@ def test_configuration_round_trips(tmp_path: Path) -> None:
         "offset_nats": 0.5,
         "p_min": 1e-4,
         "p_max": 0.9,
-        "tracker": "log_odds",
+        "tracker": "log-odds",
         "variance": "small",
         "cfg_scale": 2.0,
         "start": 0.1,
         "stop": 0.8,
         "enabled": False,
     }
-    guider = DynamicNegativeGuidance(**settings)
+    guider = DynamicNegativeGuider(**settings)
     guider.save_pretrained(tmp_path / "a")
     guider.save_config(tmp_path / "b")
     saved = json.loads((tmp_path / "a" / "guider_config.json").read_text())
     assert {k: v for k, v in saved.items() if not k.startswith("_")} == settings
     for other in (
-        DynamicNegativeGuidance.from_pretrained(tmp_path / "a"),
-        DynamicNegativeGuidance.from_config(DynamicNegativeGuidance.load_config(tmp_path / "b")),
-        DynamicNegativeGuidance.from_config(guider.config),
+        DynamicNegativeGuider.from_pretrained(tmp_path / "a"),
+        DynamicNegativeGuider.from_config(DynamicNegativeGuider.load_config(tmp_path / "b")),
+        DynamicNegativeGuider.from_config(guider.config),
         guider.new(),
     ):
         assert other.rule == guider.rule
@@ -353,9 +356,9 @@ def test_saved_inside_a_modular_pipeline(tmp_path: Path) -> None:
     from diffusers.modular_pipelines import ComponentSpec
 
     pipe = build("xl")
-    DynamicNegativeGuidance(**RULE).save_pretrained(tmp_path / "guider")
+    DynamicNegativeGuider(**RULE).save_pretrained(tmp_path / "guider")
     spec = ComponentSpec(
-        "guider", DynamicNegativeGuidance, pretrained_model_name_or_path=str(tmp_path / "guider")
+        "guider", DynamicNegativeGuider, pretrained_model_name_or_path=str(tmp_path / "guider")
     )
     pipe.update_components(guider=spec.load())
     expected = latents(pipe)
@@ -364,7 +367,7 @@ def test_saved_inside_a_modular_pipeline(tmp_path: Path) -> None:
     blocks = add_latents_block(diffusers.StableDiffusionXLAutoBlocks())
     loaded = blocks.init_pipeline(folder)
     loaded.load_components()
-    assert loaded.guider.rule == DynamicNegative(**RULE)
+    assert loaded.guider.rule == tracked_dng(**RULE)
     # Float32: loaded weights lie elsewhere in memory, where sums may be split differently.
     torch.testing.assert_close(latents(loaded), expected, rtol=1e-5, atol=LATENTS)
 
@@ -522,7 +525,7 @@ def test_loops_of_other_families(family: str) -> None:
     shape = LOOPS[family][2]
     x = torch.randn(shape, generator=generator)
     prompts = torch.randn(2, 2, 3, 4, generator=generator)
-    guider = DynamicNegativeGuidance(3.0, prior=0.2, temperature=0.1, offset_nats=1.0)
+    guider = DynamicNegativeGuider(3.0, prior=0.2, temperature=0.1, offset_nats=1.0)
     try:
         ours, scheduler = run_loop(family, guider, x, prompts)
     except (ImportError, AttributeError) as error:
@@ -561,7 +564,7 @@ def test_overwritten_latents_do_not_count() -> None:
 @needs_guiders
 def test_inpainting_gives_the_chain_its_mask() -> None:
     pipe = build("xl")
-    guider = DynamicNegativeGuidance(**RULE)
+    guider = DynamicNegativeGuider(**RULE)
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1.0
     given = {"image": torch.zeros(1, 3, 16, 16), "mask_image": mask, "strength": 0.99}
@@ -581,7 +584,7 @@ def test_without_its_latents() -> None:
         with pytest.raises(
             ValueError, match=r"latents of this step were not shown.*add_latents_bl"
         ):
-            latents(pipe, DynamicNegativeGuidance(**RULE))
+            latents(pipe, DynamicNegativeGuider(**RULE))
 
 
 @needs_guiders
@@ -590,13 +593,13 @@ def test_without_its_latents() -> None:
 def test_without_a_negative_prompt(name: str, negative: Any) -> None:
     pipe = build(name)
     with pytest.raises(ValueError, match="negative_prompt must be given to the pipeline"):
-        latents(pipe, DynamicNegativeGuidance(**RULE), negative_prompt=negative)
+        latents(pipe, DynamicNegativeGuider(**RULE), negative_prompt=negative)
 
 
 @needs_guiders
 def test_without_the_unconditional_prompt() -> None:
     pipe = build("xl")
-    guider = DynamicNegativeGuidance(**RULE, cfg_scale=3.0)
+    guider = DynamicNegativeGuider(**RULE, cfg_scale=3.0)
     assert guider.num_conditions == 3
     with pytest.raises(ValueError, match=r"cfg_scale=3.0: call guider.encode_unconditional\(pipe"):
         latents(pipe, guider)
@@ -607,7 +610,7 @@ def test_without_the_unconditional_prompt() -> None:
         with pytest.raises(TypeError, match="embeddings must be a mapping"):
             guider.set_unconditional(value)
     with pytest.raises(ValueError, match="pipe must be a modular pipeline with this guider"):
-        DynamicNegativeGuidance(cfg_scale=3.0).encode_unconditional(pipe)
+        DynamicNegativeGuider(cfg_scale=3.0).encode_unconditional(pipe)
     with pytest.raises(ValueError, match="prompt must be a non-empty str"):
         guider.encode_negative(pipe, " ")
 
@@ -616,7 +619,7 @@ def test_without_the_unconditional_prompt() -> None:
 def test_an_embedding_of_nothing_is_no_negative_prompt() -> None:
     """For loops of one's own, where only embeddings are seen."""
     tokens, empty = torch.ones(1, 3, 4), torch.full((1, 3, 4), 0.5)
-    guider = DynamicNegativeGuidance(cfg_scale=2.0)
+    guider = DynamicNegativeGuider(cfg_scale=2.0)
     guider.set_unconditional({"prompt_embeds": empty})
     guider.set_state(0, 5, torch.tensor(999))
     for nothing in (None, torch.zeros_like(tokens), empty):
@@ -629,7 +632,7 @@ def test_an_embedding_of_nothing_is_no_negative_prompt() -> None:
 
 @needs_guiders
 def test_two_guiders_of_one_chain_must_be_one() -> None:
-    guiders = {"guider": DynamicNegativeGuidance(), "guider_2": DynamicNegativeGuidance()}
+    guiders = {"guider": DynamicNegativeGuider(), "guider_2": DynamicNegativeGuider()}
     with pytest.raises(ValueError, match="guider and guider_2 must be the same object"):
         ShowLatents()(SimpleNamespace(components=guiders), SimpleNamespace(), 0, torch.tensor(1))
     one = SimpleNamespace(components={"guider": guiders["guider"]}, scheduler=None)
@@ -656,10 +659,10 @@ def test_two_guiders_of_one_chain_must_be_one() -> None:
 )
 def test_bad_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        DynamicNegativeGuidance(**settings)
+        DynamicNegativeGuider(**settings)
 
 
 def test_an_old_diffusers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GuiderOutput", None)
     with pytest.raises(ImportError, match=r"needs diffusers 0.36 or newer.*this is \d"):
-        DynamicNegativeGuidance()
+        DynamicNegativeGuider()

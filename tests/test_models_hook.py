@@ -39,11 +39,13 @@ from dng_math import (  # noqa: E402
     Unguided,
 )
 from dng_models import guidance, tiny, trace  # noqa: E402
-from dng_models.guidance import DynamicNegative, GuidedChain  # noqa: E402
+from dng_models.guidance import GuidedChain  # noqa: E402
 from dng_models.hook import apply_guidance, remove_guidance  # noqa: E402
 from dng_models.schedulers import PosteriorFlowScheduler  # noqa: E402
 from tests import textbook  # noqa: E402
 from tests.families.base import attends_in_bfloat16  # noqa: E402
+
+tracked_dng = DynamicNegativeGuidance.tracked
 
 PROMPT, NEGATIVE = "A classic British breakfast", "egg, sausage"
 STEPS = 6
@@ -132,7 +134,7 @@ def test_scale_0_is_plain_classifier_free_guidance(
 ) -> None:
     pipe = pipe_of(name)
     plain = run(pipe, negative_prompt=None, guidance_scale=6.5)
-    for rule in (DynamicNegative(0.0), Unguided()):
+    for rule in (tracked_dng(0.0), Unguided()):
         with apply_guidance(pipe, rule, cfg_scale=6.5):
             # The pipeline's own scale is without effect.
             assert apart(run(pipe, guidance_scale=2.0), plain) < CLOSE
@@ -145,19 +147,19 @@ def test_temperature_0_is_plain_negative_prompting(
 ) -> None:
     pipe = pipe_of(name)
     stock = run(pipe, guidance_scale=1 + 300 * ODDS)
-    with apply_guidance(pipe, DynamicNegative(300, prior=0.01, temperature=0.0)) as trace:
+    with apply_guidance(pipe, tracked_dng(300, prior=0.01, temperature=0.0)) as trace:
         dynamic = run(pipe)
     with apply_guidance(pipe, NegativePrompting(300 * ODDS)):
         constant = run(pipe)
     assert apart(dynamic, stock) < CLOSE
     assert apart(constant, stock) < CLOSE
     np.testing.assert_allclose(trace.scale, 300 * ODDS, rtol=1e-5)
-    with apply_guidance(pipe, DynamicNegative(300, prior=0.01, temperature=1.0)):
+    with apply_guidance(pipe, tracked_dng(300, prior=0.01, temperature=1.0)):
         assert apart(run(pipe), stock) > 100 * CLOSE
 
 
 def test_a_scale_that_the_call_is_given_is_dropped_aloud(pipe: Any) -> None:
-    with apply_guidance(pipe, DynamicNegative(40, prior=0.05)):
+    with apply_guidance(pipe, tracked_dng(40, prior=0.05)):
         expected = run(pipe)
         with pytest.warns(UserWarning, match="guidance_scale=5.0 of the.*cfg_scale=") as said:
             found = [run(pipe, guidance_scale=5.0) for _ in range(2)]
@@ -170,7 +172,7 @@ def test_a_scale_that_the_call_is_given_is_dropped_aloud(pipe: Any) -> None:
         ):
             run(pipe, guidance_scale=5.0)
     # What stands for it is given: nothing is said (warnings are errors here).
-    with apply_guidance(pipe, DynamicNegative(40, prior=0.05), cfg_scale=5.0):
+    with apply_guidance(pipe, tracked_dng(40, prior=0.05), cfg_scale=5.0):
         found = run(pipe, guidance_scale=5.0)
     assert apart(found, expected) > 100 * CLOSE
 
@@ -186,7 +188,7 @@ def latents_of(pipe: Any, seeds: tuple[int, ...], shape: tuple[int, ...] = (4, 8
 def loop(
     pipe: Any,
     ends: Callable[[int], textbook.Interval],
-    rule: DynamicNegative,
+    rule: DynamicNegativeGuidance,
     negatives: tuple[str, ...],
     cfg_scale: float | None = None,
     scaled: Callable[[int], float] = lambda step: 1.0,
@@ -268,7 +270,7 @@ def ddpm_ends(pipe: Any) -> Callable[[int], textbook.Interval]:
 def test_it_agrees_with_a_loop_written_by_hand(
     pipe: Any, cfg_scale: float | None, negatives: tuple[str, ...]
 ) -> None:
-    rule = DynamicNegative(40, prior=0.02, temperature=0.7, offset=0.002)
+    rule = tracked_dng(40, prior=0.02, temperature=0.7, offset=0.002)
     expected, log_posterior = loop(pipe, ddpm_ends(pipe), rule, negatives, cfg_scale)
     several = list(negatives) if len(negatives) > 1 else None
     with apply_guidance(pipe, rule, negative_prompts=several, cfg_scale=cfg_scale) as trace:
@@ -287,7 +289,7 @@ def test_the_coordinates_of_euler_ancestral(pipe: Any) -> None:
     try:
         pipe.scheduler.set_timesteps(STEPS)
         sigmas = pipe.scheduler.sigmas.double().numpy()
-        rule = DynamicNegative(40, prior=0.02, temperature=0.7)
+        rule = tracked_dng(40, prior=0.02, temperature=0.7)
         expected, log_posterior = loop(
             pipe,
             lambda step: textbook.Interval(1.0, sigmas[step], 1.0, sigmas[step + 1]),
@@ -325,7 +327,7 @@ def test_the_rules_differ_in_one_word(pipe: Any) -> None:
             p, n, np.zeros_like(p), 0, 1.5, 0.01
         )[0],
         PerpNeg(1.5, 5.0): lambda p, n, u: textbook.perp_neg(u, n, p - u, 1.5) + 5.0 * (p - u),
-        DynamicNegative(20.0, 0.1): lambda p, n, u: textbook.dng(p, n, np.full(2, 0.1), 20.0),
+        tracked_dng(20.0, 0.1): lambda p, n, u: textbook.dng(p, n, np.full(2, 0.1), 20.0),
         LimitedInterval(NegativePrompting(1.5), 0.0, 0.5): lambda p, n, u: p,
         ClassifierFreeGuidance(3.0): lambda p, n, u: textbook.cfg(n, p, 3.0),
         FeedbackGuidance(0.5): lambda p, n, u: textbook.fbg(n, p, np.zeros(2), 0.5),
@@ -350,7 +352,7 @@ def test_the_rules_differ_in_one_word(pipe: Any) -> None:
 
 
 def test_one_concept_in_a_list_is_the_negative_prompt(pipe: Any) -> None:
-    rule = DynamicNegative(40, prior=0.05)
+    rule = tracked_dng(40, prior=0.05)
     with apply_guidance(pipe, rule) as plain:
         expected = run(pipe)
     with apply_guidance(pipe, rule, negative_prompts=[NEGATIVE]) as listed:
@@ -374,7 +376,7 @@ def test_the_seed_decides_whatever_else_is_in_the_batch(
         kind = DDIMScheduler if name == "sd" else diffusers.FlowMatchEulerDiscreteScheduler
         pipe.scheduler = kind.from_config(stock.config)
     try:
-        with apply_guidance(pipe, DynamicNegative(40, prior=0.05), **options):
+        with apply_guidance(pipe, tracked_dng(40, prior=0.05), **options):
             together = run(pipe, (3, 4, 5))
             alone = run(pipe, (4,))
             moved = run(pipe, (7, 8, 6, 4))
@@ -386,7 +388,7 @@ def test_the_seed_decides_whatever_else_is_in_the_batch(
 
 
 def test_a_new_run_starts_anew(pipe: Any) -> None:
-    rule = DynamicNegative(40, prior=0.05)
+    rule = tracked_dng(40, prior=0.05)
 
     def stop(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if step == 2:
@@ -419,7 +421,7 @@ def test_a_broken_image_breaks_no_other(pipe_of: Callable[[str], Any]) -> None:
             kwargs["latents"][0] = np.nan
         return kwargs
 
-    with apply_guidance(pipe, DynamicNegative(4, prior=0.05), **options):
+    with apply_guidance(pipe, tracked_dng(4, prior=0.05), **options):
         expected = run(pipe)
         with pytest.warns(UserWarning, match="the latents were changed before step 2"):
             found = run(pipe, callback_on_step_end=spoil)
@@ -429,7 +431,7 @@ def test_a_broken_image_breaks_no_other(pipe_of: Callable[[str], Any]) -> None:
 
 def test_img2img_starts_where_it_starts(pipe_of: Callable[[str], Any]) -> None:
     pipe = pipe_of("img2img")
-    with apply_guidance(pipe, DynamicNegative(40, prior=0.05)) as trace:
+    with apply_guidance(pipe, tracked_dng(40, prior=0.05)) as trace:
         run(pipe)
         run(pipe, strength=1.0)
     assert [record.steps for record in trace.runs] == [[2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
@@ -440,7 +442,7 @@ def test_img2img_starts_where_it_starts(pipe_of: Callable[[str], Any]) -> None:
 
 def test_nothing_is_left_behind(pipe: Any, tmp_path: Any) -> None:
     plain = run(pipe)
-    trace = apply_guidance(pipe, DynamicNegative(40, prior=0.05))
+    trace = apply_guidance(pipe, tracked_dng(40, prior=0.05))
     guided = run(pipe)
     pipe.save_pretrained(tmp_path)
     remove_guidance(pipe)
@@ -449,7 +451,10 @@ def test_nothing_is_left_behind(pipe: Any, tmp_path: Any) -> None:
     assert torch.equal(run(pipe), plain)
     assert len(trace.runs) == 1
     assert torch.equal(run(StableDiffusionPipeline.from_pretrained(tmp_path)), plain)
-    with pytest.raises(KeyboardInterrupt), apply_guidance(pipe, DynamicNegative(40)):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        apply_guidance(pipe, tracked_dng(40)),
+    ):
         raise KeyboardInterrupt
     assert torch.equal(run(pipe), plain)
 
@@ -463,7 +468,7 @@ def test_networks_in_half_precision(pipe: Any) -> None:
     ode.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     half = copy.deepcopy(ode).to(torch.bfloat16)
     latents = latents_of(pipe, (0, 1))[1].bfloat16()
-    rule = DynamicNegative(40, prior=0.05)
+    rule = tracked_dng(40, prior=0.05)
     with apply_guidance(ode, rule) as trace:
         run(ode, latents=latents.float())
     with apply_guidance(half, rule, cfg_scale=3.0):
@@ -483,7 +488,7 @@ def test_networks_in_half_precision(pipe: Any) -> None:
 def test_compiled_networks(pipe: Any, how: str) -> None:
     from torch._dynamo.testing import CompileCounter
 
-    rule = DynamicNegative(40, prior=0.05)
+    rule = tracked_dng(40, prior=0.05)
     with apply_guidance(pipe, rule):
         expected = run(pipe)
     counter = CompileCounter()
@@ -510,7 +515,7 @@ def test_compiled_networks(pipe: Any, how: str) -> None:
 def test_a_network_that_is_moved_around(pipe: Any) -> None:
     from accelerate import cpu_offload
 
-    rule = DynamicNegative(40, prior=0.05)
+    rule = tracked_dng(40, prior=0.05)
     with apply_guidance(pipe, rule, cfg_scale=3.0):
         expected = run(pipe)
     for first in (True, False):
@@ -528,7 +533,7 @@ def test_the_fused_kernel_in_place_of_the_reference(pipe: Any, monkeypatch: Any)
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the kernel is compiled here, for a GPU: see the test below")
-    rule = DynamicNegative(40, prior=0.05)
+    rule = tracked_dng(40, prior=0.05)
     options: dict[str, Any] = {"negative_prompts": ["egg", "tea"], "cfg_scale": 3.0}
     with apply_guidance(pipe, rule, **options) as trace:
         expected = run(pipe, num_inference_steps=3)
@@ -544,7 +549,7 @@ def test_the_fused_kernel_in_place_of_the_reference(pipe: Any, monkeypatch: Any)
 @pytest.mark.parametrize("name", ["sd", "xl", "sd3"])
 def test_on_a_gpu(pipe_of: Callable[[str], Any], name: str) -> None:
     pipe = pipe_of(name)
-    rule = DynamicNegative(40, prior=0.05)
+    rule = tracked_dng(40, prior=0.05)
     with apply_guidance(pipe, rule, cfg_scale=3.0) as trace:
         expected = run(pipe)
     on_gpu = copy.deepcopy(pipe).to("cuda")
@@ -592,13 +597,13 @@ def test_a_transformer_that_predicts_variances_too() -> None:
     torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.1)
     picture = {"height": 16, "width": 16, "clean_caption": False, "use_resolution_binning": False}
     stock = run(pipe, guidance_scale=1 + 300 * ODDS, **picture)
-    with apply_guidance(pipe, DynamicNegative(300, prior=0.01, temperature=0.0)):
+    with apply_guidance(pipe, tracked_dng(300, prior=0.01, temperature=0.0)):
         assert apart(run(pipe, **picture), stock) < CLOSE
-    with apply_guidance(pipe, DynamicNegative(300, prior=0.01)) as trace:
+    with apply_guidance(pipe, tracked_dng(300, prior=0.01)) as trace:
         assert apart(run(pipe, **picture), stock) > 100 * CLOSE
     assert trace.log_posterior is not None and trace.log_posterior.std() > 0
     stock = run(pipe, negative_prompt="", guidance_scale=2.0, **picture)
-    with apply_guidance(pipe, DynamicNegative(0.0), cfg_scale=2.0):
+    with apply_guidance(pipe, tracked_dng(0.0), cfg_scale=2.0):
         assert apart(run(pipe, **picture), stock) < CLOSE
 
 
@@ -627,11 +632,11 @@ def test_a_network_for_inpainting_sees_more_than_latents(pipe: Any) -> None:
         "width": 16,
     }
     plain = run(painter, negative_prompt=None, guidance_scale=3.0, **picture)
-    with apply_guidance(painter, DynamicNegative(0.0), cfg_scale=3.0) as trace:
+    with apply_guidance(painter, tracked_dng(0.0), cfg_scale=3.0) as trace:
         assert apart(run(painter, **picture), plain) < CLOSE
         assert trace.log_posterior is not None and trace.log_posterior.std() > 0
     painter.scheduler = DDIMScheduler.from_config(painter.scheduler.config)
-    with apply_guidance(painter, DynamicNegative(1.0), divergence_probes=1) as probed:
+    with apply_guidance(painter, tracked_dng(1.0), divergence_probes=1) as probed:
         run(painter, **picture)
         assert probed.log_posterior is not None and probed.log_posterior.std() > 0
 
@@ -642,7 +647,7 @@ def test_what_the_pipeline_overwrites_is_no_evidence(pipe: Any) -> None:
     left = Image.fromarray(np.repeat(np.array([[255] * 8 + [0] * 8], dtype=np.uint8), 16, 0))
     picture = {"image": Image.new("RGB", (16, 16), "green"), "mask_image": left}
     picture |= {"height": 16, "width": 16, "strength": 1.0}
-    rule = DynamicNegative(40, prior=0.05)
+    rule = tracked_dng(40, prior=0.05)
     with pytest.raises(ValueError, match="mask must be given"):
         apply_guidance(painter, rule)
     with apply_guidance(painter, NegativePrompting(1.0)):  # which looks at no step
@@ -680,13 +685,13 @@ def test_samplers_without_noise_warn_and_name_one_with(pipe: Any) -> None:
         for kind in (DDIMScheduler, DPMSolverMultistepScheduler):
             pipe.scheduler = kind.from_config(stock.config)
             with (
-                apply_guidance(pipe, DynamicNegative(1.0)),
+                apply_guidance(pipe, tracked_dng(1.0)),
                 pytest.warns(UserWarning, match=f"{kind.__name__} adds no noise .*from_config"),
             ):
                 run(pipe)
             with apply_guidance(pipe, NegativePrompting(1.0)):  # tracks nothing
                 run(pipe)
-            with apply_guidance(pipe, DynamicNegative(1.0), divergence_probes=2) as trace:
+            with apply_guidance(pipe, tracked_dng(1.0), divergence_probes=2) as trace:
                 run(pipe)
             assert trace.log_posterior is not None
             assert torch.isfinite(trace.log_posterior).all()
@@ -696,7 +701,7 @@ def test_samplers_without_noise_warn_and_name_one_with(pipe: Any) -> None:
 
 def test_the_eta_of_a_pipelines_call_is_found_out(pipe: Any) -> None:
     stock = pipe.scheduler
-    rule = DynamicNegative(1.0, prior=0.1)
+    rule = tracked_dng(1.0, prior=0.1)
     with apply_guidance(pipe, rule) as ancestral:
         run(pipe)
     try:
@@ -741,7 +746,7 @@ def test_the_eta_of_a_pipelines_call_is_found_out(pipe: Any) -> None:
 
 
 def test_what_cannot_matter_is_not_evaluated(pipe: Any) -> None:
-    rule = DynamicNegative(40, prior=0.05)  # begins with a scale of 2.1
+    rule = tracked_dng(40, prior=0.05)  # begins with a scale of 2.1
     with apply_guidance(pipe, rule) as full:
         expected = run(pipe, num_inference_steps=20)
     rows: list[int] = []
@@ -770,7 +775,7 @@ def test_what_cannot_matter_is_not_evaluated(pipe: Any) -> None:
 
 def test_skipping_with_added_prompts(pipe_of: Callable[[str], Any]) -> None:
     pipe = pipe_of("controlnet")
-    rule = DynamicNegative(40, prior=0.02)
+    rule = tracked_dng(40, prior=0.02)
     options: dict[str, Any] = {"negative_prompts": ["egg", "tea"], "cfg_scale": 3.0}
     with apply_guidance(pipe, rule, **options) as full:
         expected = run(pipe, num_inference_steps=12)
@@ -783,7 +788,7 @@ def test_skipping_with_added_prompts(pipe_of: Callable[[str], Any]) -> None:
 
 def test_controlnet_sees_the_prompts_that_are_added(pipe_of: Callable[[str], Any]) -> None:
     pipe = pipe_of("controlnet")
-    rule = DynamicNegative(40, prior=0.05)
+    rule = tracked_dng(40, prior=0.05)
     with apply_guidance(pipe, rule):
         expected = run(pipe)
     with apply_guidance(pipe, rule, negative_prompts=[NEGATIVE]):
@@ -799,7 +804,7 @@ def test_networks_in_place_of_prompts(several: bool) -> None:
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     unwanted = [tiny.tiny_unet(seed) for seed in (1, 2)] if several else [tiny.tiny_unet(1)]
-    rule = DynamicNegative(3.0, prior=0.1, temperature=0.5)
+    rule = tracked_dng(3.0, prior=0.1, temperature=0.5)
 
     def images() -> Any:
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
@@ -889,9 +894,9 @@ def test_a_logarithmic_axis_has_labels_whatever_it_spans() -> None:
 @pytest.mark.parametrize(
     ("rule", "images", "options"),
     [
-        (DynamicNegative(40, 0.05), 2, {}),
-        (DynamicNegative(40, 0.05), 9, {}),
-        (DynamicNegative(40, 0.05), 1, {"negative_prompts": ["egg", "tea"]}),
+        (tracked_dng(40, 0.05), 2, {}),
+        (tracked_dng(40, 0.05), 9, {}),
+        (tracked_dng(40, 0.05), 1, {"negative_prompts": ["egg", "tea"]}),
         (NegativePrompting(1.0), 2, {}),
         (FeedbackGuidance(0.5), 2, {}),
     ],
@@ -963,11 +968,14 @@ def swap(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]
 def test_calls_that_cannot_be_guided(pipe: Any, options: dict[str, Any], message: str) -> None:
     stock = pipe.scheduler
     try:
-        with apply_guidance(pipe, DynamicNegative(1.0)), pytest.raises(ValueError, match=message):
+        with (
+            apply_guidance(pipe, tracked_dng(1.0)),
+            pytest.raises(ValueError, match=message),
+        ):
             run(pipe, **options)
     finally:
         pipe.scheduler = stock
-    with apply_guidance(pipe, DynamicNegative(1.0)) as trace:
+    with apply_guidance(pipe, tracked_dng(1.0)) as trace:
         run(pipe)
     assert len(trace.last.steps) == STEPS
 
@@ -975,14 +983,14 @@ def test_calls_that_cannot_be_guided(pipe: Any, options: dict[str, Any], message
 def test_added_prompts_are_encoded_with_the_options_of_the_call(
     pipe_of: Callable[[str], Any],
 ) -> None:
-    pipe, rule = pipe_of("xl"), DynamicNegative(40, prior=0.05)
+    pipe, rule = pipe_of("xl"), tracked_dng(40, prior=0.05)
     with apply_guidance(pipe, rule):
         plain, expected = run(pipe), run(pipe, clip_skip=1)
     with apply_guidance(pipe, rule, negative_prompts=[NEGATIVE]):
         assert apart(run(pipe, negative_prompt="tea", clip_skip=1), expected) < CLOSE
     assert apart(plain, expected) > 100 * CLOSE
     stock = run(pipe, negative_prompt=None, guidance_scale=3.0, clip_skip=1)
-    with apply_guidance(pipe, DynamicNegative(0.0), cfg_scale=3.0):
+    with apply_guidance(pipe, tracked_dng(0.0), cfg_scale=3.0):
         assert apart(run(pipe, clip_skip=1), stock) < CLOSE
 
 
@@ -991,7 +999,7 @@ def test_no_negative_prompt_for_sdxl_and_sd3(pipe_of: Callable[[str], Any]) -> N
         pipe = pipe_of(name)
         for missing in (None, ""):
             with (
-                apply_guidance(pipe, DynamicNegative(1.0)),
+                apply_guidance(pipe, tracked_dng(1.0)),
                 pytest.raises(ValueError, match="negative_prompt of the pipeline's call"),
             ):
                 run(pipe, negative_prompt=missing)
@@ -1003,17 +1011,52 @@ def test_no_negative_prompt_for_sdxl_and_sd3(pipe_of: Callable[[str], Any]) -> N
         ("dng", {}, TypeError, "rule must be one of dng_math.guidance, got 'dng'"),
         (DynamicNegativeGuidance(), {}, ValueError, "no exact one"),
         (DynamicNegativeGuidance(1.0, PaperTracker()), {}, ValueError, "prior must be given"),
-        (DynamicNegative(), {"cfg_scale": np.nan}, ValueError, "cfg_scale must be finite"),
+        (
+            tracked_dng(),
+            {"cfg_scale": np.nan},
+            ValueError,
+            "cfg_scale must be finite",
+        ),
         (PerpNeg(), {"cfg_scale": 2.0}, ValueError, "cfg_scale must be None for PerpNeg"),
-        (DynamicNegative(), {"eta": 1.5}, ValueError, r"eta must be in \[0, 1\], got 1.5"),
-        (DynamicNegative(), {"divergence_probes": -1}, ValueError, "divergence_probes must be"),
-        (DynamicNegative(), {"skip_below": 0.0}, ValueError, "skip_below must be"),
-        (DynamicNegative(), {"mask": [1]}, TypeError, "mask must be a tensor"),
-        (DynamicNegative(), {"negative_prompts": "egg"}, TypeError, "a sequence of str"),
-        (DynamicNegative(), {"negative_prompts": []}, ValueError, "one or more non-empty str"),
-        (DynamicNegative(), {"negative_prompts": ["egg", ""]}, ValueError, "non-empty str"),
+        (
+            tracked_dng(),
+            {"eta": 1.5},
+            ValueError,
+            r"eta must be in \[0, 1\], got 1.5",
+        ),
+        (
+            tracked_dng(),
+            {"divergence_probes": -1},
+            ValueError,
+            "divergence_probes must be",
+        ),
+        (tracked_dng(), {"skip_below": 0.0}, ValueError, "skip_below must be"),
+        (tracked_dng(), {"mask": [1]}, TypeError, "mask must be a tensor"),
+        (
+            tracked_dng(),
+            {"negative_prompts": "egg"},
+            TypeError,
+            "a sequence of str",
+        ),
+        (
+            tracked_dng(),
+            {"negative_prompts": []},
+            ValueError,
+            "one or more non-empty str",
+        ),
+        (
+            tracked_dng(),
+            {"negative_prompts": ["egg", ""]},
+            ValueError,
+            "non-empty str",
+        ),
         (NegativePrompting(), {"negative_prompts": ["a", "b"]}, ValueError, "only DNG gives each"),
-        (DynamicNegative(), {"forgetful": len}, ValueError, "forgetful must be None"),
+        (
+            tracked_dng(),
+            {"forgetful": len},
+            ValueError,
+            "forgetful must be None",
+        ),
     ],
 )
 def test_rules_and_options_that_cannot_be(
@@ -1038,30 +1081,30 @@ def test_rules_and_options_that_cannot_be(
 )
 def test_hyperparameters_out_of_range(hyperparameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DynamicNegative(**hyperparameters)
+        tracked_dng(**hyperparameters)
 
 
 def test_pipelines_that_cannot_be_guided(pipe: Any) -> None:
     with pytest.raises(ValueError, match="pipe must be a diffusers pipeline, got a Linear"):
-        apply_guidance(torch.nn.Linear(1, 1), DynamicNegative())
+        apply_guidance(torch.nn.Linear(1, 1), tracked_dng())
     with (
-        apply_guidance(pipe, DynamicNegative()),
+        apply_guidance(pipe, tracked_dng()),
         pytest.raises(ValueError, match="pipe must not be guided already"),
     ):
-        apply_guidance(pipe, DynamicNegative())
+        apply_guidance(pipe, tracked_dng())
     without = copy.copy(pipe)
     without.text_encoder = None
     with pytest.raises(ValueError, match="pipe must have its text encoder"):
-        apply_guidance(without, DynamicNegative(), cfg_scale=3.0)
+        apply_guidance(without, tracked_dng(), cfg_scale=3.0)
     plain = tiny.tiny_ddpm(0)
     with pytest.raises(TypeError, match="forgetful must be a network"):
-        apply_guidance(plain, DynamicNegative())
+        apply_guidance(plain, tracked_dng())
     with pytest.raises(ValueError, match="negative_prompts must be None"):
-        apply_guidance(plain, DynamicNegative(), negative_prompts=["egg"])
+        apply_guidance(plain, tracked_dng(), negative_prompts=["egg"])
     with pytest.raises(ValueError, match="must do without a second prompt"):
-        apply_guidance(plain, DynamicNegative(), cfg_scale=2.0, forgetful=tiny.tiny_unet(1))
+        apply_guidance(plain, tracked_dng(), cfg_scale=2.0, forgetful=tiny.tiny_unet(1))
     with pytest.raises(ValueError, match="must not be an empty sequence"):
-        apply_guidance(plain, DynamicNegative(), forgetful=[])
+        apply_guidance(plain, tracked_dng(), forgetful=[])
 
 
 def test_a_scheduler_that_cannot_be_served_is_named(pipe: Any) -> None:
@@ -1069,7 +1112,7 @@ def test_a_scheduler_that_cannot_be_served_is_named(pipe: Any) -> None:
     try:
         pipe.scheduler = diffusers.PNDMScheduler.from_config(stock.config)
         with (
-            apply_guidance(pipe, DynamicNegative()),
+            apply_guidance(pipe, tracked_dng()),
             pytest.raises(ValueError, match="PNDMScheduler"),
         ):
             run(pipe)
@@ -1078,7 +1121,7 @@ def test_a_scheduler_that_cannot_be_served_is_named(pipe: Any) -> None:
 
 
 def test_a_chain_insists_on_its_order() -> None:
-    chain = GuidedChain(DynamicNegative())
+    chain = GuidedChain(tracked_dng())
     x = torch.zeros(1, 4)
     with pytest.raises(ValueError, match="observe\\(\\) must come before guide\\(\\)"):
         chain.guide(x, x)
@@ -1099,10 +1142,10 @@ def test_a_chain_insists_on_its_order() -> None:
     with pytest.raises(ValueError, match="timestep must be 500.0 at step 1"):
         chain.observe(scheduler, x, scheduler.timesteps[2])
     with pytest.raises(ValueError, match="timestep must be one of the scheduler's"):
-        GuidedChain(DynamicNegative()).observe(scheduler, x, 3)
+        GuidedChain(tracked_dng()).observe(scheduler, x, 3)
     with pytest.raises(ValueError, match="concepts must be"):
-        GuidedChain(DynamicNegative(), concepts=0)
+        GuidedChain(tracked_dng(), concepts=0)
     with pytest.raises(ValueError, match="unconditional must be given"):
-        chain = GuidedChain(DynamicNegative(), cfg_scale=2.0)
+        chain = GuidedChain(tracked_dng(), cfg_scale=2.0)
         chain.observe(scheduler, x, scheduler.timesteps[0])
         chain.guide(x, x)

@@ -21,9 +21,9 @@ from diffusers import (  # noqa: E402
 from diffusers.hooks import HookRegistry  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from dng_math import DynamicNegativeGuidance  # noqa: E402
 from dng_math.guidance import NegativePrompting  # noqa: E402
 from dng_models import tiny  # noqa: E402
-from dng_models.guidance import DynamicNegative  # noqa: E402
 from dng_models.hook import apply_guidance  # noqa: E402
 from dng_models.pipelines import (  # noqa: E402
     DNGDDPMPipeline,
@@ -35,7 +35,7 @@ PROMPTED = (
     (tiny.tiny_stable_diffusion, DNGStableDiffusionPipeline),
     (tiny.tiny_stable_diffusion_xl, DNGStableDiffusionXLPipeline),
 )
-RULE = DynamicNegative(5.0, prior=0.1, temperature=0.05)
+RULE = DynamicNegativeGuidance.tracked(5.0, prior=0.1, temperature=0.05)
 # Float32: loaded weights lie elsewhere in memory, where sums may be split differently.
 LOADED = 1e-4
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -533,3 +534,22 @@ def test_docstrings_hold_the_shared_parameters_and_may_be_stripped():
         assert "p_min, p_max : float" in tracker.__doc__
     code = "from dng_math import PaperTracker; PaperTracker()"
     subprocess.run([sys.executable, "-OO", "-c", code], check=True)
+
+
+def test_the_usual_rule_in_one_line():
+    """The same object as with its tracker written out, so that equality and replace hold."""
+    found = DynamicNegativeGuidance.tracked(18.0, 0.01, 0.3, 0.003, p_max=0.9)
+    tracker = PaperTracker(prior=0.01, temperature=0.3, offset=0.003, p_max=0.9)
+    assert found == DynamicNegativeGuidance(18.0, tracker)
+    assert replace(found, guidance_scale=2.0) == DynamicNegativeGuidance(2.0, tracker)
+    other = DynamicNegativeGuidance.tracked(prior=0.2, tracker="log-odds", offset_nats=1.0)
+    assert other == DynamicNegativeGuidance(1.0, LogOddsTracker(prior=0.2, offset_nats=1.0))
+    for wrong in (
+        {"prior": None},
+        {"prior": 1.0},
+        {"tracker": "log_odds"},
+        {"guidance_scale": [1]},
+    ):
+        (name,) = wrong
+        with pytest.raises((TypeError, ValueError), match=name):
+            DynamicNegativeGuidance.tracked(**wrong)

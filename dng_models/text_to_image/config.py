@@ -17,6 +17,7 @@ from typing import Any, Literal
 from dng_math import _checks
 from dng_math.guidance import (
     ContrastiveCFG,
+    DynamicNegativeGuidance,
     LimitedInterval,
     NegativePrompting,
     PerpNeg,
@@ -288,7 +289,7 @@ class Config:
                 "prior": point.prompt.prior,
                 "temperature": point.prompt.temperature,
                 "offset": point.prompt.offset,
-                "tracker": "paper" if point.rule == "dng" else "log_odds",
+                "tracker": "paper" if point.rule == "dng" else "log-odds",
             }
         elif point.rule == "ccfg":
             found = {"temperature": self.contrast}
@@ -323,10 +324,7 @@ class Config:
                 return PerpNeg(point.scale, 1.0 if self.cfg_scale is None else self.cfg_scale)
             case "ccfg":
                 return ContrastiveCFG(point.scale, **given)
-        # Loads torch.
-        from dng_models.guidance import DynamicNegative
-
-        return DynamicNegative(point.scale, **given)
+        return DynamicNegativeGuidance.tracked(point.scale, **given)
 
 
 # Fields that a folder has one value of.  Who measures the images is said with each measurement.

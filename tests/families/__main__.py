@@ -46,14 +46,20 @@ OWN_LAYOUT = """
 A class that is in no table is refused until its layout is declared:
 
 ```python
-from dng_models import DynamicNegative, apply_guidance
+from dng_math import DynamicNegativeGuidance
+from dng_models import apply_guidance
 from dng_models.layouts import Layout
 
-layout = Layout( network=("transformer",), # pipe.transformer is called once a step, on a doubled
-batch, first="negative", # whose first half is the negative prompt's;
-text=("encoder_hidden_states", "encoder_attention_mask"), # these arguments depend on the prompt
-latents="hidden_states", time="timestep", # which is the scheduler's ) with apply_guidance(pipe,
-DynamicNegative(18, prior=0.05), layout=layout): ... ```
+layout = Layout(
+    network=("transformer",),  # pipe.transformer is called once a step, on a doubled batch,
+    first="negative",  # whose first half is the negative prompt's;
+    text=("encoder_hidden_states", "encoder_attention_mask"),  # these depend on the prompt
+    latents="hidden_states",
+    time="timestep",  # which is the scheduler's
+)
+with apply_guidance(pipe, DynamicNegativeGuidance.tracked(18, prior=0.05), layout=layout):
+    images = pipe(...).images
+```
 
 The first call checks it: another negative prompt must change the rows that the layout says and
 nothing else, the time must be the scheduler's, and the scheduler must be given what guidance
