@@ -348,3 +348,11 @@ def test_what_is_printed_is_compared(printed, said, same):
 def test_code_for_python_is_python(page):
     for program in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
         ast.parse(program)
+
+
+@pytest.mark.slow  # it imports everything
+def test_the_page_of_public_names_is_the_printed_one():
+    pytest.importorskip("diffusers")
+    from tests import api
+
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == api.page()

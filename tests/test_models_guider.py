@@ -648,7 +648,7 @@ def test_two_guiders_of_one_chain_must_be_one() -> None:
         ({"temperature": -1.0}, ValueError, "temperature must be"),
         ({"temperature": "hot"}, TypeError, "temperature must be a real number"),
         ({"p_max": 1.5}, ValueError, "p_max must be"),
-        ({"tracker": "exact"}, ValueError, "tracker must be one of 'paper', 'log_odds'"),
+        ({"tracker": "exact"}, ValueError, "tracker must be one of 'paper', 'log-odds'"),
         ({"variance": "huge"}, ValueError, "variance must be one of"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be finite"),
         ({"cfg_scale": "much"}, TypeError, "cfg_scale must be a real number"),
