@@ -698,7 +698,7 @@ def require_hub_name(what: str, name: str | Path) -> None:
     """
     if is_path(name):
         raise FileNotFoundError(
-            f"{what} must be a file, a folder or a name on the Hugging Face hub, got {shown(name)}:"
+            f"{what} must be a file, a folder or a name on the Hugging Face hub, got {name!r:.400}:"
             f" there is no such file or folder{_nearly(Path(name))}"
         )
 

@@ -145,12 +145,12 @@ def test_images_in_another_range_are_not_measured_in_silence(reference):
 
 def test_many_pixels_are_averaged_over_squares():
     images = pictures(5, 0, channels=3, side=32)
-    averaged = module._pixels(images)
+    averaged = module.pixels_of(images)
     assert averaged.shape == (5, 3 * 16 * 16)
     by_hand = images.numpy().reshape(5, 3, 16, 2, 16, 2).mean((3, 5)).reshape(5, -1)
     np.testing.assert_allclose(averaged, by_hand, atol=1e-6)
     small = pictures(5, 0, side=28)
-    np.testing.assert_array_equal(module._pixels(small), small.flatten(1).numpy())
+    np.testing.assert_array_equal(module.pixels_of(small), small.flatten(1).numpy())
 
 
 def test_precision_and_recall_look_at_some_of_much_data(monkeypatch):

@@ -18,7 +18,8 @@ from dng_models.class_removal.generate import _files_digest  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = RESULTS / "class_removal_digits"
-PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+TRAINED = "\n## Class removal with trained networks\n"
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").partition(TRAINED)[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
