@@ -360,7 +360,7 @@ def test_a_quick_run_on_ones_own_data_does_all_of_it(photos, tmp_path, capsys, m
         "classifier",
     }
     assert (out / "table.md").read_text().startswith("QUICK RUN")
-    assert {"curves.png", "histogram_dog_x_.png", "grid_dog_x_.png"} <= {
+    assert {"curves.png", "histogram_dog_x__.png", "grid_dog_x__.png"} <= {
         path.name for path in (out / "figures").iterdir()
     }
 
