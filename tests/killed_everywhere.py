@@ -102,7 +102,7 @@ def the_calibration(shared: Path) -> Prepared:
 
 
 def the_images(shared: Path) -> Prepared:
-    """Generate and score of text_to_image, and its tables."""
+    """What the command run of text_to_image does, but for its figures."""
     import dataclasses
 
     from dng_models.text_to_image import commands, pipelines
@@ -126,6 +126,7 @@ def the_images(shared: Path) -> Prepared:
         materials._detectors = first._detectors
         generate(config, materials, progress=False)
         measure(config, materials, progress=False)
+        generate(config, materials, progress=False)
         commands._write_tables(materials.folder)
 
     return lambda folder: None, run

@@ -211,6 +211,11 @@ def test_what_would_be_forbidden_is_followed_once_it_is_known(materials, undistu
     ]
     measure(CONFIG, materials, detector=Seen(holds), progress=False)
     before = contents(folder.path)
+    # A measurement that was stopped before it came to the first one says nothing yet.
+    known = {record["file"]: record for record in lines(before)}
+    assert generating._followed(CONFIG, known)[POINTS[0]] == {0, 1}
+    del known[store.image_name(POINTS[0], 1)]["measured_by"]
+    assert generating._followed(CONFIG, known)[POINTS[0]] == {0}
     generate(CONFIG, materials, progress=False)
     after = contents(folder.path)
     ways = {f"{part}/seed-{i}.png" for i in (0, 1) for part in WAYS}

@@ -248,8 +248,14 @@ def _followed(config: Config, records: Mapping[str, Record]) -> Followed:
     """Images whose ways are kept: of the unguided points, and of those at the largest scales."""
     found: Followed = {}
     for prompt in config.prompts:
-        forbidden = compare.would_be_forbidden(records.values(), prompt.name, split(prompt.related))
-        chosen = {0, *(image for image in forbidden[:1] if image < config.num_images)}
+        (unguided,) = (p for p in config.points() if p.prompt == prompt and p.kind == "none")
+        names = [store.image_name(unguided, image) for image in range(config.num_images)]
+        chosen = {0}
+        # Which one is the first is known when all were looked at, and not of a stopped measurement.
+        if all("measured_by" in records.get(name, {}) for name in names):
+            looked_at = [records[name] for name in names]
+            found_in = compare.would_be_forbidden(looked_at, prompt.name, split(prompt.related))
+            chosen |= set(found_in[:1])
         for point in config.points():
             largest = point.kind == "none" or (
                 point.scale == config.scales_of(point.rule, point.prompt)[-1]
