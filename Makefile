@@ -19,7 +19,7 @@ class-removal: $(VENV)/models.stamp ## train networks on digits, sweep and plot 
 	$(BIN)/python -m dng_models.class_removal run $(ARGS)
 
 test: $(VENV)/test.stamp ## run the tests (PYTEST_ARGS="-m slow" runs the long ones)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(PYTEST_ARGS)
 
 # What ATEN_CPU_CAPABILITY can make of this CPU, other than what it is; matrix products of an older
 # one have other last bits.
@@ -31,7 +31,7 @@ test-cpus: $(VENV)/test.stamp ## run the tests of networks as on each older kind
 	for cpu in $$($(BIN)/python -c '$(OLDER_CPUS)'); do \
 		echo "ATEN_CPU_CAPABILITY=$$cpu"; \
 		ATEN_CPU_CAPABILITY=$$cpu $(BIN)/python -m pytest -n 2 --dist loadfile -q \
-			tests/test_models_*.py tests/test_figure_*.py tests/test_step.py $(PYTEST_ARGS) \
+			tests/models tests/figures tests/kernels/test_step.py $(PYTEST_ARGS) \
 			|| exit 1; \
 	done
 

@@ -1,1 +1,1 @@
-"""How fast the toolkit is: one file a question, ``python -m benchmarks --list``."""
+"""Benchmarks of the toolkit's speed, one module for each: ``python -m benchmarks --list``."""

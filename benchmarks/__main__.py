@@ -11,19 +11,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dng_models import command_line, extras
-from dng_models.interrupt import end_at_interrupt
-from dng_models.printable import print_anything
-from dng_models.progress import say, saying_what_compiles, showing
+from dng_models.support import command_line, extras
+from dng_models.support.interrupt import end_at_interrupt
+from dng_models.support.printable import print_anything
+from dng_models.support.progress import say, saying_what_compiles, showing
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports that take seconds
 
 from benchmarks.harness import AnyRow, Settings, machine, read_csv, table, write_csv
 
-# Modules of this package, imported when asked for: each needs what it measures.  Each has PARTS
-# and the kind of their rows, ROW; it may have named_devices(), more of the machine to name, and
-# report() and draw() of all its rows.
+# Modules of this package, imported on demand, because each needs the packages that it measures.
+# Each has PARTS and the type of their rows, ROW; it may have named_devices(), further columns about
+# the machine, and report() and draw() for all its rows.
 COMMANDS = {
     "start": "imports of each package, and first uses in new processes",
     "mixture": "exact mixtures on the CPU, against NumPy, SciPy, scikit-learn, torch and JAX",
@@ -32,7 +32,7 @@ COMMANDS = {
     "loop": "a whole run of 1000 steps, as one CUDA graph too, against the published one",
 }
 
-# Not benchmarks/results: what is committed there, and named in documents, is from one machine.
+# Not benchmarks/results: the committed results there, which documents quote, are of one machine.
 OUT = Path("benchmarks/out")
 
 
@@ -41,13 +41,13 @@ def first_line(function: object) -> str:
 
 
 def subject(row: AnyRow) -> str:
-    """What a row is about, of the columns that its table has for that."""
+    """What a row is about, from those of these columns that its table has."""
     names = ("benchmark", "network", "batch", "case", "dtype", "contender", "mode")
     return ", ".join(str(getattr(row, name)) for name in names if hasattr(row, name))
 
 
 def say_what_there_is() -> None:
-    """Every command and its parts."""
+    """Print every command and its parts."""
     for name, summary in COMMANDS.items():
         print(f"{name}: {summary}")
         try:
@@ -60,7 +60,7 @@ def say_what_there_is() -> None:
 
 
 def check_writable(*paths: Path) -> None:
-    """Make the folder of the files, and raise OSError where they cannot be written."""
+    """Make the folder of the files, and raise OSError if they cannot be written."""
     for path in paths:
         if path.parent.exists() and not path.parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "it is a file, and must be a folder")
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"a command is needed, one of: {', '.join(COMMANDS)}")
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    # A trial, or a part, must not overwrite the results that documents refer to.
+    # A quick run, or a part, must not overwrite the results that documents refer to.
     name = "_".join(
         [options.command, *([options.part] if options.part else []), *["quick"] * options.quick]
     )
@@ -140,12 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"written to {path}")
         if hasattr(module, "draw"):
             print(module.draw(rows, path.with_suffix(".png"), where))
-    except OSError as error:  # what was measured is above
+    except OSError as error:  # the results have been printed above
         sys.exit(f"{parser.prog}: error: {error}")
 
 
 def read_table(path: Path, module: Any) -> tuple[list[AnyRow], dict[str, str]]:
-    """The rows of an earlier run, printed, and its machine; the end where it is no such table."""
+    """Read and print an earlier run; ends the program if the file is not such a table."""
     try:
         rows, where = read_csv(path, module.ROW)
     except (OSError, ValueError) as error:
@@ -159,7 +159,7 @@ def read_table(path: Path, module: Any) -> tuple[list[AnyRow], dict[str, str]]:
 def measured(
     module: Any, parts: Mapping[str, Any], options: argparse.Namespace
 ) -> tuple[list[AnyRow], dict[str, str]]:
-    """The rows of all parts, which are printed one after the other, and the machine."""
+    """Run all parts and print their rows; returns the rows and the machine."""
     extras.hush_torchvision()
     where = machine(**getattr(module, "named_devices", dict)())
     say_where(where)
@@ -178,7 +178,7 @@ def say_where(where: Mapping[str, str]) -> None:
 
 
 def tell(module: Any, rows: Sequence[AnyRow]) -> None:
-    """What the rows come to, and which goals were reached."""
+    """Print the report, and which goals were reached."""
     if hasattr(module, "report"):
         print("\nreport")
         print("\n".join(f"  {line}".rstrip() for line in module.report(rows)))

@@ -1,10 +1,10 @@
-"""What takes the same step: published, naive and ours; eager, compiled, as a kernel.
+"""Contenders that compute the same step: published, naive and ours; eager, compiled, as a kernel.
 
 ``published`` is the published sequence of operations (:mod:`benchmarks.published`), ``naive`` the
-specification in whole-tensor torch (:mod:`dng_kernels.naive`), ``dng_step`` what users call.
+specification in whole-tensor torch (:mod:`dng_kernels.naive`), ``dng_step`` the function for users.
 
-Every contender is given the same tensors, and its values are checked before it is timed
-(:func:`check_entry`).  Beside the steps stand a copy of as many bytes and a launch of nothing.
+All contenders get the same tensors, and their values are checked before they are timed
+(:func:`check_entry`).  A copy of as many bytes and an empty kernel are timed for comparison.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from benchmarks.harness import first_words
 from benchmarks.published import Published
 from dng_kernels import StepPlan, dng_step, naive
 from dng_kernels import plan as plans
-from dng_math.guidance import DynamicNegativeGuidance
-from dng_math.posterior import PaperTracker
+from dng_math.rules import DynamicNegativeGuidance
 from dng_math.schedules import DDPM, NoiseSchedule
+from dng_math.trackers import PaperTracker
 
 COEFFICIENTS = NoiseSchedule.linear().coefficients(DDPM("large"))
 BETAS = COEFFICIENTS.beta_ts[::-1].copy()  # index 0 the cleanest, as the published code counts
 RULE = DynamicNegativeGuidance(1.0, PaperTracker(prior=0.1, variance="published"))
-TIME = len(BETAS) // 2  # t of the step that is timed: any other costs the same
+TIME = len(BETAS) // 2  # t of the timed step; all steps cost the same
 STEP = len(BETAS) - 1 - TIME  # the same step, counted from the noisiest
 SEED = 0
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05}
-LOG_P = 1e-3  # two orders of adding up the same float32 products
-# The published log p is a difference of two squared norms of about n/2 nats each, n the elements
-# of a sample; ours never forms them.  What the dtype's sums leave of it: an absolute part for the
-# small n, and a few roundings (1.2e-7 in float32) of n/2.
+LOG_P = 1e-3  # tolerance: the same float32 products are added up in different orders
+# Tolerances of the published log p.  It is a difference of two squared norms of about n/2 nats
+# each, n the elements of a sample, which ours never forms.  The absolute part is for small n, the
+# relative part for a few roundings (1.2e-7 in float32) of n/2.
 PUBLISHED_LOG_P = {torch.float64: (1e-9, 1e-14), torch.float32: (1e-2, 5e-7)}
 
-# A contender is a name, what it is run as, and where its noise comes from.
+# A contender is a name, a form in which it runs, and a source of noise.
 PUBLISHED, NAIVE, OURS = "published", "naive", "dng_step"
 EAGER, COMPILED, TUNED, KERNEL = "eager", "compiled", "compiled max-autotune", "Triton kernel"
 GIVEN, OWN, SEEDED = "given noise", "own noise", "noise of a seed"
@@ -50,7 +50,7 @@ COPY, EMPTY = "copy", "empty kernel"
 
 
 class Case(NamedTuple):
-    """A size that people use; ``short`` is its name in a table or a plot."""
+    """A size that occurs in practice; ``short`` is its name in a table or a plot."""
 
     name: str
     shape: tuple[int, ...]
@@ -86,7 +86,7 @@ def make_plan(device: Device) -> StepPlan:
 
 
 class Tensors(NamedTuple):
-    """What a step reads: (B, ...); of the posterior log p (B,) for ours and p (B,) for theirs."""
+    """Inputs of a step: tensors (B, ...), log p (B,) as ``state`` for ours, p (B,) for theirs."""
 
     x: Tensor
     eps: Tensor
@@ -97,7 +97,7 @@ class Tensors(NamedTuple):
 
 
 def make_tensors(case: Case, dtype: torch.dtype, plan: StepPlan, seed: int = SEED) -> Tensors:
-    """Random ones, where one step moves log p by about 1, as in a chain."""
+    """Random inputs for which one step changes log p by about 1, as in a chain."""
     generator = torch.Generator(plan.device).manual_seed(seed)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -106,7 +106,7 @@ def make_tensors(case: Case, dtype: torch.dtype, plan: StepPlan, seed: int = SEE
 
     row = plan.row(STEP)
     elements = math.prod(case.shape[1:])
-    gap = math.sqrt(2.0 * row.variance / elements) / abs(row.kernel_factor)
+    gap = math.sqrt(2.0 * row.variance / elements) / abs(row.transition_factor)
     eps = normal()
     eps_neg = (eps + gap * normal()).to(dtype)
     state = plan.init_state(len(eps), precision)
@@ -116,7 +116,7 @@ def make_tensors(case: Case, dtype: torch.dtype, plan: StepPlan, seed: int = SEE
 
 
 def step_bytes(tensors: Tensors, noise: str) -> int:
-    """What a step must move: every input read once, every output written once."""
+    """Bytes that a step must move: every input read once, every output written once."""
     read = [tensors.x, tensors.eps, tensors.eps_neg, tensors.state]
     if noise == GIVEN:
         read.append(tensors.noise)
@@ -129,10 +129,12 @@ def step_bytes(tensors: Tensors, noise: str) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender: what it does with one set of tensors.
+    """A contender: a function of one set of tensors.
 
-    A step returns x_next and the posterior, as p or (``log``) as log p.  ``in_graph`` is what of
-    it a graph can hold, if that is not all; ``moved`` are the bytes where it is no step.
+    A step returns x_next and the posterior, as log p if ``log`` and else as p.  ``in_graph`` is
+    the variant that a graph can hold, if ``run`` is not; ``moved`` are the bytes of a contender
+    that is not a step.  With ``one_set`` it is timed on one set of tensors, which stays in the
+    cache.
     """
 
     name: str
@@ -162,7 +164,7 @@ def given_or_none(noise: str, t: Tensors) -> Tensor | None:
 def ours(
     plan: StepPlan, step: int | Tensor, backend: Any, noise: str, t: Tensors
 ) -> tuple[Tensor, Tensor]:
-    """One call of dng_step, with noise from where it is asked for."""
+    """One call of dng_step with the given source of noise."""
     source: dict[str, Any]
     if noise == SEEDED:
         source = {"seed": SEED}
@@ -174,7 +176,7 @@ def ours(
 
 
 def naive_step(plan: StepPlan, index: Tensor, noise: str, t: Tensors) -> tuple[Tensor, Tensor]:
-    """The specification on whole tensors, with nothing done for speed."""
+    """The specification on whole tensors, without any optimisation."""
     z = t.noise if noise == GIVEN else torch.randn_like(t.x)
     inputs = naive.Inputs(t.x, None, t.eps, t.eps_neg, None, z, None, None, t.state, None)
     table = plan.table64 if t.x.dtype == torch.float64 else plan.table
@@ -184,7 +186,7 @@ def naive_step(plan: StepPlan, index: Tensor, noise: str, t: Tensors) -> tuple[T
 
 
 def eager_entries(plan: StepPlan, dtype: torch.dtype, device: Device) -> list[Entry]:
-    """The published sequence, plain torch and ours, as Python calls them."""
+    """The published sequence, plain torch and ours, called from Python."""
     published = Published(BETAS, dtype, device.place, guidance_scale=RULE.guidance_scale)
 
     def theirs(noise: str, assertion: bool, t: Tensors) -> tuple[Tensor, Tensor]:
@@ -222,7 +224,7 @@ OUR_NOTES = {GIVEN: "", OWN: "randn_like, then given", SEEDED: "made in the step
 
 
 def kernel_entries(plan: StepPlan, device: Device) -> list[Entry]:
-    """Ours as one Triton kernel."""
+    """Our step as one Triton kernel; none on a device without Triton."""
     if not device.kernel:
         return []
     entries = [
@@ -238,14 +240,14 @@ def kernel_entries(plan: StepPlan, device: Device) -> list[Entry]:
 
 
 def compiled_entries(plan: StepPlan, dtype: torch.dtype, device: Device, case: Case) -> list[Entry]:
-    """What torch.compile makes of each, for one shape and dtype.
+    """Each contender under torch.compile, for one shape and dtype.
 
-    On a GPU ours is the kernel, compiled or not, and only the latents of Stable Diffusion are
-    compiled for: every size and dtype takes half a minute.
+    On a GPU ours is the kernel, compiled or not.  There only the latents of Stable Diffusion are
+    compiled for, because every size and dtype takes half a minute.
     """
     if device.kernel and not case.stable_diffusion:
         return []
-    # Else the ninth shape is one too many, and torch goes on without compiling.
+    # Without a reset torch reaches its limit at the ninth shape, and goes on without compiling.
     torch.compiler.reset()
     published = Published(BETAS, dtype, device.place, guidance_scale=RULE.guidance_scale)
     index = plan.indices[STEP]
@@ -268,7 +270,7 @@ def compiled_entries(plan: StepPlan, dtype: torch.dtype, device: Device, case: C
             run = made(partial(ours, plan, index, "auto", noise))
             entries.append(Entry(OURS, run, COMPILED, noise, note=OUR_NOTES[noise]))
     if device.kernel:
-        # The graphs of its other mode copy their inputs; captured here, it has graphs without.
+        # The CUDA graphs of plain max-autotune copy their inputs; ours are captured here without.
         step = partial(naive_step, plan, index, GIVEN)
         tuned = made(step, mode="max-autotune-no-cudagraphs")
         entries.append(Entry(NAIVE, tuned, TUNED, GIVEN))
@@ -276,7 +278,7 @@ def compiled_entries(plan: StepPlan, dtype: torch.dtype, device: Device, case: C
 
 
 def no_compiler(device: Device) -> str:
-    """Why torch.compile does not work here; nothing if it does."""
+    """Why torch.compile does not work here; empty if it does."""
     try:
         torch.compile(torch.add)(*torch.ones(2, 8, device=device.place))
     except Exception as error:
@@ -285,14 +287,14 @@ def no_compiler(device: Device) -> str:
 
 
 def empty_kernel(place):  # type: ignore[no-untyped-def]
-    """Nothing: what is left is the launch.  Triton reads annotations as its own types."""
+    """Do nothing, to time the launch alone.  Triton would read annotations as its own types."""
 
 
 def other_entries(tensors: Tensors, device: Device) -> list[Entry]:
-    """A copy of as many bytes, and a launch of nothing."""
-    # In four bytes an element: what torch gives to a thread is a number of elements.
+    """A copy of as many bytes, and an empty kernel."""
+    # Always in float32, because torch splits work among threads by the number of elements.
     half = step_bytes(tensors, GIVEN) // 8
-    # By the identity of x: every set of tensors has buffers of its own, in the cache or not.
+    # Every set of tensors, known by its x, gets its own buffers, to use the cache as a step does.
     buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def copy(t: Tensors) -> None:
@@ -323,13 +325,13 @@ def largest_error(actual: Tensor, expected: Tensor | None) -> float:
 
 
 def published_log_p(dtype: torch.dtype, x: Tensor) -> float:
-    """How far the published log p may be off, for what its sums round."""
+    """Tolerance of the published log p, for the rounding of its sums."""
     absolute, relative = PUBLISHED_LOG_P[dtype]
     return absolute + relative * math.prod(x.shape[1:])
 
 
 def check_entry(entry: Entry, tensors: Tensors, plan: StepPlan, dtype: torch.dtype) -> None:
-    """Raise unless a step is the specification's with the same noise, or its law's with its own."""
+    """Raise unless a step equals the specification's, or its own noise has the right moments."""
     x_next, posterior = entry.run(tensors)
     t, tolerance = tensors, TOLERANCE[dtype]
     one = partial(dng_step, plan, STEP, t.x, t.eps, t.eps_neg, t.state, backend="reference")
@@ -340,7 +342,7 @@ def check_entry(entry: Entry, tensors: Tensors, plan: StepPlan, dtype: torch.dty
         if entry.log:
             error = largest_error(posterior, expected.state)
             harness.check_close(f"log p of {entry.label}", error, 0.0, LOG_P)
-        elif dtype in PUBLISHED_LOG_P:  # in 16 bits its sums say nothing
+        elif dtype in PUBLISHED_LOG_P:  # in 16 bits its sums are too inaccurate to check
             error = largest_error(posterior.log(), expected.state)
             bound = published_log_p(dtype, t.x)
             harness.check_close(f"log p of {entry.label}", error, 0.0, bound)
@@ -349,7 +351,7 @@ def check_entry(entry: Entry, tensors: Tensors, plan: StepPlan, dtype: torch.dty
     assert without is not None
     deviation = plan.row(STEP).deviation
     z = (x_next.float() - without.float()) / deviation
-    # Six standard deviations of the mean and of the mean square, and what 16 bits round off.
+    # Six standard deviations of the mean and of the mean square, and the rounding of 16 bits.
     rounding = tolerance if dtype == torch.bfloat16 else 0.0
     bound = 6.0 * math.sqrt(2.0 / z.numel()) + rounding
     found = [float(z.mean()), float(z.square().mean()) - 1.0]
@@ -357,7 +359,7 @@ def check_entry(entry: Entry, tensors: Tensors, plan: StepPlan, dtype: torch.dty
 
 
 def check_published(device: Device, dtype: torch.dtype) -> None:
-    """Raise unless the published sequence and ours are the same step, x_next and posterior."""
+    """Raise unless the published sequence and ours give the same x_next and posterior."""
     plan = make_plan(device)
     t = make_tensors(Case("", (5, 3, 32, 32)), dtype, plan)
     entries = {entry.label: entry for entry in eager_entries(plan, dtype, device)}

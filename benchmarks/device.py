@@ -1,4 +1,4 @@
-"""Where a step is timed, and how: a CPU by the clock on the wall, a GPU by its events."""
+"""Devices on which a step is timed: a CPU by wall time, a GPU by its events."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 
 from benchmarks import harness
 
-# What a contender is started as.
+# Modes of a contender: launched call by call, or replayed from a CUDA graph.
 PLAIN, GRAPH = "plain", "graph"
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device, its clock, and what can be asked of it.
+    """A device, its clock, and its abilities.
 
-    ``kernel`` says whether the Triton kernel runs there; ``cache`` is the size in bytes that input
-    sets must outgrow (0: one set); ``capture`` makes a replay of a lap; ``launches`` counts what a
-    call starts; ``least_lap`` is how many seconds a lap of many steps should take.
+    ``kernel`` says whether the Triton kernel runs there; ``cache`` is the size in bytes that the
+    input sets together must exceed (0: one set will do); ``capture`` makes a graph replay of a
+    lap; ``launches`` counts the device operations of a call; ``free`` gives the free memory in
+    bytes; ``least_lap`` is how many seconds a lap of many steps should take.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Device:
 
 
 def named_devices() -> dict[str, str]:
-    """What a table says of the machine, beyond what it always says."""
+    """Further columns that describe the machine: the GPU, and torch's number of threads."""
     return {"gpu": harness.gpu(), "torch_threads": str(torch.get_num_threads())}
 
 
@@ -50,9 +51,10 @@ def cpu_device() -> Device:
 
 
 def awake(run: Callable[[], object]) -> float:
-    """Seconds on the wall, after a pause, with torch's threads awake again.
+    """Seconds of wall time, after a pause and with torch's threads awake again.
 
-    The first parallel operation after a pause waits for them, for milliseconds on some machines.
+    The first parallel operation after a pause waits for the threads, on some machines for
+    milliseconds.
     """
     time.sleep(harness.PAUSE)
     spare = torch.zeros(2**18)
@@ -66,7 +68,7 @@ def awake(run: Callable[[], object]) -> float:
 def _free_on_cpu() -> float:
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError):  # not told here
+    except (ValueError, OSError):  # this system does not say
         return math.inf
 
 
@@ -89,7 +91,7 @@ def gpu_device() -> Device:
 
 
 def event_clock(run: Callable[[], object]) -> float:
-    """Seconds between two events on the device, around whatever is launched in between."""
+    """Seconds between two events on the device, recorded before and after the call."""
     cuda: Any = torch.cuda
     start, end = (cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -101,8 +103,8 @@ def event_clock(run: Callable[[], object]) -> float:
 
 
 def captured(lap: Callable[[], object]) -> Callable[[], object]:
-    """A replay of what a lap launches, which keeps the lap: its kernels must stay loaded."""
-    # Whatever happens once (compiling, workspaces, handles of libraries) happens before.
+    """Capture a lap in a CUDA graph; the replay keeps the lap, so its kernels stay loaded."""
+    # One-time work (compiling, workspaces, library handles) must not be captured.
     cuda: Any = torch.cuda
     side = cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -121,7 +123,7 @@ def captured(lap: Callable[[], object]) -> Callable[[], object]:
 
 
 def device_operations(run: Callable[[], object]) -> int | None:
-    """Kernels and copies that a call starts; None where the profiler cannot see the device."""
+    """Number of kernels and copies of a call; None where the profiler cannot see the device."""
     run()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]

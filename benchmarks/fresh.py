@@ -1,4 +1,4 @@
-"""New processes, for what can only be measured in one: imports, first uses, peaks of memory."""
+"""New processes, for what cannot be measured twice in one: imports, first uses, memory peaks."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def said_by(code: str, **variables: str) -> str:
-    """Run code in a new process until it says something; the line that it said.
+    """Run code in a new process and return the first line that it prints.
 
     Parameters
     ----------
     code : str
-        Of Python, with this project importable.
+        Python code; this project can be imported in it.
     **variables : str
-        Of its environment, beside this process's.
+        Environment variables, in addition to those of this process.
 
     Raises
     ------
     RuntimeError
-        If it ends with an error, or says nothing.
+        If the process ends with an error or prints nothing.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
-    # In a group of its own, which Ctrl-C does not reach: it would tell where it was interrupted.
+    # In its own process group, which Ctrl-C does not reach: else it would print a traceback.
     with subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,

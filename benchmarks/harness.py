@@ -1,8 +1,8 @@
-"""Interleaved timing, the machine it was measured on, and tables and CSVs of the results.
+"""Interleaved timing, a description of the machine, and tables and CSVs of the results.
 
-Contenders take turns (A, B, C, A, B, C, ...), so a machine that slows down slows all of them, and
-a ratio is the median over the rounds of the ratio within a round.  Nothing is timed before its
-values have been checked (:func:`check_close`): a wrong result has no speed.
+Contenders take turns (A, B, C, A, B, C, ...), so that a machine that slows down slows all of them.
+A ratio is the median over the rounds of the ratio within a round.  The values of every contender
+are checked before it is timed (:func:`check_close`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from numpy.typing import ArrayLike
 
 import dng_math
 from dng_math._jit import available_threads
-from dng_models.class_removal import files
-from dng_models.progress import Progress
+from dng_models.support import files
+from dng_models.support.progress import Progress
 
 BASELINE = "dng_math"
 PACKAGES = ("numpy", "scipy", "numba", "scikit-learn", "torch", "triton", "jax", "diffusers")
-# Runtimes let their threads spin for a while when the work is done, and would take a core from
-# the next contender.
+# Seconds.  Idle threads of a runtime spin for a while, and would take a core from the next
+# contender.
 PAUSE = 0.05
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Rounds of every comparison; ``quick`` for sizes that only show that the code runs."""
+    """Number of rounds of every comparison; ``quick`` selects small sizes, to test the code."""
 
     repeats: int = 7
     quick: bool = False
@@ -56,7 +56,7 @@ class Goal:
         return ratio >= self.least_ratio and seconds <= self.most_seconds
 
     def measured(self, ratio: float, seconds: float) -> str:
-        """What was found, in the words of the goal."""
+        """The measured value as text, in the unit of the goal."""
         if self.most_seconds < np.inf:
             return f"{seconds:.3g} s"
         return f"{ratio:.3g}x faster" if self.least_ratio >= 1 else f"{1 / ratio:.3g}x the time"
@@ -67,7 +67,7 @@ def nothing() -> None:
 
 
 def wall(run: Callable[[], object]) -> float:
-    """Seconds that a call takes, by the clock on the wall."""
+    """Seconds of wall time that a call takes."""
     time.sleep(PAUSE)
     start = time.perf_counter()
     run()
@@ -76,9 +76,10 @@ def wall(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Contender:
-    """``run`` is timed in at most ``rounds`` rounds, after one ``warm_up`` (default: ``run``).
+    """A function to time, in at most ``rounds`` rounds after one ``warm_up`` (default: ``run``).
 
-    It does its work ``calls`` times over, and is compared with the contender named ``baseline``.
+    One ``run`` does the work ``calls`` times.  Times are compared with those of the contender
+    named ``baseline``.
     """
 
     name: str
@@ -94,7 +95,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender: a line of the table, and with the machine a line of the CSV."""
+    """Result of one contender: a line of the table and, with the machine, of the CSV."""
 
     benchmark: str
     contender: str
@@ -112,17 +113,17 @@ class Row:
 
 
 def verdict(reached: bool, settings: Settings) -> str:
-    """What is said of a goal; small sizes are not what goals are about."""
+    """Whether a goal was reached, as text; with ``quick`` sizes it is not judged."""
     return "not judged" if settings.quick else "reached" if reached else "missed"
 
 
 def skipped(benchmark: str, contender: str, n: int, steps: int | None, reason: object) -> Row:
-    """A contender that is not here."""
+    """Row of a contender that cannot run here."""
     return Row(benchmark, contender, n, steps, note=f"skipped: {reason}")
 
 
 def first_words(error: BaseException) -> str:
-    """The first line of an error's message, after its kind."""
+    """The type of an error and the first line of its message."""
     said = next(filter(None, map(str.strip, str(error).splitlines())), "")
     return f"{type(error).__name__}: {said}"[:160]
 
@@ -136,7 +137,7 @@ def check_close(what: str, actual: ArrayLike, expected: ArrayLike, tolerance: fl
 
 
 def interleaved(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
-    """Seconds a call, of every round of every contender."""
+    """Seconds per call in every round, by contender."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     turns = [
         contender
@@ -159,7 +160,7 @@ def interleaved(contenders: Sequence[Contender], repeats: int) -> dict[str, list
 
 @dataclass(frozen=True)
 class Timing:
-    """Quartiles of the seconds of a call, and the median ratio to the baseline's."""
+    """Quartiles of the seconds per call, and the median ratio to the baseline's."""
 
     q25: float
     median: float
@@ -168,12 +169,12 @@ class Timing:
 
 
 def measure(contenders: Sequence[Contender], repeats: int) -> dict[str, Timing]:
-    """Time the contenders in turns; the ratio to a baseline that is not among them is NaN."""
+    """Time the contenders in turns; ratios are NaN if the baseline is not among them."""
     seconds = interleaved(contenders, repeats)
     timings = {}
     for contender in contenders:
         own = seconds[contender.name]
-        # A contender with fewer rounds is compared with the baseline of those rounds.
+        # A contender with fewer rounds is compared with the baseline's first ones.
         pairs = zip(own, seconds.get(contender.baseline, []), strict=False)
         ratios = [mine / base for mine, base in pairs]
         ratio = float(np.median(ratios)) if ratios else np.nan
@@ -191,7 +192,7 @@ def compare(
     steps: int | None = None,
     per: int = 1,
 ) -> list[Row]:
-    """Time the contenders, of which one is the baseline; seconds are divided by ``per``."""
+    """Time the contenders and make their rows; seconds are divided by ``per``."""
     timings = measure(contenders, settings.repeats)
     rows = []
     for contender in contenders:
@@ -230,7 +231,7 @@ def gpu() -> str:
 
 
 def machine(**devices: str) -> dict[str, str]:
-    """What the numbers were measured on, with what, and when."""
+    """Hardware, package versions and date of a measurement."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -250,7 +251,7 @@ def machine(**devices: str) -> dict[str, str]:
 
 
 class AnyRow(Protocol):
-    """A dataclass with a column a field; what a goal is said with is in every table."""
+    """A dataclass with one field per column; every table has at least these columns."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
@@ -267,7 +268,7 @@ class AnyRow(Protocol):
 
 
 def write_csv(path: Path, rows: Sequence[AnyRow], where: dict[str, str]) -> None:
-    """One line a contender, with the machine on every line; whole or not at all."""
+    """Write one line per contender, with the machine on every line; the write is atomic."""
     names = [field.name for field in fields(rows[0])]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*names, *where], lineterminator="\n")
@@ -282,14 +283,14 @@ AnyKind = TypeVar("AnyKind", bound=AnyRow)
 
 
 def read_csv(path: Path, kind: type[AnyKind]) -> tuple[list[AnyKind], dict[str, str]]:
-    """The rows that :func:`write_csv` wrote, and the machine of the first.
+    """Read the rows that :func:`write_csv` wrote, and the machine from the first line.
 
     Raises
     ------
     OSError
         If the file cannot be read.
     ValueError
-        If it is not such a table; naming it.
+        If it is not such a table; the message names the file.
     """
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind)]
@@ -306,7 +307,7 @@ def read_csv(path: Path, kind: type[AnyKind]) -> tuple[list[AnyKind], dict[str, 
 
 
 def _value(cell: str, hint: Any) -> Any:
-    """What a cell of a column says; an empty one of numbers says nothing."""
+    """Parse a cell by its column's type; an empty number is None."""
     if hint is str:
         return cell
     if not cell:
@@ -321,7 +322,7 @@ def _cell(value: object) -> str:
 
 
 def table(rows: Sequence[AnyRow]) -> str:
-    """Plain text, one line a contender, without the columns that say nothing."""
+    """The rows as plain text, one line per contender, without empty columns."""
     columns = []
     for field in fields(rows[0]):
         cells = [_cell(getattr(row, field.name)) for row in rows]

@@ -1,9 +1,9 @@
 """A whole sampling run, network and guidance, of CIFAR-10's size and 1000 steps.
 
-The published sequence, launched operation by operation, against the same run with the fused step:
-launched step by step, as one step in a CUDA graph that is replayed, and as one graph of all steps.
-A network of random weights takes as long as a trained one; both predictions of a step come from one
-call on a doubled batch.
+The published sequence, launched operation by operation, is compared with the same run with the
+fused step: launched step by step, as a CUDA graph of one step that is replayed, and as one graph of
+all steps.  A network of random weights takes as long as a trained one; both predictions of a step
+come from one call on a doubled batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dng_kernels import StepPlan, StepResult, dng_step, standard_normal
 __all__ = ["PARTS", "ROW", "named_devices", "report"]
 
 STEPS = len(BETAS)
-CHECKED = 5  # steps after which both runs must still be one
+CHECKED = 5  # steps after which both runs must still agree
 PUBLISHED, EAGER = "published sequence, eager", "dng_step, eager"
 ONE_STEP, WHOLE = "dng_step, graph of a step", "dng_step, graph of the run"
 Net = Callable[[Tensor, Tensor], Tensor]  # x (2 B, ...), timesteps (2 B,) -> (2 B, ...)
@@ -44,7 +44,7 @@ Net = Callable[[Tensor, Tensor], Tensor]  # x (2 B, ...), timesteps (2 B,) -> (2
 
 @dataclass(frozen=True)
 class LoopRow:
-    """One contender: a line of the table and of the CSV; ``speedup`` over the published run."""
+    """Result of one contender; ``speedup`` is relative to the published run."""
 
     benchmark: str
     network: str
@@ -63,7 +63,7 @@ class LoopRow:
 
 
 def network(place: torch.device, width: int) -> tuple[str, int, Net]:
-    """A UNet of CIFAR-10's size: diffusers', or without it one of plain convolutions."""
+    """A UNet for CIFAR-10's size, by diffusers if it can be imported, else plain convolutions."""
     torch.manual_seed(SEED)
     try:
         model = import_module("diffusers").UNet2DModel
@@ -85,7 +85,7 @@ def network(place: torch.device, width: int) -> tuple[str, int, Net]:
 def published_run(
     net: Net, shape: tuple[int, ...], steps: int, place: torch.device, *, seeded: bool
 ) -> tuple[Tensor, Tensor]:
-    """x and p after the first steps; with noise of its own, or (``seeded``) ours."""
+    """x and p after the first steps; ``seeded`` uses the noise of our run instead of its own."""
     published = Published(BETAS, torch.float32, place, guidance_scale=RULE.guidance_scale)
     x = standard_normal(SEED, shape, device=place)
     p = torch.full(shape[:1], float(RULE.posterior.prior or 0.0), device=place)  # type: ignore[union-attr]
@@ -99,7 +99,7 @@ def published_run(
 
 
 class OurRun:
-    """The same run in tensors that stay where they are, with the step counted on the device."""
+    """The same run with the fused step, in fixed tensors and with a step counter on the device."""
 
     def __init__(self, net: Net, shape: tuple[int, ...], place: torch.device, plan: StepPlan):
         self.net, self.plan = net, plan
@@ -114,13 +114,13 @@ class OurRun:
         self.out = StepResult(self.x, self.state, None, None, None)
 
     def reset(self) -> None:
-        """To the noisy end."""
+        """Go back to the noisy end."""
         self.x.copy_(self.start)
         self.state.copy_(self.prior)
         self.step.zero_()
 
     def one(self) -> None:
-        """A step."""
+        """Take one step."""
         self.doubled[len(self.x) :] = self.x
         time = (self.last - self.step).expand(len(self.doubled))
         eps, eps_neg = self.net(self.doubled, time).chunk(2)
@@ -128,13 +128,13 @@ class OurRun:
         self.step += 1
 
     def many(self, steps: int) -> None:
-        """Some steps."""
+        """Take several steps."""
         for _ in range(steps):
             self.one()
 
 
 def check(net: Net, shape: tuple[int, ...], device: Device, ours: OurRun) -> None:
-    """Raise unless both runs are one run, with the same noise."""
+    """Raise unless both runs agree when they have the same noise."""
     x, p = published_run(net, shape, CHECKED, device.place, seeded=True)
     ours.reset()
     ours.many(CHECKED)
@@ -146,7 +146,7 @@ def check(net: Net, shape: tuple[int, ...], device: Device, ours: OurRun) -> Non
 
 
 def run(device: Device, batch: int, width: int, steps: int, settings: Settings) -> list[LoopRow]:
-    """All contenders with one network."""
+    """Check and time all contenders with one network."""
     shape = (batch, 3, 32, 32)
     name, count, net = network(device.place, width)
     ours = OurRun(net, shape, device.place, make_plan(device))
@@ -192,13 +192,13 @@ def run(device: Device, batch: int, width: int, steps: int, settings: Settings) 
 
 
 def ended(go: Callable[[], object], ours: OurRun) -> Tensor:
-    """x after a run."""
+    """Run, and return a copy of x."""
     go()
     return ours.x.clone()
 
 
 def cpu(settings: Settings) -> list[LoopRow]:
-    """A small UNet on the CPU, one image, fewer steps: where the network is all that counts."""
+    """A small UNet on the CPU, one image, fewer steps; the network takes most of the time."""
     with torch.inference_mode():
         return run(cpu_device(), 1, 32, 5 if settings.quick else 50, settings)
 
@@ -221,7 +221,7 @@ ROW = LoopRow
 
 
 def report(rows: list[LoopRow]) -> list[str]:
-    """How much faster each run is than the published one."""
+    """Time of each run, and how much faster it is than the published one."""
     lines = []
     for row in rows:
         start = f"{row.network}, {row.parameters / 1e6:.3g} million parameters, batch {row.batch}"

@@ -1,7 +1,7 @@
 """Exact mixtures on the CPU: dng_math against NumPy, SciPy, scikit-learn, torch and JAX.
 
-Every part checks values before it times them.  dng_math uses all cores; whatever of the others
-does not is left as it is, and the rows say so.
+Every part checks values before it times them.  dng_math uses all cores; the others use as many
+threads as they do by default, which the rows say.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dng_math import (
     noise,
     sample,
 )
-from dng_models.threads import torch_threads
+from dng_models.support.threads import torch_threads
 
 Array = NDArray[np.float64]
 SLOW_ROUNDS = 3
@@ -49,7 +49,7 @@ SLOW_ROUNDS = 3
 
 
 def fused_chain(job: rivals.Job, n: int, seed: int, threads: int | None = None) -> Array:
-    """Samples, shape (N,), of the package itself."""
+    """Samples, shape (N,), by dng_math."""
     result = sample(
         job.mixture,
         job.schedule,
@@ -63,7 +63,7 @@ def fused_chain(job: rivals.Job, n: int, seed: int, threads: int | None = None) 
 
 
 def same_noise(n: int, seed: int) -> rivals.Draw:
-    """The normals that the package's own chain would use."""
+    """A source of the normals that dng_math's own chain uses."""
 
     def draw(step: int, out: Array) -> None:
         initial = step == rivals.INITIAL
@@ -75,12 +75,12 @@ def same_noise(n: int, seed: int) -> rivals.Draw:
 
 
 def check_modes(what: str, job: rivals.Job, x: Array, expected: Array) -> None:
-    """Raise where a mode's share of two independent samples (N,) differs beyond chance."""
+    """Raise if the modes' shares in two independent samples (N,) differ by more than chance."""
     means = np.sort(job.mixture.means[:, 0])
     edges = [-np.inf, *(0.5 * (a + b) for a, b in pairwise(means)), np.inf]
     share, wanted = (np.histogram(sample, edges)[0] / len(sample) for sample in (x, expected))
     pooled = 0.5 * (share + wanted)
-    # Six standard deviations, and some counts for modes too rare for a normal law.
+    # Six standard deviations, and some counts for modes too rare for the normal approximation.
     bound = 6.0 * np.sqrt(2.0 * pooled * (1.0 - pooled) / len(x)) + 20.0 / len(x)
     if not np.all(np.abs(share - wanted) <= bound):
         raise RuntimeError(f"{what} has {share} in the modes and not {wanted}: not timed")
@@ -110,7 +110,7 @@ def _jax(job: rivals.Job, n: int, expected: Array) -> list[Contender]:
 
 
 def chain(settings: Settings) -> list[Row]:
-    """Particles through DDPM away from one of four modes, DNG with the paper's tracker."""
+    """DDPM chains away from one of four modes, by DNG with the paper's tracker."""
     n, steps = (10_000, 100) if settings.quick else (100_000, 1000)
     job, few = rivals.four_modes(steps), min(n, 1000)
     for fed, _ in (
@@ -198,7 +198,7 @@ def densities(settings: Settings) -> list[Row]:
 
 
 def digits(settings: Settings) -> list[Row]:
-    """One step of the memorised digits (seconds a step) and the matrix products that it has."""
+    """One step of the memorised digits (seconds per step), and its matrix products alone."""
     steps, sizes = (10, (32,)) if settings.quick else (250, (1024, 512))
     try:
         data = import_module("sklearn.datasets").load_digits()
@@ -254,11 +254,11 @@ def _on_one_thread(run: Callable[[], None]) -> None:
 
 
 def memory_growth(n: int, steps: int, record: str) -> float:
-    """MiB that a chain adds to the resident memory of this process, at its peak."""
+    """MiB that a chain adds to the peak of this process's resident memory."""
     job = rivals.four_modes(steps)
     run = partial(sample, job.mixture, rule=job.rule, forbidden=[job.forbidden])
     names = [record] if record else []
-    # What is loaded and allocated once (machine code, threads) belongs to no chain.
+    # A first chain loads and allocates what is needed once (machine code, threads).
     run(schedule=job.schedule.respace(2), n=5000, record=names)
     before = _peak(renew=True)
     run(schedule=job.schedule, n=n, record=names)
@@ -266,11 +266,11 @@ def memory_growth(n: int, steps: int, record: str) -> float:
 
 
 def _peak(*, renew: bool = False) -> int:
-    """Bytes of resident memory at most so far; ``renew`` forgets what was freed before."""
+    """Peak of the resident memory so far, in bytes; ``renew`` resets it to the present value."""
     own = Path("/proc/self")
     try:
-        # ru_maxrss will not do on Linux: it cannot forget the peak of the imports, and a child
-        # starts with its parent's.
+        # ru_maxrss does not work on Linux: it cannot be reset after the imports, and a child
+        # process starts with its parent's.
         if renew:
             (own / "clear_refs").write_text("5")
         lines = (own / "status").read_text(encoding="utf-8").splitlines()
@@ -281,7 +281,7 @@ def _peak(*, renew: bool = False) -> int:
 
 
 def memory(settings: Settings) -> list[Row]:
-    """Peak of resident memory (MiB) that chains of two lengths add; one recorded, to compare."""
+    """Peak of resident memory (MiB) that chains of two lengths, and a recorded one, add."""
     n, few = (10_000 if settings.quick else 100_000), 100
     rows = []
     for steps, record in ((few, ""), (10 * few, ""), (few, "trajectory")):
@@ -309,7 +309,7 @@ ROW = Row
 
 
 def report(rows: Sequence[Row]) -> list[str]:
-    """Every comparison in Markdown: our time, and the others' with how many times ours it is."""
+    """Every comparison as Markdown: our time, and the others' times and their ratio to ours."""
     lines = ["", "| | dng_math | others, and how many times its time |", "| --- | --- | --- |"]
     jobs = dict.fromkeys((row.benchmark, row.n, row.steps) for row in rows)
     for name, n, steps in jobs:

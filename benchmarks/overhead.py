@@ -1,8 +1,8 @@
-"""What guidance costs of a whole sampling step, with networks of the sizes that people run.
+"""The share of guidance in the time of a whole sampling step, with networks of common sizes.
 
-A sampling step is one call of the network on a doubled batch, for the prediction and the unwanted
-one, and what makes x_next and the posterior of them.  The networks have random weights: their time
-does not depend on them.
+A sampling step is one call of the network on a doubled batch, for the base and the negative
+prediction, and the guidance step that computes x_next and the posterior from them.  The networks
+have random weights, on which their time does not depend.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ from dng_kernels import dng_step
 
 __all__ = ["PARTS", "ROW", "named_devices", "report"]
 
-LEAST_SHARE = 0.001  # of a step with a real network, that ours may take
+LEAST_SHARE = 0.001  # goal: our share of a sampling step with a real network is below this
 NETWORK, WITH_PUBLISHED, WITH_OURS = "network", "network + published", "network + dng_step"
-STEPS_ALONE = 64  # in a lap of the steps alone, which are too short for one
+STEPS_ALONE = 64  # steps in a lap without the network; a single one is too short to time
 
 
 @dataclass(frozen=True)
 class ShareRow:
-    """One contender: a line of the table and of the CSV.
+    """Result of one contender: a line of the table and of the CSV.
 
-    ``share`` is that of the step, from times with and without it in the same round (it drowns in
-    the network's own spread when it is small); ``direct_share`` from the step timed alone.
+    ``share`` is the guidance step's part of the time, from times with and without it in the same
+    round (a small one is lost in the network's own spread); ``direct_share`` is computed from the
+    step timed alone.
     """
 
     benchmark: str
@@ -108,11 +109,11 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-TOKENS = 77  # of a prompt
+TOKENS = 77  # tokens per prompt
 
 
 class SmallUNet(nn.Module):
-    """Two resolutions of residual convolutions and a time embedding: no model, but its shape."""
+    """A stand-in for a UNet: residual convolutions at two resolutions and a time embedding."""
 
     def __init__(self, channels: int = 3, width: int = 64) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ def parameters(network: nn.Module) -> int:
 
 
 def small_network(case: Case, device: Device) -> tuple[str, int, Predict]:
-    """A UNet that a CPU runs: one of diffusers, or without it one of plain convolutions."""
+    """A UNet small enough for a CPU, by diffusers if it can be imported, else SmallUNet."""
     doubled = 2 * case.shape[0]
     time = torch.full((doubled,), float(TIME), device=device.place)
     try:
@@ -172,7 +173,7 @@ def small_network(case: Case, device: Device) -> tuple[str, int, Predict]:
 def large_network(
     config: dict[str, Any], case: Case, dtype: torch.dtype, place: torch.device
 ) -> tuple[int, Predict]:
-    """A UNet of diffusers with random weights, made where it runs, and its conditions."""
+    """A UNet of diffusers with random weights, made on its device, and random conditions."""
     network = import_module("diffusers").UNet2DConditionModel
     with torch.device(place):
         network = network(**config).to(dtype).eval()
@@ -203,7 +204,7 @@ def shares(
     *,
     judged: bool,
 ) -> list[ShareRow]:
-    """The network alone, with the published step and with ours, and both steps alone."""
+    """Time the network alone, with the published step and with ours, and both steps alone."""
     plan = make_plan(device)
     t = make_tensors(case, dtype, plan)
     entries = [*eager_entries(plan, dtype, device), *kernel_entries(plan, device)]
@@ -268,7 +269,7 @@ def shares(
 
 
 def check_views(device: Device, dtype: torch.dtype) -> None:
-    """Raise unless the step reads halves of a doubled batch as it reads tensors of their own."""
+    """Raise unless a step on views into a doubled batch equals one on separate tensors."""
     plan = make_plan(device)
     t = make_tensors(Case("", (2, 3, 8, 8)), dtype, plan)
     eps, eps_neg = torch.cat([t.eps, t.eps_neg]).chunk(2)
@@ -316,7 +317,7 @@ def _real(
                 continue
             one = replace(blank, batch=batch, parameters=count)
             rows += shares(one, predict, case, dtype, device, settings, judged=True)
-            # The next one needs the room.
+            # Free the memory for the next network.
             del predict
             torch.cuda.empty_cache()
     return rows
@@ -341,7 +342,7 @@ ROW = ShareRow
 
 
 def report(rows: list[ShareRow]) -> list[str]:
-    """What a step adds to its network, measured in both ways."""
+    """Share of the guidance step beside its network, measured in both ways."""
     lines = []
     for row in rows:
         start = f"{row.network}, batch {row.batch}, {row.dtype}"

@@ -1,7 +1,6 @@
-"""The published implementation's step, operation by operation, to be timed against.
+"""The published implementation's step, operation by operation, as a baseline for timing.
 
-It is written after the class removal code of the DNG paper (arXiv 2410.14398), and is no part of
-what this project computes with.
+It follows the class removal code of the DNG paper (arXiv 2410.14398); only the benchmarks use it.
 """
 
 from __future__ import annotations
@@ -14,16 +13,20 @@ from torch import Tensor
 
 
 class Published:
-    """One step of the paper's class removal code: its operations in its order, a new tensor each.
+    """One step of the paper's class removal code: the same operations, each with a new tensor.
 
-    What only hinders it is left out: its schedule is on the tensors' device, where the original
-    copies coefficients there at every step; its numbers have no dimension, so that 16-bit tensors
-    stay 16-bit.
+    Two hindrances of the original are removed: the schedule is on the tensors' device, where the
+    original copies coefficients there at every step, and coefficients are 0-dimensional, so that
+    16-bit tensors stay 16-bit.
 
     Parameters
     ----------
     betas : ndarray, shape (T,)
-        Index 0 the cleanest.
+        Variances of the forward process; index 0 is the cleanest.
+    dtype : torch.dtype
+        Precision of the tensors.
+    device : torch.device or str
+        Device of the tensors.
     guidance_scale, temperature, offset, p_min, p_max : float
         As in the paper.
     """
@@ -40,7 +43,7 @@ class Published:
         p_min: float = 1e-6,
         p_max: float = 0.99,
     ) -> None:
-        # A schedule in 16 bits would be no schedule.
+        # 16 bits are too coarse for the schedule.
         precision = torch.float64 if dtype == torch.float64 else torch.float32
         self.betas = torch.from_numpy(betas).to(device, precision)
         self.alphas = torch.from_numpy(1.0 - betas).to(device, precision)
@@ -63,9 +66,10 @@ class Published:
         *,
         assertion: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """x_next (B, ...) and p (B,) from x, eps, eps_neg (B, ...), p (B,) and maybe noise.
+        """Return x_next (B, ...) and p (B,), given x, eps, eps_neg (B, ...) and p (B,).
 
-        ``assertion``: look for NaN as the original does, which waits for the device.
+        Without ``noise`` the step draws its own.  ``assertion`` checks for NaN as the original
+        does, which waits for the device.
         """
         scale = (self.guidance_scale * p / (1 - p)).reshape(-1, *[1] * (x.ndim - 1))
         guided = eps - scale * (eps_neg - eps)
@@ -82,7 +86,7 @@ class Published:
     def posterior(
         self, t: int, x: Tensor, x_next: Tensor, eps: Tensor, eps_neg: Tensor, p: Tensor
     ) -> Tensor:
-        """p (B,) before the clamp."""
+        """The posterior p (B,) after the step, before it is clamped."""
         before = self.alpha_bars[t - 1] if t > 0 else self.alpha_bars[t]
         variance = (1 - before) / (1 - self.alpha_bars[t]) * (1 - self.alphas[t])
         x, x_next = torch.flatten(x, 1), torch.flatten(x_next, 1)

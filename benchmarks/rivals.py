@@ -1,7 +1,7 @@
-"""What dng_math computes, as one would write it with NumPy, torch, JAX, SciPy or scikit-learn.
+"""The computations of dng_math as written with NumPy, torch, JAX, SciPy or scikit-learn.
 
 The chain is one job: a mixture in one dimension with one forbidden component, DNG with the paper's
-tracker, DDPM.  The coefficients are those of the package; the arithmetic is not.
+tracker, DDPM.  Only the coefficients come from the package; the arithmetic is independent.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from dng_math import DynamicNegativeGuidance, GaussianMixture, NoiseSchedule, Pa
 
 Array = NDArray[np.float64]
 CHUNK = 50_000
-INITIAL = -1  # the "step" whose noise is x_T
+INITIAL = -1  # the "step" number under which x_T's noise is drawn
 Draw = Callable[[int, Any], object]  # (step, out): standard normals into out, shape (N,)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A chain in one dimension away from one component."""
+    """Settings of a chain in one dimension, guided away from one component."""
 
     mixture: GaussianMixture
     schedule: NoiseSchedule
@@ -36,21 +36,21 @@ class Job:
 
     @property
     def rule(self) -> DynamicNegativeGuidance:
-        """As :func:`dng_math.sample` takes it."""
+        """The rule, for :func:`dng_math.sample`."""
         return DynamicNegativeGuidance(self.guidance_scale, self.tracker)
 
     @property
     def log_prior(self) -> float:
-        """log p(c) where the tracker starts."""
+        """log p(c), from which the tracker starts."""
         return float(np.log(self.mixture.weights[self.forbidden]))
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Of the tracked log p(c | x)."""
+        """Lower and upper bound of the tracked log p(c | x)."""
         return float(np.log(self.tracker.p_min)), float(np.log(self.tracker.p_max))
 
     def components(self) -> tuple[Array, Array, Array, Array]:
-        """Of every step, shape (S, K, 1): alpha m, -1/(2v), log w - log(v)/2, and d E[x0]/dx."""
+        """alpha m, -1/(2v), log w - log(v)/2 and d E[x0]/dx of every step, shape (S, K, 1)."""
         c = self.schedule.coefficients()
         alpha, sigma = c.alpha_t[:, None, None], c.sigma_t[:, None, None]
         covariance = self.mixture.covariances[:, None]
@@ -59,7 +59,7 @@ class Job:
         return alpha * self.mixture.means, -0.5 / v, peak, alpha * covariance / v
 
     def steps(self) -> tuple[Array, Array, Array, Array]:
-        """x_factor, x0_factor, deviation and 1/(2v), or 0 where there is no noise; shape (S,)."""
+        """x_factor, x0_factor, deviation and 1/(2v) (0 if v = 0) of every step, shape (S,)."""
         c = self.schedule.coefficients()
         v = c.tracker_variance(self.tracker.variance)
         half = np.divide(0.5, v, out=np.zeros_like(v), where=v > 0)
@@ -67,15 +67,16 @@ class Job:
 
 
 def four_modes(steps: int) -> Job:
-    """The job of the comparison: four narrow modes, of which the second is unwanted."""
+    """The job of the comparison: four narrow modes, of which the second is forbidden."""
     mixture = GaussianMixture([0.25] * 4, [[-3.0], [-1.0], [1.0], [3.0]], [0.04] * 4)
     return Job(mixture, NoiseSchedule.linear(1000).respace(steps))
 
 
 def eager_chain(xp: Any, job: Job, n: int, draw: Draw) -> tuple[Any, Any]:
-    """x and log p(c | x), shape (N,), float64; ``xp`` is numpy or torch, whose names agree here.
+    """x and log p(c | x), shape (N,), float64, computed in place.
 
-    Arrays of (K, N) are allocated once, and everything of that size is computed in place.
+    ``xp`` is numpy or torch, whose function names agree here.  Arrays of shape (K, N) are
+    allocated once.
     """
     tables = [xp.asarray(values) for values in job.components()]
     columns = zip(*(values.tolist() for values in job.steps()), strict=True)
@@ -130,7 +131,7 @@ def eager_chain(xp: Any, job: Job, n: int, draw: Draw) -> tuple[Any, Any]:
 
 
 def plain_chain(job: Job, n: int, draw: Draw) -> tuple[Array, Array]:
-    """x and log p(c | x), shape (N,): the formulas as they stand, on arrays of (N, K)."""
+    """x and log p(c | x), shape (N,), by the formulas as written, on arrays of shape (N, K)."""
     means = job.mixture.means[:, 0]
     low, high = job.bounds
     z = np.empty(n)
@@ -170,7 +171,7 @@ def numpy_chain(job: Job, n: int, seed: int, *, in_place: bool) -> Array:
 
 
 def torch_chain(torch: Any, job: Job, n: int, seed: int) -> Array:
-    """Samples, shape (N,): eager torch on the CPU, float64, as many threads as it takes."""
+    """Samples, shape (N,), by eager torch on the CPU in float64, with torch's threads."""
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
         x, _ = eager_chain(torch, job, n, lambda step, out: out.normal_(generator=generator))
@@ -178,7 +179,7 @@ def torch_chain(torch: Any, job: Job, n: int, seed: int) -> Array:
 
 
 def jax_chain(jax: Any, job: Job, n: int) -> Callable[[int], Array]:
-    """A function of the seed that returns samples (N,): one jitted scan, in JAX's own float32."""
+    """A function from a seed to samples (N,): one jitted scan, in float32, JAX's default."""
     jnp = jax.numpy
     rows = tuple(jnp.asarray(values, jnp.float32) for values in (*job.components(), *job.steps()))
     means = jnp.asarray(job.mixture.means, jnp.float32)
@@ -211,14 +212,13 @@ def jax_chain(jax: Any, job: Job, n: int) -> Callable[[int], Array]:
 
 
 def primitives(n: int, steps: int, components: int) -> Callable[[], None]:
-    """NumPy's own ``exp`` and ``standard_normal``, as many as the job has, and nothing else.
+    """Only the calls of NumPy's ``exp`` and ``standard_normal`` that the job needs.
 
-    Per particle and step one exponential a component (of which one is of 0 once the maximum is
-    subtracted; dng_math and the NumPy chain compute that one too), one for the posterior that is
-    tracked as a logarithm, and one normal: S - 1 steps have noise, as the last has none, and x_T
-    is one more.  They read and write the same two arrays of the size of the chain's own rows,
-    which stay in cache, with arguments between -8 and 0, where the result is a plain number:
-    both favour NumPy.
+    Per particle and step there is one exponential for each component (the largest component's is
+    exp(0), which dng_math and the NumPy chain compute too), one for the posterior, which is tracked
+    as a logarithm, and one normal: S - 1 steps have noise, and x_T needs one more.  Two choices
+    favour NumPy: all calls use the same two arrays, which stay in the cache, and arguments are
+    between -8 and 0, so that no result is subnormal.
     """
     generator = np.random.default_rng(0)
     source, target = generator.uniform(-8.0, 0.0, n), np.empty(n)
@@ -256,7 +256,7 @@ def _score(mixture: GaussianMixture, x: Array, responsibilities: Array) -> Array
 
 
 def in_chunks(function: Callable[[Array], Array], x: Array) -> Array:
-    """As NumPy code should be run: on arrays that fit the cache (3 times faster at 10^6)."""
+    """Apply a function to chunks that fit the cache (3 times faster at 10^6 points)."""
     return np.concatenate([function(x[i : i + CHUNK]) for i in range(0, len(x), CHUNK)])
 
 
@@ -271,7 +271,7 @@ def scipy_score(mixture: GaussianMixture, x: Array) -> Array:
 
 
 def sklearn_functions(mixture: GaussianMixture) -> dict[str, Callable[[Array], Array]]:
-    """log_prob and score by a GaussianMixture of scikit-learn with these parameters."""
+    """log_prob and score by scikit-learn's GaussianMixture with the same parameters."""
     kind = {"full": "full", "diagonal": "diag"}[mixture.kind]
     model = import_module("sklearn.mixture").GaussianMixture(8, covariance_type=kind)
     model.weights_, model.means_ = mixture.weights, mixture.means

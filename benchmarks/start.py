@@ -1,7 +1,7 @@
-"""What a newcomer waits for: imports, the first use on a machine, and every later one.
+"""Times of imports, of the first use on a machine, and of later first uses in a new process.
 
-Everything is timed in new processes of the same Python, taking turns, from their start until they
-say that they are done; what Python itself takes to start is in all of them, and timed alone too.
+Everything is timed in new processes of the same Python, in turns, from their start until they
+print that they are done.  All of these times include Python's own start, which is also timed alone.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from importlib.util import find_spec
 from benchmarks import fresh, harness
 from benchmarks.harness import Contender, Goal, Settings
 from benchmarks.style import seconds_text
-from dng_models import extras
+from dng_models.support import extras
 
 PYTHON = "Python alone"
 SLOW_ROUNDS = 3
-# Without the time that Python takes to end.
+# Ends the process at once, so that Python's shutdown is not timed.
 RETURNED = """
 import os
 print("returned", flush=True)
 os._exit(0)
 """
-# What is imported, by what is typed.  dng_math and dng_models load most names when they are used.
+# Packages that each statement needs.  dng_math and dng_models load most names on first use.
 IMPORTS = {
     "import numpy": ("numpy",),
     "import dng_math": (),
@@ -58,9 +58,9 @@ dng_step(plan, 0, x, eps, eps_neg, plan.init_state(1), seed=0)
 
 @dataclass(frozen=True)
 class StartRow:
-    """One kind of process: a line of the table and of the CSV.
+    """Result for one kind of process: a line of the table and of the CSV.
 
-    ``beyond_python_s`` is its median less that of Python alone.
+    ``beyond_python_s`` is its median minus that of Python alone.
     """
 
     benchmark: str
@@ -76,7 +76,7 @@ class StartRow:
 
 
 def timed(benchmark: str, contenders: Sequence[Contender], settings: Settings) -> list[StartRow]:
-    """Times of every kind of process, of which one is Python alone."""
+    """Time every kind of process, and Python alone."""
     alone = Contender(PYTHON, partial(fresh.said_by, RETURNED))
     timings = harness.measure([alone, *contenders], settings.repeats)
     rows = []
@@ -94,7 +94,7 @@ def timed(benchmark: str, contenders: Sequence[Contender], settings: Settings) -
 
 
 def imports(settings: Settings) -> list[StartRow]:
-    """Seconds that a new process takes to import each package, its files read before."""
+    """Seconds that a new process takes to import each package, with its files in the page cache."""
     contenders, missing = [], []
     for line, packages in IMPORTS.items():
         absent = [package for package in packages if find_spec(package) is None]
@@ -125,7 +125,7 @@ def first_use(settings: Settings) -> list[StartRow]:
                 Goal("at most 20 s", most_seconds=20.0),
                 "Numba's cache is empty, and everything is compiled",
             ),
-            # The one before it has filled the cache.
+            # The contender before it has filled the cache.
             Contender(
                 "first sample of a mixture, later", sample, harness.nothing, note="compiled before"
             ),
@@ -148,7 +148,7 @@ ROW = StartRow
 
 
 def report(rows: Sequence[StartRow]) -> list[str]:
-    """What a process takes from its start, and of it what is not Python's own."""
+    """Time of every kind of process from its start, and how much of it exceeds Python alone."""
     return [
         f"{row.benchmark}: {row.contender}: {row.note}"
         if row.median_s is None or row.beyond_python_s is None

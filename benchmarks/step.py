@@ -1,10 +1,9 @@
 """One step of Dynamic Negative Guidance: published, plain torch and ours; eager and compiled.
 
-Like is compared with like: eager steps with eager ones, compiled ones with compiled ones, steps
-that are given their noise with each other, steps that make it with each other, launched one by one
-or replayed from a CUDA graph.  Every contender's values are checked at every size before it is
-timed.  Bandwidth is the same for all: the bytes that a step must move (each input read once, each
-output written once) over its time.
+Only like is compared with like: eager with eager and compiled with compiled steps, given with given
+and own with own noise, launched one by one or replayed from a CUDA graph.  Every contender's values
+are checked at every size before it is timed.  Bandwidth has one definition for all: the bytes that
+a step must move (each input read once, each output written once) over its time.
 """
 
 from __future__ import annotations
@@ -51,18 +50,18 @@ from benchmarks.device import GRAPH, PLAIN, Device, cpu_device, gpu_device, name
 from benchmarks.harness import Contender, Goal, Settings, Timing, first_words
 from benchmarks.step_report import SKIPPED, StepRow, draw, report
 from dng_kernels import StepPlan
-from dng_models.progress import Progress, is_shown, say
+from dng_models.support.progress import Progress, is_shown, say
 
 __all__ = ["PARTS", "ROW", "draw", "named_devices", "report"]
 
 QUICK = CASES[:2]
 DTYPES = (torch.float32, torch.bfloat16)
-LARGEST_ON_CPU = 2**22  # beyond it nothing new happens, and a run would take minutes more
-SLOW = 0.5  # seconds of a step, from which on two rounds must do
+LARGEST_ON_CPU = 2**22  # elements; larger sizes show nothing new and take minutes more
+SLOW = 0.5  # seconds: slower steps are timed in SLOW_ROUNDS rounds only
 SLOW_ROUNDS = 2
-LARGE = 64 * 2**20  # bytes of a tensor from which on bandwidth is all that counts
-MOST_SETS = 256  # and steps in a graph
-OUTGROW = 2.0  # times the cache: whoever reads a set again finds nothing of it there
+LARGE = 64 * 2**20  # bytes: the time of a step on larger tensors is limited by bandwidth
+MOST_SETS = 256  # input sets, and steps in a graph
+OUTGROW = 2.0  # size of all sets over that of the cache: a set has left it before its next turn
 
 
 # ---------------------------------------------------------------------- what is compared
@@ -73,7 +72,7 @@ def form_of_ours(device: Device) -> str:
 
 
 def baseline_of(entry: Entry, device: Device) -> str:
-    """Ours as it runs there, run as this contender is, with noise from where it has it."""
+    """Label of our step in the form, and with the source of noise, that compare with an entry."""
     form = form_of_ours(device)
     if not device.kernel and entry.form == COMPILED and entry.name != OURS:
         form = COMPILED
@@ -82,7 +81,7 @@ def baseline_of(entry: Entry, device: Device) -> str:
 
 
 def goal_of(entry: Entry, mode: str, case: Case, tensors: Tensors, device: Device) -> Goal | None:
-    """What ours shall reach against this contender."""
+    """The goal of our step against this contender, if there is one."""
     ours = label_of(OURS, form_of_ours(device))
     if not device.kernel:
         if (entry.name, entry.form, entry.noise) == (PUBLISHED, EAGER, GIVEN):
@@ -105,14 +104,14 @@ def goal_of(entry: Entry, mode: str, case: Case, tensors: Tensors, device: Devic
 
 
 def number_of_sets(tensors: Tensors, device: Device) -> int:
-    """Input sets to go through, so that none is in the cache when its turn comes again."""
+    """Number of input sets such that a set has left the cache before its next turn."""
     return min(MOST_SETS, max(1, math.ceil(OUTGROW * device.cache / step_bytes(tensors, GIVEN))))
 
 
 def lap(
     run: Callable[[Tensors], object], sets: Sequence[Tensors], calls: int
 ) -> Callable[[], None]:
-    """Many steps in a row, each with the next set."""
+    """A function that takes many steps in a row, each with the next set."""
 
     def go() -> None:
         for i in range(calls):
@@ -122,7 +121,7 @@ def lap(
 
 
 def calls_of_lap(once: float, sets: Sequence[Tensors], device: Device) -> int:
-    """Steps that take long enough for the clock, and see every set."""
+    """Number of steps that is long enough for the clock and uses every set."""
     wanted = math.ceil(device.least_lap / max(once, 1e-9))
     return min(MOST_SETS, max(wanted, len(sets)))
 
@@ -130,7 +129,7 @@ def calls_of_lap(once: float, sets: Sequence[Tensors], device: Device) -> int:
 def check(
     entries: Sequence[Entry], what: str, tensors: Tensors, plan: StepPlan, dtype: torch.dtype
 ) -> None:
-    """Raise unless every contender's values are right; here they are compiled."""
+    """Raise unless every contender's values are right; the first calls, here, compile."""
     compiled = sum(entry.form.startswith(COMPILED) for entry in entries)
     if compiled and is_shown() and not sys.stderr.isatty():
         say(f"{what}: compiling {compiled} steps, a few seconds each", sys.stderr)
@@ -143,10 +142,10 @@ def check(
 
 
 def time_case(case: Case, dtype: torch.dtype, device: Device, settings: Settings) -> list[StepRow]:
-    """Every contender at one size, interleaved."""
+    """Check and time every contender at one size, interleaved."""
     dtype_name = str(dtype).removeprefix("torch.")
     blank = StepRow(device.name, case.name, dtype_name, case.elements, "")
-    # Inputs, the copy's buffers and whatever the published sequence keeps alive at once.
+    # Inputs, the copy's buffers and the temporaries of the published sequence.
     needed, free = 24 * case.elements * dtype.itemsize, device.free()
     if needed > free:
         reason = f"needs {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} are free"
@@ -228,7 +227,7 @@ def time_case(case: Case, dtype: torch.dtype, device: Device, settings: Settings
 
 
 def copy_per_byte(entries: Sequence[Entry], timings: Mapping[str, Timing]) -> float:
-    """Seconds a byte of the copy, replayed from a graph if there are graphs."""
+    """Seconds per byte of the copy, replayed from a graph where there are graphs."""
     mode = GRAPH if f"{COPY} ({GRAPH})" in timings else PLAIN
     moved = next(entry.moved for entry in entries if entry.name == COPY)
     return timings[f"{COPY} ({mode})"].median / moved
@@ -237,7 +236,7 @@ def copy_per_byte(entries: Sequence[Entry], timings: Mapping[str, Timing]) -> fl
 def timed_row(
     blank: StepRow, entry: Entry, contender: Contender, timing: Timing, settings: Settings
 ) -> StepRow:
-    """A contender's times, and what became of its goal."""
+    """Row with a contender's times and the verdict on its goal."""
     row = replace(
         blank,
         contender=entry.label,

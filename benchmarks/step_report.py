@@ -1,4 +1,4 @@
-"""What the times of a step come to: the rows, the tables that are printed of them, and a plot."""
+"""Report of the times of a step: rows, Markdown tables and a plot."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from benchmarks.contenders import (
 )
 from benchmarks.device import GRAPH, PLAIN
 from benchmarks.style import Look, seconds_text
+from dng_models.support.style import BLACK, BLUE, GREY, ORANGE, VERMILLION, save
 
 SKIPPED = "skipped: "
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """One contender at one size: a line of the table and of the CSV.
+    """Result of one contender at one size: a line of the table and of the CSV.
 
     ``ratio`` is its time over that of ``baseline`` in the same round and mode; ``bandwidth``, in
     GB/s, is ``bytes`` over its time; the floor is the time of a copy of as many bytes in the same
@@ -64,7 +65,7 @@ class StepRow:
 
 
 def report(rows: Sequence[StepRow]) -> list[str]:
-    """Times and ratios by size, in Markdown; the range of every ratio; what was skipped."""
+    """Times and ratios by size as Markdown, ranges of the ratios, and what was skipped."""
     lines = []
     timed = [row for row in rows if row.median_s is not None]
     groups = dict.fromkeys((row.benchmark, row.dtype, row.mode) for row in timed)
@@ -114,12 +115,12 @@ def _group_report(where: str, rows: Sequence[StepRow]) -> list[str]:
 
 
 def _bare(label: str) -> str:
-    """A contender without where its noise comes from, but for a seed."""
+    """A contender's label without its source of noise, unless that is a seed."""
     return label.removesuffix(f", {GIVEN}").removesuffix(f", {OWN}")
 
 
 def _table(cases: Sequence[str], cells: Mapping[tuple[str, str], str]) -> list[str]:
-    """Markdown, a line a contender and a column a case; cells by both."""
+    """Markdown table with a line for each contender and a column for each case."""
     lines = [["", *map(_short, cases)], ["---"] * (len(cases) + 1)]
     for name in dict.fromkeys(name for name, _ in cells):
         lines.append([name, *(cells.get((name, case), "") for case in cases)])
@@ -137,16 +138,16 @@ def _short(case: str) -> str:
 # ---------------------------------------------------------------------- a plot
 
 LOOKS = {
-    PUBLISHED: Look("published", style.VERMILLION, "s"),
-    NAIVE: Look("naive (plain torch)", style.ORANGE, "^"),
-    OURS: Look("dng_step", style.BLUE, "o"),
-    COPY: Look("copy of its bytes", style.BLACK, "x"),
-    EMPTY: Look("empty kernel", style.GREY, "+"),
+    PUBLISHED: Look("published", VERMILLION, "s"),
+    NAIVE: Look("naive (plain torch)", ORANGE, "^"),
+    OURS: Look("dng_step", BLUE, "o"),
+    COPY: Look("copy of its bytes", BLACK, "x"),
+    EMPTY: Look("empty kernel", GREY, "+"),
 }
 
 
 def _panels(device: str) -> dict[str, tuple[str, list[str]]]:
-    """By title: the mode, and the contenders, each with its noise given."""
+    """Mode and contenders of each panel, by title; all have given noise."""
 
     def of(*parts: tuple[str, str]) -> list[str]:
         return [*(label_of(name, form, GIVEN) for name, form in parts), COPY]
@@ -161,7 +162,7 @@ def _panels(device: str) -> dict[str, tuple[str, list[str]]]:
 
 
 def draw(rows: Sequence[StepRow], path: Path, where: dict[str, str]) -> str:
-    """Time against size in float32, on the GPU if there is one; what became of it."""
+    """Plot time against size in float32, on the GPU if it was timed; returns a message."""
     timed = [row for row in rows if row.median_s is not None and row.dtype == "float32"]
     if not timed:
         return "no plot: nothing was timed"
@@ -204,7 +205,7 @@ def draw(rows: Sequence[StepRow], path: Path, where: dict[str, str]) -> str:
                 x=0.01,
                 ha="left",
             )
-            style.save(figure, path)
+            save(figure, path)
     except ImportError as error:
         return f"no plot: {error}"
     return f"drawn to {path}"

@@ -1,6 +1,6 @@
-"""How the plots of benchmarks look, and how they are written.
+"""Style and helpers of the benchmarks' plots.
 
-Matplotlib is imported when something is drawn: the measurements do without it.
+Matplotlib is imported only when something is drawn: the measurements do not need it.
 """
 
 from __future__ import annotations
@@ -10,40 +10,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from dng_models.class_removal import files
+from dng_models.support import style
 
-# Okabe and Ito's colours, which people with any colour vision tell apart.
-BLACK = "#000000"
-GREY = "#7F7F7F"
-ORANGE = "#E69F00"
-BLUE = "#0072B2"
-VERMILLION = "#D55E00"
-DPI = 200
-RC: dict[str, Any] = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.labelsize": 8,
-    "axes.linewidth": 0.6,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 8,
-    "figure.titlesize": 9,
-    "font.size": 8,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-}
+RC: dict[str, Any] = style.RC | {"axes.grid": True}
 
 
 @dataclass(frozen=True)
 class Look:
-    """The colour and marker of a contender, and its name beside its line."""
+    """Name, colour and marker of a contender in a plot."""
 
     name: str
     color: str
@@ -66,13 +42,8 @@ def new_figure(width: float, height: float) -> Any:
     return import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    files.write_atomically(path, lambda part: figure.savefig(part, dpi=DPI, format="png"))
-
-
 def seconds_text(seconds: float) -> str:
-    """A time with its unit, in three digits."""
+    """A time with its unit, to three digits."""
     if not seconds:
         return "0"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
@@ -82,7 +53,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def seconds_axis(axes: Any) -> None:
-    """A logarithmic axis of times, with a tick and its unit at every power of ten."""
+    """Make the y axis logarithmic, with a time and its unit at every power of ten."""
     ticker = import_module("matplotlib.ticker")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(ticker.LogLocator(numticks=20))
@@ -91,7 +62,7 @@ def seconds_axis(axes: Any) -> None:
 
 
 def apart(values: Sequence[float], gap: float) -> list[float]:
-    """The values, moved as little as it takes to have a gap between each two."""
+    """Move the values apart until neighbours have the gap between them; keeps their order."""
     order = sorted(range(len(values)), key=values.__getitem__)
     groups: list[list[int]] = []
     centres: list[float] = []
@@ -115,7 +86,7 @@ def apart(values: Sequence[float], gap: float) -> list[float]:
 def name_lines(axes: Any, ends: Mapping[Look, tuple[float, float]], gap: float = 0.06) -> None:
     """Write every line's name beside its end, on logarithmic axes whose limits are set.
 
-    ``gap``: between names, as a share of the axis' height.
+    ``gap`` is the least distance between names, as a share of the axis' height.
     """
     low, high = (math.log(limit) for limit in axes.get_ylim())
     heights = [(math.log(y) - low) / (high - low) for _, y in ends.values()]

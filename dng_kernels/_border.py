@@ -1,4 +1,4 @@
-"""The border: every argument of a public call is checked here, once, and refused by name."""
+"""Checks of all arguments of the public calls; each is made once and names the argument."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dng_kernels import normal
 from dng_kernels.layout import batch_stride, empty_like, is_channels_last
 from dng_kernels.naive import StepResult
 from dng_kernels.plan import StepPlan
-from dng_math import _checks
+from dng_math import checks
 
 Backend = Literal["auto", "triton", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "cpu", "reference")
 REDUCED = {torch.float32, torch.float16, torch.bfloat16}
 DTYPES = REDUCED | {torch.float64}
-NEEDED = ("eps", "eps_neg", "x_next")  # of the tensors like x, those that every call has
+NEEDED = ("eps", "eps_neg", "x_next")  # of the tensors like x, those that must not be None
 HAS_TRITON = find_spec("triton") is not None
 
 # ---------------------------------------------------------------------- transforms of torch
@@ -58,12 +58,12 @@ def _transform(tensor: Tensor) -> str | None:
 
 
 def transforms_active() -> bool:
-    """Whether tensors may be those of torch.func or of forward_ad; two looks, in every call."""
+    """Whether a transform of torch.func or forward_ad is active; cheap enough for every call."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def refuse_transforms(**arguments: object) -> None:
-    """Refuse forward derivatives and vmap: the operator writes into tensors that know of none."""
+    """Refuse forward derivatives and vmap, which the operator's outputs could not carry."""
     for name, given in arguments.items():
         fields = given._asdict() if isinstance(given, StepResult) else {"": given}
         for field, tensor in fields.items():
@@ -86,7 +86,7 @@ def refuse_transforms(**arguments: object) -> None:
 
 
 def _mismatch(name: str, tensor: object, like_name: str, like: Tensor) -> Exception:
-    """What is wrong with a tensor that is not like another one."""
+    """The error for a tensor that does not match another one."""
     if not isinstance(tensor, Tensor):
         return TypeError(f"{name} must be a tensor, got {tensor!r}")
     if tensor.layout is not torch.strided:
@@ -112,7 +112,7 @@ def _mismatch(name: str, tensor: object, like_name: str, like: Tensor) -> Except
 
 
 def check_events(like_name: str, like: Tensor, **others: Tensor | None) -> None:
-    """Every tensor has the shape, device and precision of the first."""
+    """Check that every tensor has the shape, device and precision of the first."""
     if not isinstance(like, Tensor) or like.ndim < 1 or like.dtype not in DTYPES:
         got = f"{like.dtype} of shape {tuple(like.shape)}" if isinstance(like, Tensor) else like
         raise TypeError(
@@ -137,7 +137,7 @@ def check_events(like_name: str, like: Tensor, **others: Tensor | None) -> None:
 
 
 def _check_per_sample(name: str, tensor: object, like: Tensor) -> None:
-    """One float32 number a sample (or float64, beside float64)."""
+    """Check for one float32 number per sample (float64 is allowed if ``like`` is float64)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {tensor!r}")
     if tensor.shape != like.shape[:1]:
@@ -157,7 +157,7 @@ def _check_per_sample(name: str, tensor: object, like: Tensor) -> None:
 
 
 def check_keys(keys: Tensor, batch: int, device: torch.device) -> None:
-    """Seed and sample index of every sample."""
+    """Check the keys: seed and sample index of every sample, int64, (B, 2)."""
     if (
         keys.dtype != torch.int64
         or keys.shape != (batch, 2)
@@ -172,7 +172,7 @@ def check_keys(keys: Tensor, batch: int, device: torch.device) -> None:
 
 
 def _needed(name: str, value: object, needed: bool, why: str) -> None:
-    """An argument is there if and only if the plan reads it."""
+    """Raise unless an argument is given exactly when the plan reads it."""
     if (value is not None) != needed:
         if needed:
             raise ValueError(f"{name} must be given: this plan needs it, as do {why}")
@@ -183,20 +183,20 @@ def _needed(name: str, value: object, needed: bool, why: str) -> None:
 
 
 def seed_bits(seed: object) -> int:
-    """The int64 with the bits of a seed of 64 bits."""
+    """Check a 64-bit seed and return the int64 with the same bits."""
     if type(seed) is not int or not 0 <= seed < 2**64:
-        seed = _checks.integer("seed", seed, 0, 2**64 - 1)
+        seed = checks.integer("seed", seed, 0, 2**64 - 1)
     return seed - 2**64 if seed >= 2**63 else seed
 
 
 def check_first_sample(first_sample: object) -> None:
-    """A sample index."""
+    """Check a sample index."""
     if type(first_sample) is not int or not 0 <= first_sample < 2**62:
-        _checks.integer("first_sample", first_sample, 0, 2**62 - 1)
+        checks.integer("first_sample", first_sample, 0, 2**62 - 1)
 
 
 def check_dtype(name: str, dtype: object) -> None:
-    """One of the floating-point types that a step knows."""
+    """Check that a dtype is one of the floating-point types that a step supports."""
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise TypeError(
             f"{name} must be torch.float32, float64, float16 or bfloat16, got {dtype!r}"
@@ -204,19 +204,19 @@ def check_dtype(name: str, dtype: object) -> None:
 
 
 def shape_of(shape: object) -> tuple[int, ...]:
-    """A batch and what a sample is made of, as integers."""
+    """Check a shape (batch, ...) and return it as integers."""
     if not isinstance(shape, tuple | list):
         raise TypeError(f"shape must be a tuple of integers (batch, ...), got {shape!r}")
     if not shape:
         raise ValueError(f"shape must be (batch, ...), got {shape!r}")
-    return tuple(_checks.integer("shape", length, 0) for length in shape)
+    return tuple(checks.integer("shape", length, 0) for length in shape)
 
 
 # ---------------------------------------------------------------------- a call
 
 
 class Call:
-    """The checks that the operations share, and what they find out.
+    """Checks shared by the three operations, and their results.
 
     Attributes
     ----------
@@ -226,7 +226,7 @@ class Call:
     index : Tensor, shape (), int64
         The step, on the device.
     engine : {"triton", "cpu", "reference"}
-        What takes the step.
+        The implementation that runs the call.
     """
 
     __slots__ = ("engine", "index", "like", "name", "plan")
@@ -254,15 +254,15 @@ class Call:
                 )
             # On a GPU its value is not known here, and in a compiled graph it is not known yet.
             if step.device.type == "cpu" and not torch.compiler.is_compiling():
-                _checks.integer("step", int(step), 0, len(self.plan) - 1)
+                checks.integer("step", int(step), 0, len(self.plan) - 1)
             return step
         if type(step) is not int or not 0 <= step < len(self.plan):
-            step = _checks.integer("step", step, 0, len(self.plan) - 1)
+            step = checks.integer("step", step, 0, len(self.plan) - 1)
         return self.plan.indices[step]
 
     def _engine(self, backend: Backend) -> Backend:
         if backend not in BACKENDS:
-            _checks.choice("backend", backend, BACKENDS)
+            checks.choice("backend", backend, BACKENDS)
         double, kind = self.like.dtype == torch.float64, self.like.device.type
         if backend == "triton" and (double or not HAS_TRITON):
             reason = "it computes in float32" if double else "Triton is not installed"
@@ -294,7 +294,7 @@ class Call:
             _check_per_sample("divergence_gap", divergence_gap, self.like)
 
     def third(self, eps_uncond: Tensor | None, eps_pos: Tensor | None) -> Tensor | None:
-        """The third prediction, where the plan reads one."""
+        """The third prediction, or None if the plan reads none."""
         plan = self.plan
         if (eps_uncond is not None) != plan.needs_uncond:
             _needed("eps_uncond", eps_uncond, plan.needs_uncond, "plans with a cfg_scale")
@@ -317,7 +317,7 @@ class Call:
     def randomness(
         self, step: int | Tensor, noise: Tensor | None, seed: int | Tensor | None, first_sample: int
     ) -> tuple[Tensor | None, Tensor | None, int | None]:
-        """Noise, keys and seed: at most one of them, and one where the step needs it."""
+        """Noise, keys and seed: at most one of them, and exactly one if the step adds noise."""
         plan, like, bits = self.plan, self.like, None
         if noise is not None and seed is not None:
             raise ValueError("noise and seed must not both be given")
@@ -350,21 +350,21 @@ class Call:
         return_guided: bool = True,
         return_scale: bool = True,
     ) -> StepResult:
-        """Where the results go.
+        """The tensors to write the results into: those of ``out``, and new ones.
 
         Parameters
         ----------
         out : StepResult, optional
-            What the caller gave to write into.
+            Tensors given by the caller.
         x_next, state, eps_guided, scale, momentum : torch.dtype, optional
             The dtype of each result that this call has.
         return_guided, return_scale : bool
-            Whether to make these even if the caller gave no place for them.
+            Whether to allocate these results if ``out`` has no tensor for them.
         """
         if type(return_guided) is not bool:
-            _checks.boolean("return_guided", return_guided)
+            checks.boolean("return_guided", return_guided)
         if type(return_scale) is not bool:
-            _checks.boolean("return_scale", return_scale)
+            checks.boolean("return_scale", return_scale)
         given = _NOTHING if out is None else out
         if not isinstance(given, StepResult):
             raise TypeError(
@@ -384,7 +384,7 @@ class Call:
     def _event(
         self, name: str, given: Tensor | None, dtype: torch.dtype | None, asked: bool = True
     ) -> Tensor | None:
-        """Where an output of the shape of the first tensor goes."""
+        """The given or a new tensor for an output like the first tensor; None if not wanted."""
         like = self.like
         if given is None:
             return empty_like(like, dtype) if asked and dtype is not None else None
@@ -408,7 +408,7 @@ class Call:
     def _per_sample(
         self, name: str, given: Tensor | None, dtype: torch.dtype | None, asked: bool = True
     ) -> Tensor | None:
-        """Where an output of one number a sample goes."""
+        """The given or a new tensor for one number per sample; None if not wanted."""
         like = self.like
         if given is None:
             if dtype is None or not asked:
@@ -423,7 +423,7 @@ _NOTHING = StepResult()
 
 
 def _check_target(name: str, given: object, dtype: torch.dtype | None) -> None:
-    """A tensor that may be written into, for a result that the call has."""
+    """Check that the call has this result and that the tensor given for it is writable."""
     if dtype is None:
         raise ValueError(f"{name} must be None: this call does not return it")
     if not isinstance(given, Tensor):
@@ -433,9 +433,9 @@ def _check_target(name: str, given: object, dtype: torch.dtype | None) -> None:
 
 
 def _refuse_shared(outputs: StepResult) -> None:
-    """Refuse outputs of which one would be written over by another."""
+    """Refuse outputs that overlap in memory."""
     if torch.compiler.is_compiling():
-        return  # its tensors have no address
+        return  # tensors have no address while compiling
     spans = [
         (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
         for name, tensor in zip(StepResult._fields, outputs, strict=True)

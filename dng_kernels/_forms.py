@@ -1,9 +1,9 @@
 """The results of a step as linear forms of a few tensors.
 
 Whatever a rule computes is linear in x, eps, delta = eps_neg - eps, the noise, and what the rule
-adds to these.  So the equations run on forms, which costs nothing, and memory is touched once a
-term.  The factors are affine in the scale, and in the scale times Perp-Neg's projection: what they
-are made of is computed once for a row of a plan, and kept.
+adds to these.  So the equations run on forms, which is cheap, and each term costs one pass over
+memory.  The factors are affine in the scale and in the scale times Perp-Neg's projection; their
+coefficients are computed once for each row of a plan and cached.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dng_math._codes import FEEDBACK, PERPENDICULAR, SAFE, TOWARD
 
 
 class Form(dict[str, Any]):
-    """A linear form: names of tensors and their factors, numbers or one number a sample."""
+    """A linear form: names of tensors and their factors, each a number or one number per sample."""
 
     def __add__(self, other: Form) -> Form:
         return Form(self | {name: self.get(name, 0.0) + c for name, c in other.items()})
@@ -28,12 +28,12 @@ class Form(dict[str, Any]):
         return Form(self | {name: self.get(name, 0.0) - c for name, c in other.items()})
 
     def dot(self, dots: dict[str, Any]) -> Any:
-        """The same form of the dot products of its tensors with something."""
+        """The form applied to the dot products of its tensors with another tensor."""
         return sum((c * dots[name] for name, c in self.items() if name in dots), 0.0)
 
 
 class Factor:
-    """What an equation multiplies a form by."""
+    """A number that an equation multiplies a form by."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -89,7 +89,7 @@ def prepared(variant: Variant, noisy: bool, row: tuple[float, ...]) -> Prepared:
     """The forms of a step from a row of its plan's table."""
     at = named(row)
     corners = (
-        _forms(variant, at, scale, projection, noisy)
+        _forms_of(variant, at, scale, projection, noisy)
         for scale, projection in ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0))
     )
     factors = []
@@ -103,11 +103,13 @@ def prepared(variant: Variant, noisy: bool, row: tuple[float, ...]) -> Prepared:
     return Prepared(at, tuple(factors))
 
 
-def _forms(variant: Variant, at: Row, scale: float, projection: float, noisy: bool) -> Forms:
+def _forms_of(variant: Variant, at: Row, scale: float, projection: float, noisy: bool) -> Forms:
     """The forms at a scale and a projection; the equations of :mod:`dng_kernels.naive`."""
     x, eps, delta = Form(x=1.0), Form(eps=1.0), Form(delta=1.0)
     if variant.mode == UPDATE:
-        mean = equations.step_mean(x, eps, Factor(at.kernel_x_factor), Factor(at.kernel_factor))
+        mean = equations.step_mean(
+            x, eps, Factor(at.transition_x_factor), Factor(at.transition_factor)
+        )
         return Forms(Form(), Form(), Form(x_next=1.0) - mean)
     noise = Form(noise=1.0) if noisy else Form()
     base = eps

@@ -1,8 +1,8 @@
 """The step as one operator of ``torch.library``, ``dng_kernels::step``.
 
-It writes into given tensors and returns nothing; so it is exported, and a captured graph replays
-it.  Its arguments are those of :class:`Variant`, :class:`Inputs` and :class:`StepResult`, in their
-order.
+It writes into given tensors and returns nothing, so that it can be exported, and replayed in a
+captured graph.  Its arguments are those of :class:`Variant`, :class:`Inputs` and
+:class:`StepResult`, in their order.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ torch.library.define("dng_kernels::step", _schema())
 
 
 @torch.library.impl("dng_kernels::step", ("cpu", "cuda"))
-def _operator(*arguments: Any) -> None:
-    """Fused where there are counters, else on a CPU."""
+def _run(*arguments: Any) -> None:
+    """Run the Triton kernel if counters are given, else the CPU path."""
     variant = Variant._make(arguments[:_TABLE])
     table, index = arguments[_TABLE:_INPUTS]
     inputs = Inputs._make(arguments[_INPUTS:_OUTPUTS])
@@ -61,7 +61,7 @@ def _operator(*arguments: Any) -> None:
     cpu.run(inputs, outputs, variant, table, index)
 
 
-# Nothing is returned, and what is written into exists.
+# The fake does nothing: the operator returns nothing, and its outputs already exist.
 torch.library.register_fake("dng_kernels::step", lambda *arguments: None)
 
 _launch = torch.ops.dng_kernels.step.default

@@ -43,7 +43,7 @@ def run(
 ) -> None:
     """Write every output that is not None; arguments as for :func:`dng_kernels.naive.run`."""
     if torch.is_autocast_enabled("cpu"):
-        # It would take the dot products in 16 bits, on which the posterior stands.
+        # Autocast would take dot products, on which the posterior depends, in 16 bits.
         with torch.autocast("cpu", enabled=False):
             _run(inputs, outputs, variant, table, index)
     else:
@@ -136,9 +136,9 @@ class _Blocks:
         )
 
     def sums(self, function: Callable[[Block, Block, slice], Block]) -> Block:
-        """Call with every block, where its outputs go, and its rows; add up what it returns.
+        """Call function(block, outputs, rows) for every block and add up what it returns.
 
-        That is one number a sample under each name.
+        The result holds one number per sample under each name.
         """
         if self.batch * self.elements <= BLOCK:
             block = {name: _as(tensor, self.dtype) for name, tensor in self.sources.items()}
@@ -164,14 +164,14 @@ class _Blocks:
         return totals
 
     def finish(self) -> None:
-        """Copy to outputs that are not in C order."""
+        """Copy the results to outputs that are not in C order."""
         for name, tensor in self.asked.items():
             if not tensor.is_contiguous():
                 tensor.copy_(self.targets[name].view(tensor.shape))
 
 
 def _columns(form: Form) -> Form:
-    """The terms that are there, with factors that multiply a block."""
+    """The terms that are not zero, with factors that multiply a block."""
     return Form(
         {
             name: _column(factor)
@@ -189,17 +189,17 @@ def _column(factor: Any) -> Any:
 
 
 def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """In that precision; asking first is cheaper than a call that finds nothing to do."""
+    """Convert to a dtype; comparing first is cheaper than a call that has nothing to do."""
     return values if values.dtype is dtype else values.to(dtype)
 
 
 def _clamp(values: Any, low: float, high: float) -> Any:
-    """Within bounds; NaN stays NaN."""
+    """Clamp to [low, high]; NaN stays NaN."""
     return np.minimum(np.maximum(values, low), high)
 
 
 def _storage(tensor: Tensor | None) -> int | None:
-    """Which memory a tensor is a view of."""
+    """Address of the memory that a tensor is a view of."""
     return None if tensor is None else tensor.untyped_storage().data_ptr()
 
 
@@ -277,8 +277,8 @@ def updated_state(
     """
     if at.variance == 0.0:
         return state
-    gap_sq = at.kernel_factor * at.kernel_factor * norm_sq
-    residual_gap = at.kernel_factor * residual_dot
+    gap_sq = at.transition_factor * at.transition_factor * norm_sq
+    residual_gap = at.transition_factor * residual_dot
     start = state
     if variant.tracker == LOG_ODDS:
         log_ratio = equations.log_odds_ratio(odds, gap_sq, residual_gap, at.variance)
@@ -305,7 +305,7 @@ def updated_state(
 
 
 def first_sums(rule: int, block: Block) -> Block:
-    """What contrastive CFG and Perp-Neg must know of whole samples before they can guide."""
+    """Sums over whole samples that contrastive CFG and Perp-Neg need before they can guide."""
     delta = block["eps_neg"] - block["eps"]
     if rule == CONTRASTIVE:
         return {"delta": _norm_sq(delta)}
@@ -347,7 +347,7 @@ def block_step(job: _Job, block: Block, into: Block, rows: slice) -> Block:
         else:
             terms = (name for name in forms.residual if name != "delta")
             found |= {name: _dot(block[name], delta) for name in terms}
-    # Written last: an output may be an input, and is then not the place to add up in.
+    # Written last: an output may be an input.  Terms are added up in place only if it is not.
     if "x_next" in into:
         target = into["x_next"]
         x_next = combined(forms.x_next, block, rows, target if job.apart else None)
@@ -359,7 +359,7 @@ def block_step(job: _Job, block: Block, into: Block, rows: slice) -> Block:
 
 
 def _safe(at: Row, block: Block, into: Block) -> Tensor:
-    """SLD: its correction into the block, its momentum out; the sum of the elementwise scale."""
+    """Write SLD's correction and momentum; return the sum of its elementwise scale."""
     difference = block["delta"] * at.to_noise
     magnitude = difference.abs()
     gated = magnitude if at.absolute > 0 else -difference

@@ -74,8 +74,8 @@ _WIDTH = tl.constexpr(WIDTH)
 _X_FACTOR = tl.constexpr(COLUMN["x_factor"])
 _FACTOR = tl.constexpr(COLUMN["factor"])
 _DEVIATION = tl.constexpr(COLUMN["deviation"])
-_KERNEL_X_FACTOR = tl.constexpr(COLUMN["kernel_x_factor"])
-_KERNEL_FACTOR = tl.constexpr(COLUMN["kernel_factor"])
+_KERNEL_X_FACTOR = tl.constexpr(COLUMN["transition_x_factor"])
+_KERNEL_FACTOR = tl.constexpr(COLUMN["transition_factor"])
 _X_DRIFT = tl.constexpr(COLUMN["x_drift"])
 _DRIFT = tl.constexpr(COLUMN["drift"])
 _VARIANCE = tl.constexpr(COLUMN["variance"])
@@ -184,7 +184,7 @@ def normals(
 
 @triton.jit
 def clamp(value, low, high):
-    """NaN stays NaN, on a GPU too."""
+    """Clamp to [low, high]; NaN stays NaN, on a GPU too."""
     value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
 
@@ -237,7 +237,7 @@ def updated_state(
     DIVERGENCE: tl.constexpr,
 ):
     """State at the cleaner end of the step; unchanged where the variance is 0."""
-    kernel_factor = tl.load(row + _KERNEL_FACTOR)
+    transition_factor = tl.load(row + _KERNEL_FACTOR)
     variance = tl.load(row + _VARIANCE)
     low, high = tl.load(row + _LOW), tl.load(row + _HIGH)
     moves = variance > 0
@@ -245,8 +245,8 @@ def updated_state(
     if DIVERGENCE and TRACKER == _LOG_ODDS:
         score_gap_sq = tl.load(row + _SCORE_FACTOR) * gap_sq
         divergence = rest_divergence_gap(odds, divergence, score_gap_sq)
-    gap_sq = kernel_factor * kernel_factor * gap_sq
-    residual_gap = kernel_factor * residual_gap
+    gap_sq = transition_factor * transition_factor * gap_sq
+    residual_gap = transition_factor * residual_gap
     if TRACKER == _LOG_ODDS:
         log_ratio = log_odds_ratio(odds, gap_sq, residual_gap, variance)
         start = state
@@ -530,7 +530,7 @@ def fused_step(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a chunk, or two for rules that need the sums first; see the module."""
+    """One program per chunk, or two for rules that need the sums first; see the module."""
     TWO_PASSES: tl.constexpr = (MODE != _UPDATE) and (
         RULE == _CONTRASTIVE or RULE == _PERPENDICULAR
     )
@@ -599,7 +599,7 @@ def fused_step(
                     pass
                 tl.debug_barrier()
                 there = slot < chunks
-                # Not from the first-level cache, which may hold older numbers.
+                # ".cg" bypasses the first-level cache, which may hold older numbers.
                 at = sums + slot * _SUMS
                 a = tl.sum(tl.load(at, mask=there, other=0.0, cache_modifier=".cg"))
                 b = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg"))
@@ -655,7 +655,7 @@ def fused_step(
             tl.debug_barrier()
             last = tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1
         if last:
-            # Triton 3.3 knows no chains of three, hence the parentheses.
+            # Triton 3.3 does not accept chains of three conditions, hence the parentheses.
             if (SUMMED and not SINGLE) and not TWO_PASSES:
                 tl.debug_barrier()
                 there = slot < chunks
@@ -678,7 +678,7 @@ def fused_step(
                 TRACKER,
                 DIVERGENCE,
             )
-            # The next launch finds the counters at zero.
+            # Reset the counters, which the next launch expects at zero.
             if TWO_PASSES and not SINGLE:
                 tl.store(left, 0)
                 if tl.atomic_add(counters + 1, 1, sem="acq_rel") == batch - 1:
@@ -766,9 +766,9 @@ _EVENTS = (
 def options(named: dict[str, Any]) -> dict[str, Any]:
     """How a kernel with these arguments is compiled.
 
-    The compiler may fuse multiplications and additions, which is said here and not left to a
-    default.  Common kernels take at most 64 registers; for those that need more the limit is
-    lifted, or the compiler would spill some to run more programs at once.
+    Fusing multiplications and additions is enabled explicitly, not left to a default.  Common
+    kernels take at most 64 registers; for those that need more the limit is lifted, or the compiler
+    would spill some to run more programs at once.
     """
     heavy = named["CFG"] or named["CLIP"] or named["DRIFT"] or named["CHANNELS_LAST"]
     heavy = heavy or named["D"] % 16 != 0

@@ -62,19 +62,19 @@ def readable(tensor: Tensor, channels_last: bool) -> tuple[Tensor, int]:
 # ---------------------------------------------------------------------- chunks of a sample
 
 MOST_CHUNKS = 1024  # a sample: one program adds up their sums at once
-SUMS = 3  # numbers that a chunk leaves behind
+SUMS = 3  # numbers that each chunk writes
 LARGEST_BLOCK = 1024
 
 
 def chunking(elements: int) -> tuple[int, int, int]:
-    """Elements a block and a chunk, and chunks a sample: functions of the sample's size alone."""
+    """Elements per block and per chunk, and chunks per sample, from the sample's size alone."""
     block = min(LARGEST_BLOCK, max(128, 1 << max(0, elements - 1).bit_length()))
     chunk = block * max(1, -(-elements // (block * MOST_CHUNKS)))
     return block, chunk, max(1, -(-elements // chunk))
 
 
 def workspace(batch: int, elements: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Counters, which every launch finds and leaves at zero, and room for the chunks' sums."""
+    """Counters, zero before and after every launch, and room for the chunks' sums."""
     _, _, chunks = chunking(elements)
     counters = torch.zeros(2 + 2 * batch, dtype=torch.int32, device=device)
     return counters, torch.empty(batch * chunks * SUMS, dtype=torch.float32, device=device)

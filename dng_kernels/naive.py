@@ -8,10 +8,10 @@ takes its step from there; and the tracker compares the step that was taken with
     x_next = x_factor x + factor guided + deviation noise
     state  = state + temperature log_ratio(|gap|^2, residual . gap) + offsets
 
-with ``gap = mu_neg - mu = kernel_factor delta`` and ``residual = x_next - mu``.  The numbers of a
-step are a row of the plan's table, by name (:data:`dng_kernels.plan.COLUMN`).
+with ``gap = mu_neg - mu = transition_factor delta`` and ``residual = x_next - mu``.  The numbers of
+a step are a row of the plan's table, by name (:data:`dng_kernels.plan.COLUMN`).
 
-A compiler is shown these functions, and fuses them.  :mod:`dng_kernels.cpu` and
+``torch.compile`` traces and fuses these functions.  :mod:`dng_kernels.cpu` and
 :mod:`dng_kernels.fused` compute the same faster, and are tested against them.
 """
 
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step returns, and what it writes into; None for what is not asked for or not there.
+    """Results of a step, or tensors to write them into; None for what is absent or not wanted.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ def compute(inputs: Inputs, variant: Variant, table: Tensor, index: Tensor) -> S
     Parameters
     ----------
     inputs : Inputs
-        Of any floating-point types.
+        Tensors of any floating-point types.
     variant : Variant
         Which operation, rule and tracker.
     table : Tensor, shape (N, WIDTH)
@@ -108,10 +108,10 @@ def compute(inputs: Inputs, variant: Variant, table: Tensor, index: Tensor) -> S
     Returns
     -------
     StepResult
-        Shapes as of the inputs; None for what the operation or the rule does not have.
+        Shapes are those of the inputs; None for what the operation or the rule does not have.
     """
     shape, elements = inputs.eps.shape, inputs.eps[0].numel()
-    # Indexing with a tensor of no dimensions would wait for its value.
+    # Indexing with a 0-dim tensor would synchronise to read its value.
     at = named(table.index_select(0, index.reshape(1))[0].unbind())
     if inputs.keys is not None:
         inputs = inputs._replace(noise=normal.normals(inputs.keys, elements, index))
@@ -146,7 +146,7 @@ def compute(inputs: Inputs, variant: Variant, table: Tensor, index: Tensor) -> S
             x, eps, shift, z, at.x_drift, at.drift, at.factor, at.deviation
         )
     if variant.mode == UPDATE:
-        residual = then - equations.step_mean(x, eps, at.kernel_x_factor, at.kernel_factor)
+        residual = then - equations.step_mean(x, eps, at.transition_x_factor, at.transition_factor)
     if residual is not None and state is not None:
         following = updated_state(variant, at, state, odds, neg - eps, residual, divergence_gap)
     x_next, guided, momentum = (
@@ -177,7 +177,7 @@ def guide(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """How far a rule moves the prediction (B, D), its scale (B,) or (), and SLD's next momentum."""
     delta, rule, scale = eps_neg - eps, variant.rule, at.guidance_scale
-    push: Any = 0.0  # of CFG beneath the rule
+    push: Any = 0.0  # the shift by CFG beneath the rule
     if variant.cfg:
         push = equations.toward(third - eps, eps - third, at.cfg_scale)
     if rule == SAFE:
@@ -232,7 +232,7 @@ def updated_state(
     divergence_gap: Tensor | None,
 ) -> Tensor:
     """The tracker's state at the cleaner end, (B,); unchanged where the variance is 0."""
-    norm_sq, factor, start = dot(delta, delta), at.kernel_factor, state
+    norm_sq, factor, start = dot(delta, delta), at.transition_factor, state
     gap_sq, residual_gap = factor * factor * norm_sq, factor * dot(residual, delta)
     if variant.tracker == LOG_ODDS:
         log_ratio = equations.log_odds_ratio(odds, gap_sq, residual_gap, at.variance)

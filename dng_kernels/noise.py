@@ -1,4 +1,4 @@
-"""The standard normals of samplers, and the keys that name them."""
+"""The standard normals of samplers, and the keys that identify them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dng_kernels import _border, normal
 from dng_kernels.plan import LARGEST_STEPS, device_of
-from dng_math import _checks
+from dng_math import checks
 
 
 def noise_keys(
@@ -17,10 +17,10 @@ def noise_keys(
     first_sample: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Seed and sample index of every row: a ``seed`` that lies on the device.
+    """Seed and sample index of every row, as a tensor on the device to be passed as ``seed``.
 
-    Samples of different runs, or in any order, can share a batch by stacking rows; sample i of a
-    seed is the same in any of them.
+    Samples of different runs, or in any order, can share a batch by stacking rows of keys; sample i
+    of a seed is the same in every batch.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def noise_keys(
     first_sample : int
         Sample index of the first row, in [0, 2^62).
     device : torch.device or str, optional
-        Default "cpu".
+        Device of the keys; default "cpu".
 
     Returns
     -------
@@ -40,11 +40,11 @@ def noise_keys(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed.
+        If an argument is invalid; the message names it, its value and what is allowed.
     """
     bits = _border.seed_bits(seed)
     _border.check_first_sample(first_sample)
-    batch = _checks.integer("batch", batch, 0)
+    batch = checks.integer("batch", batch, 0)
     return normal.keys_of(bits, batch, first_sample, device_of(device))
 
 
@@ -64,9 +64,9 @@ def standard_normal(
     seed : int or Tensor of shape (B, 2), int64
         As for :func:`dng_step`.
     shape : tuple of int
-        (B, ...).
+        Shape (B, ...) of the result.
     step : int, optional
-        Below 2^16: the noise that :func:`dng_step` makes there.  None: the noise of x_T.
+        Below 2^16, for the noise that :func:`dng_step` makes at that step; None for that of x_T.
     first_sample : int
         Sample index of the first row, with an integer seed.
     device : torch.device or str, optional
@@ -81,7 +81,7 @@ def standard_normal(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed.
+        If an argument is invalid; the message names it, its value and what is allowed.
     """
     if _border.transforms_active():
         _border.refuse_transforms(seed=seed)
@@ -96,7 +96,7 @@ def standard_normal(
     if step is None:
         step, stream = 0, normal.INITIAL_STREAM
     else:
-        step, stream = _checks.integer("step", step, 0, LARGEST_STEPS - 1), normal.STEP_STREAM
+        step, stream = checks.integer("step", step, 0, LARGEST_STEPS - 1), normal.STEP_STREAM
     elements = torch.Size(shape[1:]).numel()
     if elements > normal.LARGEST_SAMPLE:
         raise ValueError(f"shape must have at most 2**34 elements a sample, got {shape}")

@@ -1,8 +1,8 @@
-"""All that is known of a run before its first step, as one table on the device.
+"""Everything that is known about a run before its first step, as one table on the device.
 
 A row of the table holds the coefficients of one step and the hyperparameters of the rule and of
-its tracker.  A kernel reads its numbers from memory with the step index: a captured graph replays
-every step, and a change of hyperparameters compiles nothing.
+its tracker.  A kernel reads its numbers from memory with the step index, so one captured graph
+replays every step, and a change of hyperparameters compiles nothing.
 
 Predictions enter as the network gives them.  With ``x0 = P x + Q prediction`` the step
 ``x_next = A x + B x0 + sqrt(V) z`` is ``(A + B P) x + B Q prediction + sqrt(V) z``; the factors
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dng_kernels import layout
-from dng_math import _checks, equations
+from dng_math import checks, equations
 from dng_math._codes import (
     EXACT,
     PERPENDICULAR,
@@ -30,21 +30,17 @@ from dng_math._codes import (
     rule_code,
     tracker_code,
 )
-from dng_math.guidance import (
+from dng_math.rules import (
     LimitedInterval,
-    RatioTracker,
     Rule,
     innermost,
     tracker_of,
     warn_where_noise_is_missing,
 )
-from dng_math.posterior import LogOddsTracker, PaperTracker, temperatures
-from dng_math.schedules import StepCoefficients, x0_of
+from dng_math.schedules import PREDICTION_TYPES, PredictionType, StepCoefficients, x0_of
+from dng_math.trackers import LogOddsTracker, RatioTracker, Tracker, temperatures
 
 Array = NDArray[np.float64]
-Tracker = PaperTracker | LogOddsTracker | RatioTracker
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
-PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")
 
 STEP, GUIDE, UPDATE = range(3)  # the three operations
 
@@ -72,8 +68,8 @@ SHARED = (
     "factor",
     "deviation",
     # factors of the transition that the tracker compares, and the step's minus those
-    "kernel_x_factor",
-    "kernel_factor",
+    "transition_x_factor",
+    "transition_factor",
     "x_drift",
     "drift",
     "variance",
@@ -114,7 +110,7 @@ WIDTH = 32  # columns in memory: a row of float32 is one cache line
 LARGEST_STEPS = 2**16  # a step has 16 bits of the noise's counter
 LARGEST = 1e30  # stands for infinity where inf - inf must not happen
 
-# Floats on the host, tensors of no dimension elsewhere; a tuple, which a compiler sees through.
+# Values are floats on the host and 0-dim tensors elsewhere; torch.compile can trace a tuple.
 _Row = namedtuple("_Row", COLUMN)  # type: ignore[misc]
 Row: TypeAlias = Any
 _PLACES = tuple(COLUMN.values())
@@ -126,7 +122,7 @@ def named(values: Sequence[Any]) -> Row:
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
-    """The device of that name, which must be there; the CPU for None."""
+    """The device of that name, which must be available; the CPU for None."""
     if device is None:
         return torch.device("cpu")
     try:
@@ -142,14 +138,14 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 
 def _shown(value: object) -> str:
-    """A value in a message: of a tensor what kind it is."""
+    """A value for an error message; only the dtype of a tensor."""
     return f"one of {value.dtype}" if isinstance(value, Tensor) else repr(value)
 
 
 def _coded(rule: Rule) -> RuleCode:
     coded = rule_code(rule)
     if coded is None:
-        raise TypeError(f"rule must be one of dng_math.guidance, got {rule!r}")
+        raise TypeError(f"rule must be one of dng_math.rules, got {rule!r}")
     if coded.code == EXACT:
         raise ValueError(
             "rule must track its posterior with a PaperTracker or a LogOddsTracker: networks have "
@@ -186,12 +182,12 @@ class StepPlan:
     coefficients : StepCoefficients
         ``schedule.coefficients(sampler)``, one row a step, noisiest first.
     rule : Rule
-        From :mod:`dng_math.guidance`: unguided, CFG, negative prompting, SLD, Perp-Neg,
+        From :mod:`dng_math.rules`: unguided, CFG, negative prompting, SLD, Perp-Neg,
         contrastive CFG, FBG, DNG with a tracker, and any of them in a limited interval.
-    prediction : {"epsilon", "v_prediction", "sample", "flow"}
+    prediction_type : {"epsilon", "v_prediction", "sample", "flow_prediction"}
         What the network returns: the noise, v = alpha eps - sigma x0, x0, or eps - x0.
     cfg_scale : float or sequence of float, optional
-        Classifier-free guidance beneath the rule, of one scale or of one a step: the steps then
+        Classifier-free guidance beneath the rule, with one scale or one per step: the steps then
         take ``eps_uncond`` and start from ``eps_uncond + cfg_scale (eps - eps_uncond)``.
     clip : float, optional
         Bound of |x0|: every predicted x0 is clipped to it, as diffusers' ``clip_sample`` does.
@@ -200,7 +196,7 @@ class StepPlan:
 
     Attributes
     ----------
-    coefficients, rule, prediction, clip, device
+    coefficients, rule, prediction_type, clip, device
         As given.
     tracker : PaperTracker, LogOddsTracker, RatioTracker or None
         What the rule tracks; steps then take and return a ``state``.
@@ -209,16 +205,16 @@ class StepPlan:
     noisy : list of bool
         Whether a step adds noise, and so takes ``noise`` or a ``seed``.
     indices : tuple of Tensor, shape (), int64
-        Every step as a tensor on the device, to be given as ``step``.
+        Every step index as a tensor on the device, to be passed as ``step``.
     table, table64 : Tensor, shape (N, 32), float32 and float64
         The numbers of every step, on the device; the columns are named by :data:`COLUMN`.
     variants : tuple of Variant
-        What a kernel is compiled for, of STEP, GUIDE and UPDATE.
+        What the kernels of STEP, GUIDE and UPDATE are compiled for.
 
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed.
+        If an argument is invalid; the message names it, its value and what is allowed.
 
     Warns
     -----
@@ -233,11 +229,11 @@ class StepPlan:
         coefficients: StepCoefficients,
         rule: Rule,
         *,
-        prediction: PredictionType = "epsilon",
+        prediction_type: PredictionType = "epsilon",
         cfg_scale: float | Sequence[float] | None = None,
         clip: float | None = None,
         device: torch.device | str | None = None,
-        _warn: bool = True,  # False for callers that warn themselves, of a cure of their own
+        _warn: bool = True,  # False for callers that give a warning of their own
     ) -> None:
         if not isinstance(coefficients, StepCoefficients):
             raise TypeError(f"coefficients must be a StepCoefficients, got {coefficients!r}")
@@ -246,13 +242,13 @@ class StepPlan:
                 f"coefficients must have 1 to {LARGEST_STEPS} steps, got {len(coefficients)}"
             )
         if not hasattr(rule, "guide"):
-            raise TypeError(f"rule must be one of dng_math.guidance, got {rule!r}")
-        _checks.choice("prediction", prediction, PREDICTION_TYPES)
-        if prediction == "epsilon" and np.any(coefficients.alpha_t == 0):
+            raise TypeError(f"rule must be one of dng_math.rules, got {rule!r}")
+        checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        if prediction_type == "epsilon" and np.any(coefficients.alpha_t == 0):
             raise ValueError(
-                "prediction must not be 'epsilon' where alpha is 0 (there x says nothing of x0, "
-                f"step {int(np.argmin(coefficients.alpha_t))}): use 'v_prediction', 'sample' or "
-                "'flow'"
+                "prediction_type must not be 'epsilon' where alpha is 0 (there x says nothing of "
+                f"x0, step {int(np.argmin(coefficients.alpha_t))}): use 'v_prediction', 'sample' "
+                "or 'flow_prediction'"
             )
         if not np.all(coefficients.sigma_t > 0):
             step = int(np.argmin(coefficients.sigma_t > 0))
@@ -263,8 +259,8 @@ class StepPlan:
         self.coefficients = coefficients
         self._steps = len(coefficients)
         self.rule = rule
-        self.prediction = prediction
-        self.clip = None if clip is None else _checks.positive("clip", clip)
+        self.prediction_type = prediction_type
+        self.clip = None if clip is None else checks.positive("clip", clip)
         self.tracker = tracker_of(rule, coefficients)
         coded = _coded(rule)
         self.needs_positive = coded.code == PERPENDICULAR
@@ -279,7 +275,7 @@ class StepPlan:
         table = self._table(coded, cfg_scale)
         if _warn:
             warn_where_noise_is_missing(self.tracker, coefficients, stacklevel=2)
-        # Asked on the host at every step, so kept as a list.
+        # Read on the host at every step, so kept as a list.
         self.noisy: list[bool] = (table[:, COLUMN["deviation"]] > 0).tolist()
         self._ever_noisy = any(self.noisy)
         self.variants = self._all_variants(coded.code, table)
@@ -288,27 +284,27 @@ class StepPlan:
 
     def _table(self, coded: RuleCode, cfg_scale: float | Sequence[float] | None) -> Array:
         c, tracker = self.coefficients, self.tracker
-        # Of x0 = x0_x_factor x + x0_factor prediction.
+        # The factors of x0 = x0_x_factor x + x0_factor prediction.
         x0_x_factor, x0_factor = (
-            np.broadcast_to(x0_of(self.prediction, *at, c.alpha_t, c.sigma_t), len(c))
+            np.broadcast_to(x0_of(self.prediction_type, *at, c.alpha_t, c.sigma_t), len(c))
             for at in ((1.0, 0.0), (0.0, 1.0))
         )
         to_noise = -(c.alpha_t / c.sigma_t) * x0_factor
-        if self.prediction == "epsilon":
+        if self.prediction_type == "epsilon":
             to_noise = np.ones_like(to_noise)
         steps: dict[str, Array | float] = {}
         if self.clip is None:
-            for kernel in ("", "kernel_"):
-                on_x, on_x0 = getattr(c, f"{kernel}x_factor"), getattr(c, f"{kernel}x0_factor")
-                steps[f"{kernel}x_factor"] = equations.step_mean(on_x, x0_x_factor, 1.0, on_x0)
-                steps[f"{kernel}factor"] = on_x0 * x0_factor
+            for of in ("", "transition_"):
+                on_x, on_x0 = getattr(c, f"{of}x_factor"), getattr(c, f"{of}x0_factor")
+                steps[f"{of}x_factor"] = equations.step_mean(on_x, x0_x_factor, 1.0, on_x0)
+                steps[f"{of}factor"] = on_x0 * x0_factor
         else:
-            # What is clipped cannot be folded: the step is taken on x0.
+            # Clipping cannot be folded into factors of the prediction: the step is taken on x0.
             steps = {
                 "x_factor": c.x_factor,
                 "factor": c.x0_factor,
-                "kernel_x_factor": c.kernel_x_factor,
-                "kernel_factor": c.kernel_x0_factor,
+                "transition_x_factor": c.transition_x_factor,
+                "transition_factor": c.transition_x0_factor,
             }
         active = np.ones(len(c))
         rule = self.rule
@@ -318,8 +314,8 @@ class StepPlan:
         warmed_up = np.arange(len(c)) >= coded.parameters.get("warmup_steps", 0)
         columns: dict[str, Array | float] = {
             **steps,
-            "x_drift": np.subtract(steps["x_factor"], steps["kernel_x_factor"]),
-            "drift": np.subtract(steps["factor"], steps["kernel_factor"]),
+            "x_drift": np.subtract(steps["x_factor"], steps["transition_x_factor"]),
+            "drift": np.subtract(steps["factor"], steps["transition_factor"]),
             "deviation": np.sqrt(np.maximum(c.step_var, 0.0)),
             "variance": c.step_var,
             "active": active,
@@ -335,9 +331,9 @@ class StepPlan:
         }
         if cfg_scale is not None:
             columns["cfg_scale"] = (
-                _checks.finite("cfg_scale", cfg_scale)
+                checks.finite("cfg_scale", cfg_scale)
                 if np.isscalar(cfg_scale)
-                else _checks.array("cfg_scale", cfg_scale, (len(c),))
+                else checks.array("cfg_scale", cfg_scale, (len(c),))
             )
         if tracker is not None:
             columns |= _tracker_columns(tracker, c)
@@ -370,7 +366,7 @@ class StepPlan:
         return table
 
     def _all_variants(self, rule: int, table: Array) -> tuple[Variant, Variant, Variant]:
-        """What a kernel is compiled for, of STEP, GUIDE and UPDATE."""
+        """What the kernels of STEP, GUIDE and UPDATE are compiled for."""
         tracker, cfg, clip = tracker_code(self.tracker), self.needs_uncond, self.clip is not None
         drift = bool(np.any(table[:, [COLUMN["x_drift"], COLUMN["drift"]]]))
         divergence = self.needs_divergence
@@ -384,10 +380,10 @@ class StepPlan:
         self.table64 = self._on_host.to(device)
         self.table = self._on_host.to(device, torch.float32)
         if self.needs_positive:
-            # In float32 more of a difference is rounding.
+            # The differences are rounded to float32, so the threshold is higher.
             self.table[:, COLUMN["rounding_sq"]] = torch.finfo(torch.float32).eps ** 2
         self.device = self.table.device
-        # Made once: to index a tensor at every step would cost more than to check its arguments.
+        # Made once: indexing a tensor at every step would cost more than checking its arguments.
         self.indices = torch.arange(len(self), device=device).unbind()
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -397,7 +393,9 @@ class StepPlan:
 
     def __repr__(self) -> str:
         """The rule and where it runs."""
-        return f"StepPlan({len(self)} steps, {self.rule!r}, {self.prediction!r}, {self.device})"
+        return (
+            f"StepPlan({len(self)} steps, {self.rule!r}, {self.prediction_type!r}, {self.device})"
+        )
 
     def to(self, device: torch.device | str) -> StepPlan:
         """A plan of the same steps on another device, with a workspace of its own."""
@@ -416,8 +414,8 @@ class StepPlan:
         """
         key = batch, elements
         if key not in self._workspaces:
-            _checks.integer("batch", batch, 0)
-            _checks.integer("elements", elements, 0)
+            checks.integer("batch", batch, 0)
+            checks.integer("elements", elements, 0)
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "the workspace of a batch must exist before a graph is captured: take a step "
@@ -427,19 +425,19 @@ class StepPlan:
         return self._workspaces[key]
 
     def column(self, name: str) -> Tensor:
-        """A number of every step by its name in :data:`COLUMN`, shape (N,), float64 on the CPU."""
-        return self._on_host[:, COLUMN[_checks.choice("name", name, COLUMN)]]
+        """One number of every step, by its name in :data:`COLUMN`; (N,), float64 on the CPU."""
+        return self._on_host[:, COLUMN[checks.choice("name", name, COLUMN)]]
 
     def row(self, step: int) -> Row:
-        """The numbers of a step, by their names in :data:`COLUMN`; floats, of float64."""
-        return named(self._on_host[_checks.integer("step", step, 0, len(self) - 1)].tolist())
+        """All numbers of a step as floats, by their names in :data:`COLUMN`."""
+        return named(self._on_host[checks.integer("step", step, 0, len(self) - 1)].tolist())
 
     def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """The tracker's state before the first step, shape (batch,); None without a tracker.
 
         It is log p for :class:`PaperTracker`, log p/(1-p) for :class:`LogOddsTracker`, L for FBG.
         """
-        _checks.integer("batch", batch, 0)
+        checks.integer("batch", batch, 0)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
         if self.tracker is None:
@@ -456,7 +454,7 @@ class StepPlan:
     def init_momentum(self, x: Tensor) -> Tensor | None:
         """SLD's momentum before the first step, zeros like x; None for the other rules.
 
-        Its unit is that of the noise; float32, or float64 if x is.
+        It has the units of the noise, and is float32, or float64 if x is.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {_shown(x)}")

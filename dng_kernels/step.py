@@ -1,7 +1,8 @@
 """The public operations: check, allocate, launch.
 
-On a GPU they are the Triton kernel, on a CPU the fast path in torch and NumPy, and elsewhere (in
-float64 on a GPU, without Triton, and for ``torch.compile`` on a CPU, which fuses it) the reference.
+On a GPU they run the Triton kernel, on a CPU the fast path in torch and NumPy, and otherwise (for
+float64 on a GPU, without Triton, and under ``torch.compile`` on a CPU, which fuses it) the
+reference.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def dng_step(
     """Guide, take the step and update the posterior, in one pass over memory.
 
     ``guided = base - lambda (eps_neg - eps)`` with the rule's lambda, where base is ``eps`` or its
-    CFG combination with ``eps_uncond`` (DNG Eq. 10); ``x_next`` from it by the plan's sampler; and
-    the tracker's state from how likely that x_next is under ``eps_neg`` and under ``eps`` (DNG
-    Eq. 12, Algorithms 1 and 2).
+    CFG combination with ``eps_uncond`` (DNG Eq. 10).  The plan's sampler takes the step to
+    ``x_next`` from it, and the tracker's state is updated by the likelihoods of that x_next under
+    ``eps_neg`` and under ``eps`` (DNG Eq. 12, Algorithms 1 and 2).
 
     Parameters
     ----------
@@ -49,21 +50,21 @@ def dng_step(
     step : int or 0-dim int64 Tensor
         Row of the plan, 0 the noisiest; a tensor is read on the device, without synchronising.
     x : Tensor, shape (B, ...)
-        At the noisier end; float32, float16, bfloat16 or (not by the kernel) float64.
+        x at the noisier end; float32, float16, bfloat16 or (not with the Triton kernel) float64.
     eps, eps_neg : Tensor, shape (B, ...)
-        The prediction, and that of what is unwanted (of what is wanted, for CFG and FBG), of the
-        plan's kind.  They may be of 16 bits beside a float32 x.
+        The base and the negative prediction (for CFG and FBG the positive one), of the plan's
+        prediction type.  They may have 16 bits when x is float32.
     state : Tensor, shape (B,)
         The tracker's state, float32; see :meth:`StepPlan.init_state`.  None for rules without one.
     eps_uncond : Tensor, shape (B, ...)
-        For a plan with ``cfg_scale``.
+        Unconditional prediction, for a plan with ``cfg_scale``.
     eps_pos : Tensor, shape (B, ...)
-        For Perp-Neg: what guidance leads to.
+        Positive prediction, for Perp-Neg.
     noise : Tensor, shape (B, ...)
-        Standard normals; or
+        Standard normals.  A step that adds noise takes either these or a ``seed``.
     seed : int or Tensor of shape (B, 2), int64
-        to make them in the kernel, of (seed, first_sample + i, step): in [0, 2^64), or seed and
-        sample index of every sample on the device (:func:`noise_keys`).
+        Makes the normals in the step, from (seed, first_sample + i, step): a number in [0, 2^64),
+        or seed and sample index of every sample on the device (:func:`noise_keys`).
     first_sample : int
         Sample index of the first row, with an integer seed.
     momentum : Tensor, shape (B, ...)
@@ -85,8 +86,9 @@ def dng_step(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed.  A step has no derivative, forward or
-        backward, and none of its tensors may be batched by ``torch.vmap``.
+        If an argument is invalid; the message names it, its value and what is allowed.  A step has
+        no derivative, forward or backward, and none of its tensors may be batched by
+        ``torch.vmap``.
     """
     if transforms_active():
         refuse_transforms(
@@ -143,7 +145,8 @@ def guide(
 ) -> StepResult:
     """The guided prediction alone, for samplers that take their own step.
 
-    Arguments as for :func:`dng_step`.  The state changes with :func:`update_posterior`.
+    Arguments and errors are those of :func:`dng_step`.  The state is read here and changed by
+    :func:`update_posterior`.
 
     Returns
     -------
@@ -193,8 +196,8 @@ def update_posterior(
 ) -> StepResult:
     """The tracker's state at the cleaner end of a step that was taken elsewhere.
 
-    Arguments as for :func:`dng_step`, with the x_next that the step gave; keep it in float32, for
-    the update sees a difference of x and x_next.
+    Arguments and errors are those of :func:`dng_step`, with the x_next that the step gave.  Keep it
+    in float32, because the update depends on the difference of x and x_next.
 
     Returns
     -------

@@ -1,14 +1,14 @@
 """Exact theory of Dynamic Negative Guidance: schedules, mixtures, rules, posteriors, chains.
 
-The public names are loaded on first use, because the rules and schedules are also what the GPU
-packages import and those must not pay for SciPy and Numba.
+The public names are loaded on first use: the GPU packages import rules and schedules from here
+and must not pay for importing SciPy and Numba.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DDIM",
@@ -46,7 +46,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dng_math.density import GuidedLogDensity, guided_density, guided_log_density
-    from dng_math.guidance import (
+    from dng_math.mixture import GaussianMixture
+    from dng_math.prediction import (
+        GuidedPrediction,
+        divergence_correction,
+        divergence_gap,
+        predict,
+    )
+    from dng_math.rules import (
         ClassifierFreeGuidance,
         ClassifierGuidance,
         ContrastiveCFG,
@@ -58,14 +65,6 @@ if TYPE_CHECKING:
         SafeLatentDiffusion,
         Unguided,
     )
-    from dng_math.mixture import GaussianMixture
-    from dng_math.posterior import ExactPosterior, LogOddsTracker, PaperTracker, TimeProfile
-    from dng_math.prediction import (
-        GuidedPrediction,
-        divergence_correction,
-        divergence_gap,
-        predict,
-    )
     from dng_math.sampling import ChainResult, sample
     from dng_math.schedules import (
         DDIM,
@@ -75,27 +74,28 @@ if TYPE_CHECKING:
         ProbabilityFlow,
         StepCoefficients,
     )
+    from dng_math.trackers import ExactPosterior, LogOddsTracker, PaperTracker, TimeProfile
 else:
-    # Hidden from type checkers, to which a module __getattr__ says that every name exists.
+    # Hidden from type checkers, which take a module __getattr__ to mean that every name exists.
     _HOME = {
         "GuidedLogDensity": "density",
         "guided_density": "density",
         "guided_log_density": "density",
-        "ClassifierFreeGuidance": "guidance",
-        "ClassifierGuidance": "guidance",
-        "ContrastiveCFG": "guidance",
-        "DynamicNegativeGuidance": "guidance",
-        "FeedbackGuidance": "guidance",
-        "LimitedInterval": "guidance",
-        "NegativePrompting": "guidance",
-        "PerpNeg": "guidance",
-        "SafeLatentDiffusion": "guidance",
-        "Unguided": "guidance",
+        "ClassifierFreeGuidance": "rules",
+        "ClassifierGuidance": "rules",
+        "ContrastiveCFG": "rules",
+        "DynamicNegativeGuidance": "rules",
+        "FeedbackGuidance": "rules",
+        "LimitedInterval": "rules",
+        "NegativePrompting": "rules",
+        "PerpNeg": "rules",
+        "SafeLatentDiffusion": "rules",
+        "Unguided": "rules",
         "GaussianMixture": "mixture",
-        "ExactPosterior": "posterior",
-        "LogOddsTracker": "posterior",
-        "PaperTracker": "posterior",
-        "TimeProfile": "posterior",
+        "ExactPosterior": "trackers",
+        "LogOddsTracker": "trackers",
+        "PaperTracker": "trackers",
+        "TimeProfile": "trackers",
         "GuidedPrediction": "prediction",
         "divergence_correction": "prediction",
         "divergence_gap": "prediction",
@@ -116,7 +116,7 @@ else:
         from importlib import import_module
 
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-        globals()[name] = value  # so that this function is asked once per name
+        globals()[name] = value  # later accesses do not call this function
         return value
 
     def __dir__():

@@ -1,23 +1,23 @@
-"""What compiled code knows a rule or a tracker by: a number, and the numbers that it reads.
+"""Integer codes of rules and trackers, and the hyperparameters that compiled code reads.
 
-The fused chain of this package and the fused step of ``dng_kernels`` use the same ones.
+The fused chain of this package and the fused step of ``dng_kernels`` share them.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from dng_math import guidance
-from dng_math.guidance import RatioTracker, Rule, innermost
-from dng_math.posterior import ExactPosterior, LogOddsTracker, PaperTracker
+from dng_math import rules
+from dng_math.rules import Rule, innermost
+from dng_math.trackers import ExactPosterior, LogOddsTracker, PaperTracker, Tracker
 
-# TOWARD is classifier-free guidance; EXACT and TRACKED are DNG with that posterior.
+# TOWARD is classifier-free guidance; EXACT and TRACKED are DNG with an exact or tracked posterior.
 UNGUIDED, TOWARD, NEGATIVE, SAFE, PERPENDICULAR, CONTRASTIVE, EXACT, TRACKED, FEEDBACK = range(9)
 NO_TRACKER, PAPER, LOG_ODDS, RATIO = range(4)
 
 
 class RuleCode(NamedTuple):
-    """A rule in numbers: which one, its g, and its other hyperparameters by name, in order."""
+    """A rule in numbers: its code, its g, and its other hyperparameters by name, in order."""
 
     code: int
     guidance_scale: float
@@ -25,15 +25,15 @@ class RuleCode(NamedTuple):
 
 
 def rule_code(rule: Rule) -> RuleCode | None:
-    """The numbers of the rule inside any limited intervals; None if compiled code has no such."""
+    """Code of the rule inside any limited intervals; None if it has no compiled version."""
     match innermost(rule):
-        case guidance.Unguided():
+        case rules.Unguided():
             return RuleCode(UNGUIDED, 0.0, {})
-        case guidance.ClassifierFreeGuidance(g):
+        case rules.ClassifierFreeGuidance(g):
             return RuleCode(TOWARD, g, {})
-        case guidance.NegativePrompting(g):
+        case rules.NegativePrompting(g):
             return RuleCode(NEGATIVE, g, {})
-        case guidance.SafeLatentDiffusion(g, threshold, gate, slope, scale, decay, warmup):
+        case rules.SafeLatentDiffusion(g, threshold, gate, slope, scale, decay, warmup):
             parameters = {
                 "threshold": threshold,
                 "slope": slope,
@@ -43,22 +43,22 @@ def rule_code(rule: Rule) -> RuleCode | None:
                 "warmup_steps": warmup,
             }
             return RuleCode(SAFE, g, parameters)
-        case guidance.PerpNeg(g, positive_scale) as rule:
+        case rules.PerpNeg(g, positive_scale) as rule:
             parameters = {"positive_scale": positive_scale, "rounding_sq": rule.ROUNDING_SQ}
             return RuleCode(PERPENDICULAR, g, parameters)
-        case guidance.ContrastiveCFG(g, temperature):
+        case rules.ContrastiveCFG(g, temperature):
             return RuleCode(CONTRASTIVE, g, {"contrastive_temperature": temperature})
-        case guidance.DynamicNegativeGuidance(g, ExactPosterior()):
+        case rules.DynamicNegativeGuidance(g, ExactPosterior()):
             return RuleCode(EXACT, g, {})
-        case guidance.DynamicNegativeGuidance(g, PaperTracker() | LogOddsTracker() as tracker):
+        case rules.DynamicNegativeGuidance(g, PaperTracker() | LogOddsTracker() as tracker):
             return RuleCode(TRACKED, g, {"p_max": tracker.p_max})
-        case guidance.FeedbackGuidance(pi):
+        case rules.FeedbackGuidance(pi):
             return RuleCode(FEEDBACK, 1.0, {"pi": pi})
     return None
 
 
-def tracker_code(tracker: PaperTracker | LogOddsTracker | RatioTracker | None) -> int:
-    """The number of a tracker."""
+def tracker_code(tracker: Tracker | None) -> int:
+    """Code of a tracker; NO_TRACKER for None."""
     match tracker:
         case None:
             return NO_TRACKER

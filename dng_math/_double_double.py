@@ -1,8 +1,8 @@
 """Double-double arithmetic: a number as the exact sum of two doubles, about 32 digits.
 
-Far from a narrow component the squared distances are of order 1e24, and what a posterior needs
-is their difference.  In double that is noise; here it is still 1e-7 of a nat (Dekker 1971;
-Hida, Li and Bailey 2001, "sloppy" sums replaced by accurate ones).
+Far from a narrow component the squared distances are of order 1e24, and a posterior needs their
+difference.  In double precision that is rounding noise; here its error is about 1e-7 nats (Dekker
+1971; Hida, Li and Bailey 2001, "sloppy" sums replaced by accurate ones).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def two_product(a, b):  # type: ignore[no-untyped-def]
 
 @scalar
 def add(a, a_low, b, b_low):  # type: ignore[no-untyped-def]
-    """Sum."""
+    """Sum of two double-doubles."""
     s, e = two_sum(a, b)
     t, f = two_sum(a_low, b_low)
     s, e = quick_two_sum(s, e + t)
@@ -43,14 +43,14 @@ def add(a, a_low, b, b_low):  # type: ignore[no-untyped-def]
 
 @scalar
 def multiply(a, a_low, b, b_low):  # type: ignore[no-untyped-def]
-    """Product."""
+    """Product of two double-doubles."""
     p, e = two_product(a, b)
     return quick_two_sum(p, e + (a * b_low + a_low * b))
 
 
 @scalar
 def divide(a, a_low, b, b_low):  # type: ignore[no-untyped-def]
-    """Quotient, by two corrections of the double quotient."""
+    """Quotient of two double-doubles, by two corrections of the double quotient."""
     q1 = a / b
     p, e = multiply(q1, 0.0, b, b_low)
     r, r_low = add(a, a_low, -p, -e)
@@ -63,7 +63,7 @@ def divide(a, a_low, b, b_low):  # type: ignore[no-untyped-def]
 
 @scalar
 def square_root(a, a_low):  # type: ignore[no-untyped-def]
-    """Square root of a positive number, by one Newton step (Karp and Markstein 1997)."""
+    """Square root of a positive double-double, by one Newton step (Karp and Markstein 1997)."""
     x = a**0.5
     p, e = two_product(x, x)
     r, _ = add(a, a_low, -p, -e)

@@ -1,8 +1,8 @@
-"""Exponential, logarithm and the sine pair as branch-free double arithmetic.
+"""Exponential, logarithm, sine and cosine as branch-free double arithmetic.
 
-The C library's functions are calls, and a loop with a call stays scalar.  These are a few
-fused multiply-adds each, so LLVM turns a loop over them into SIMD code (eight lanes with
-AVX-512), and they give the same bits on every machine.  The polynomials interpolate at
+A loop that calls the C library's functions stays scalar.  These are a few fused multiply-adds
+each, so LLVM turns a loop over them into SIMD code (eight lanes with AVX-512), and they give the
+same bits on every machine.  The polynomials interpolate at
 Chebyshev nodes (errors below 5e-16 of a term that is itself small); each function is within
 one unit in the last place, which the tests check against 50-digit references.
 """

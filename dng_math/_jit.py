@@ -1,4 +1,4 @@
-"""The one place where Numba's options are decided.
+"""Numba's compiler options, all decided here.
 
 Two kinds of compiled function exist here.  A *scalar* is branch-free arithmetic on numbers;
 it is forced inline, so that the loop that calls it becomes SIMD code.  A *kernel* loops over
@@ -9,9 +9,9 @@ so that only the first process on a machine compiles.
 alike, and that is why sample ``i`` has the same bits whatever the batch around it.
 ``error_model="numpy"`` divides by zero as IEEE 754 does instead of branching to raise.
 
-Numba renews a cached function when the file that defines it changes, but not when a function
-that it calls does, in another file.  Here the stamp of every cached function is a hash of all
-sources of the package, so an edited equation or an upgrade never meets stale machine code.
+Numba recompiles a cached function when the file that defines it changes, but not when a function
+that it calls changes in another file.  Here the stamp of every cached function is a hash of all
+sources of the package, so stale machine code is never run after an edit or an upgrade.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def package_stamp() -> bytes:
 def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     try:
         dispatcher = njit(error_model="numpy", cache=True, **options)(function)
-    except RuntimeError:  # no directory that a cache could be written to
+    except RuntimeError:  # there is no writable cache directory
         return njit(error_model="numpy", **options)(function)
     dispatcher._cache._cache_file._source_stamp = package_stamp()
     return dispatcher
@@ -59,8 +59,8 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 def block_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop over a block of lanes, called by kernels only.
 
-    It allocates nothing, so it is compiled without reference counts: the atomic updates for
-    each row it looks at would cost as much as the arithmetic on a row.
+    It allocates nothing, so it is compiled without reference counts: their atomic updates, one
+    for each view of a row, would cost as much as the arithmetic on the row.
     """
     return _compiled(function, _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
@@ -124,5 +124,5 @@ def run_blocks(function: Callable[[int], None], n_blocks: int, threads: int | No
 
 
 if hasattr(os, "register_at_fork"):
-    # A forked child inherits the executor but not its threads, and would wait for ever.
+    # A forked child inherits the executor but not its threads, and would wait forever.
     os.register_at_fork(after_in_child=_pool.cache_clear)

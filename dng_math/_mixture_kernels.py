@@ -1,14 +1,14 @@
 """The loops under :class:`dng_math.GaussianMixture`.
 
 Components come sorted into groups (a forbidden concept, the rest, ...).  For every point and
-group a kernel gives the log-sum-exp of the log joint densities, and the mean, under the group's
-responsibilities, of a function ``base_k + gain_k (x - m_k)``: with base 0 and gain minus the
-precision that is the score, with base the mean of x0 and gain alpha C (alpha^2 C + sigma^2)^-1
-it is the posterior mean of x0.
+group a kernel computes the log-sum-exp of the log joint densities, and the mean of
+``base_k + gain_k (x - m_k)`` under the group's responsibilities.  That mean is the score for base 0
+and gain minus the precision; it is the posterior mean of x0 for base the mean of x0 and gain
+alpha C (alpha^2 C + sigma^2)^-1.
 
-``block_groups`` works on BLOCK points at a time, one point a lane, so that every loop over lanes
-is SIMD code.  ``refined_groups`` is the same in double-double, for the points whose squared
-distances are so large that their differences drown in double precision.
+``block_groups`` works on BLOCK points at a time, one per lane, so that every loop over lanes is
+SIMD code.  ``refined_groups`` does the same in double-double, for points whose squared distances
+are so large that double precision loses their differences.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def block_groups(  # type: ignore[no-untyped-def]
     trace,
     spread,
 ):
-    """One block of points, lanes last.
+    """Log-sum-exps and mean values of all groups for one block of points, lanes last.
 
     Shapes: x (D, BLOCK); groups (G + 1,) boundaries; log_weight (K,), including -log det / 2;
     mean, mean_low, base (K, D); precision, gain (K, D, 1) or (K, D, D); logits
@@ -208,7 +208,10 @@ def evaluate(  # type: ignore[no-untyped-def]
     trace,
     spread,
 ):
-    """block_groups for points x (N, D): log_sum (G, N), value (G, N, D), trace, spread (G, N)."""
+    """Run block_groups on points x (N, D).
+
+    Results: log_sum (G, N), value (G, N, D), trace and spread (G, N).
+    """
     n, dimensions = x.shape
     n_groups = len(groups) - 1
     largest = 0
@@ -263,9 +266,10 @@ def evaluate(  # type: ignore[no-untyped-def]
 
 @kernel
 def inverse_factors(cov, cov_low, factor, factor_low, log_det):  # type: ignore[no-untyped-def]
-    """W = L^-1 with C = L L^T, in double-double; returns the first C that is not positive definite.
+    """Compute W = L^-1, with C = L L^T, and log det C in double-double.
 
-    cov and factor have shape (K, D, D), log_det (K,); -1 is returned when all are.
+    cov and factor have shape (K, D, D), log_det (K,).  Returns the index of the first C that is
+    not positive definite, or -1 if all are.
     """
     components, dimensions, _ = cov.shape
     low = np.empty((dimensions, dimensions, 2))
@@ -301,10 +305,10 @@ def inverse_factors(cov, cov_low, factor, factor_low, log_det):  # type: ignore[
 
 @kernel
 def precisions(cov, cov_low, factor, factor_low, precision, shrink):  # type: ignore[no-untyped-def]
-    """P = W^T W and C P, in double-double until they are rounded; all arrays (K, D, D).
+    """Compute P = W^T W and C P in double-double, rounded at the end; all arrays (K, D, D).
 
-    C commutes with the matrix that W belongs to, so that C P is symmetric.  Its entries are what
-    is left of terms that are larger by the condition number, which double would lose.
+    C commutes with the matrix that W belongs to, so C P is symmetric.  The terms of its entries
+    can be larger than the result by the condition number, and double precision would lose it.
     """
     components, dimensions, _ = cov.shape
     p = np.empty((dimensions, dimensions, 2))
@@ -352,7 +356,7 @@ def refined_groups(  # type: ignore[no-untyped-def]
 
     variance is (K, D, 1) for diagonal components, the inverse Cholesky factor (K, D, D) for
     full ones.  top (N,) is the largest log joint density and log_sum (G, N) is relative to
-    it, so that differences keep what double-double gave them.
+    it, so that differences keep the accuracy of double-double.
     """
     n, dimensions = x.shape
     components = len(log_weight)

@@ -1,7 +1,7 @@
 """The rules and the trackers of the fused chain, on blocks of BLOCK lanes.
 
-The same rules as :mod:`dng_math.guidance` and the same trackers as :mod:`dng_math.posterior`,
-for predictions of x0, with the arithmetic of :mod:`dng_math.equations` compiled.
+They are those of :mod:`dng_math.rules` and :mod:`dng_math.trackers`, for predictions of x0, with
+the arithmetic of :mod:`dng_math.equations` compiled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dng_math._codes import (
 from dng_math._elementary import exp
 from dng_math._jit import block_kernel, scalar
 from dng_math._mixture_kernels import BLOCK
-from dng_math.guidance import PerpNeg
+from dng_math.rules import PerpNeg
 
 LARGEST_LOG_RATIO = 700.0  # e^700 is still a double
 ROUNDING_SQ = PerpNeg.ROUNDING_SQ
@@ -80,15 +80,16 @@ def tracked_odds(tracker, state, cap, odds):  # type: ignore[no-untyped-def]
 def guide(  # type: ignore[no-untyped-def]
     rule, p, step, to_noise, x0, value, share, log_sum, positive, odds, memory, work, scale, guided
 ):
-    """Guided prediction of x0 (D, BLOCK) and scale (M, BLOCK); p are the rule's parameters.
+    """Write guided x0 (D, BLOCK) and scale (M, BLOCK); p are the rule's parameters.
 
-    positive (2, D, BLOCK) is what is led to and, for Perp-Neg, what it leads away from.
+    positive (2, D, BLOCK) holds the positive prediction and, for Perp-Neg, that of all other
+    components.
     """
     dimensions, concepts = x0.shape[0], scale.shape[0]
     g = p[0]
     a, b = work[0], work[1]
     if rule == UNGUIDED or rule == SAFE or rule == EXACT or (rule == TRACKED and concepts > 1):
-        copy(x0, guided)  # these add to it, or leave it
+        copy(x0, guided)  # these rules add to the base or keep it
     if rule == UNGUIDED:
         fill(scale, 0.0)
     elif rule == TOWARD:
@@ -177,7 +178,7 @@ def guide(  # type: ignore[no-untyped-def]
             for i in range(BLOCK):
                 out[i] = away(base[i], other[i] - base[i], row[i])
     elif rule == EXACT:
-        # See DynamicNegativeGuidance._guide_exactly: relative to the rest nothing diverges.
+        # As in DynamicNegativeGuidance._guide_exactly: differences to the rest stay finite.
         rest = log_sum[concepts]
         for k in range(concepts):
             row, own, weight = scale[k], log_sum[k], share[k]
@@ -246,10 +247,10 @@ def track(  # type: ignore[no-untyped-def]
     work,
     state,
 ):
-    """One update of the tracker's state (M, BLOCK); t = temperature, offset, nats, low, high.
+    """Update the tracker's state (M, BLOCK); t = temperature, offset, offset_nats, low, high.
 
-    others (M or more, D, BLOCK) are the predictions compared with x0; divergence holds those of
-    the scores of the concepts and, last, of the whole mixture.
+    others (M or more, D, BLOCK) are the predictions compared with x0; divergence holds the
+    divergence of each group's score and, last, of the whole mixture's.
     """
     temperature, offset, nats, low, high = t[0], t[1], t[2], t[3], t[4]
     dimensions = x0.shape[0]

@@ -1,4 +1,4 @@
-"""The exact target of guidance: in any dimension, and in one with its distribution function.
+"""The exact target density of guidance, and in one dimension its distribution function.
 
 Forgetting the components c of a mixture p with scale g targets
 
@@ -7,8 +7,8 @@ Forgetting the components c of a mixture p with scale g targets
 because the guided score s - g o (s_c - s), with o = p(c|x)/p(not c|x), is the gradient of
 log p + g log p(not c | .) (Koulischer et al., ICLR 2025, Eq. 10 with the exact posterior).
 
-:func:`guided_log_density` is log q up to log Z in any dimension, with its score, exact draws and
-what is known of Z.  :func:`guided_density` is q itself in one dimension, with its distribution
+:func:`guided_log_density` is log q + log Z in any dimension, with its score, exact draws and an
+estimate of log Z.  :func:`guided_density` is q itself in one dimension, with its distribution
 function and its quantiles to about twelve digits.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.polynomial import legendre
 from numpy.typing import ArrayLike, NDArray
 
-from dng_math import _checks
+from dng_math import checks
 from dng_math.mixture import GaussianMixture
 
 Array = NDArray[np.float64]
@@ -32,21 +32,21 @@ Array = NDArray[np.float64]
 _NODES, _NODE_WEIGHTS = legendre.leggauss(16)
 # Values at the nodes -> Legendre coefficients of the interpolant (discrete orthogonality).
 _TO_LEGENDRE = (np.arange(16) + 0.5)[:, None] * legendre.legvander(_NODES, 15).T * _NODE_WEIGHTS
-# 256 panels put nodes at most 4e-4 of the interval apart, so that a mode whose width is 1e-3 of
-# the interval is seen by several of them before anything adapts.
+# 256 panels put nodes at most 4e-4 of the interval apart, so that several of them sample a mode
+# whose width is 1e-3 of the interval before any panel is refined.
 _FIRST_PANELS = 256
 _MAX_PANELS = 200_000
-_PANEL_TOLERANCE = 1e-14  # of the total mass
+_PANEL_TOLERANCE = 1e-14  # relative to the total mass
 _CHUNK = 16384  # points handled at once: bounds memory, whatever the size of the sample
 
 
 @dataclass(frozen=True, eq=False)
-class TargetDensity1D(_checks.ReadOnly):
+class TargetDensity1D(checks.ReadOnly):
     """A normalised density on [lo, hi] from a log-density known up to a constant.
 
-    The interval is cut into panels, halved until the Legendre series of each panel has
-    converged; a panel's integral is then 16-point Gauss-Legendre quadrature and the distribution
-    function within it the integral of its series.  Probabilities are good to about 1e-12
+    The interval is cut into panels, which are halved until the Legendre series of each has
+    converged.  A panel is integrated by 16-point Gauss-Legendre quadrature, and the distribution
+    function within it is the integral of its series.  Probabilities are good to about 1e-12
     absolute for mixtures of Gaussians with standard deviations down to 1e-3 of the interval.
     Narrower modes may be missed unless ``breakpoints`` frame them.
 
@@ -58,8 +58,8 @@ class TargetDensity1D(_checks.ReadOnly):
     lo, hi : float
         The support, finite.  The density is zero outside.
     breakpoints : sequence of float, optional
-        Points of [lo, hi] to be panel edges: kinks, jumps, and for a mode that is narrower than
-        1e-3 of the interval its centre and the ends where it has died out.
+        Points of [lo, hi] that become panel edges: kinks, jumps, and, for a mode narrower than
+        1e-3 of the interval, its centre and the points where it has decayed.
 
     Attributes
     ----------
@@ -101,11 +101,11 @@ class TargetDensity1D(_checks.ReadOnly):
         """Resolve and integrate the density; the only place that writes the fields."""
         if not callable(self.log_density):
             raise TypeError(f"log_density must be callable, got {self.log_density!r}")
-        lo = _checks.real("lo", self.lo, "finite", -math.inf, math.inf, closed="()")
-        hi = _checks.real("hi", self.hi, "finite", -math.inf, math.inf, closed="()")
+        lo = checks.real("lo", self.lo, "finite", -math.inf, math.inf, closed="()")
+        hi = checks.real("hi", self.hi, "finite", -math.inf, math.inf, closed="()")
         if not lo < hi:
             raise ValueError(f"lo must be below hi, got lo={lo!r} and hi={hi!r}")
-        points = _checks.reals("breakpoints", self.breakpoints).reshape(-1)
+        points = checks.reals("breakpoints", self.breakpoints).reshape(-1)
         if not np.isfinite(points).all() or (points < lo).any() or (points > hi).any():
             raise ValueError(f"breakpoints must lie in [{lo!r}, {hi!r}], got {self.breakpoints!r}")
 
@@ -129,7 +129,7 @@ class TargetDensity1D(_checks.ReadOnly):
             "hi": hi,
             "breakpoints": tuple(points.tolist()),
             "log_normaliser": shift + math.log(total),
-            # Centred, so that an interval far from the origin costs no digits.
+            # Relative to lo, so that an interval far from the origin costs no digits.
             "mean": lo + math.fsum((weights * (nodes - lo)).ravel()) / total,
             "_edges": np.concatenate([left, right[-1:]]),
             "_series": series,
@@ -244,11 +244,11 @@ class TargetDensity1D(_checks.ReadOnly):
         below, above = self.cdf(left), self._by_chunks(self._survival, right)
         from_left = self.cdf(right) - below
         from_right = self._by_chunks(self._survival, left) - above
-        # The difference of two numbers near one would lose what is left of a tail.
+        # The difference of two numbers near one would lose the digits of a small tail.
         return np.maximum(np.where(below < 0.5, from_left, from_right), 0.0)[()]
 
     def _points(self, name: str, value: ArrayLike) -> Array:
-        points = _checks.reals(name, value)
+        points = checks.reals(name, value)
         if np.isnan(points).any():
             raise ValueError(
                 f"{name} must not be NaN, got NaN at {np.argwhere(np.isnan(points))[0]}"
@@ -321,11 +321,11 @@ class TargetDensity1D(_checks.ReadOnly):
 
 
 def _evaluate(log_density: Callable[[Array], Array], points: Array) -> Array:
-    """Checked values of a user's log-density, by chunks."""
+    """Evaluate a user's log-density in chunks and check the values."""
     out = np.empty(points.shape)
     for start in range(0, points.size, _CHUNK):
         chunk = points[start : start + _CHUNK]
-        values = _checks.reals("the result of log_density", log_density(chunk))
+        values = checks.reals("the result of log_density", log_density(chunk))
         if values.shape != chunk.shape:
             raise ValueError(
                 f"log_density must return the shape it is given, {chunk.shape}, got {values.shape}"
@@ -342,7 +342,7 @@ def _evaluate(log_density: Callable[[Array], Array], points: Array) -> Array:
 def _resolved_panels(
     log_density: Callable[[Array], Array], left: Array, right: Array
 ) -> tuple[Array, Array, Array]:
-    """Halve panels until each Legendre series has converged; panels from left to right.
+    """Halve panels until each Legendre series has converged; return them from left to right.
 
     A series has converged when its last four coefficients are below 1e-14 of the total mass, or
     at the level of the rounding of ``log_density`` itself, beyond which halving only chases
@@ -371,7 +371,7 @@ def _resolved_panels(
             slope = np.abs(np.diff(log_values) / np.diff(nodes))
         slope = np.where(np.isfinite(slope), slope, 0.0).max(axis=1)
         largest = np.where(values > 0.0, np.abs(log_values), 0.0).max(axis=1)
-        # Of the value of log_density, and of the nodes where it is taken.
+        # Rounding of the values of log_density, and of the nodes at which it is evaluated.
         rounding = (4e-16 * (1.0 + largest) + size * slope) * values.max(axis=1) * half
         total = accepted + float(masses.sum())
         narrow = half <= 8.0 * size
@@ -393,15 +393,15 @@ def _resolved_panels(
 
 
 class LogNormaliser(NamedTuple):
-    """log Z, in nats, and how far it may be off.
+    """log Z in nats, and its estimated error.
 
     Attributes
     ----------
     value : float
         log Z.
     error : float
-        0 where it is known in closed form; the estimated error of a quadrature; or the standard
-        error of an estimate from random draws.
+        0 for a closed form, the estimated error for a quadrature, or the standard error for an
+        estimate from random draws.
     """
 
     value: float
@@ -409,12 +409,13 @@ class LogNormaliser(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class GuidedLogDensity(_checks.ReadOnly):
-    """log p(x) + g log p(not components | x): see :func:`guided_log_density`, which makes it.
+class GuidedLogDensity(checks.ReadOnly):
+    """Log density log p(x) + g log p(not components | x), made by :func:`guided_log_density`.
 
     Attributes
     ----------
     mixture : GaussianMixture
+        The unguided distribution p.
     forbidden : ndarray, shape (M,)
         Sorted indices of the forbidden components.
     guidance_scale : float
@@ -426,7 +427,22 @@ class GuidedLogDensity(_checks.ReadOnly):
     guidance_scale: float
 
     def __call__(self, x: ArrayLike) -> Array:
-        """The log density up to a constant, in nats, shape (N,), of points x of shape (N, D)."""
+        """The log density up to a constant, in nats.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N,), float64
+
+        Raises
+        ------
+        TypeError, ValueError
+            If x is not real and finite or has another shape, or is so far out that float64
+            overflows.
+        """
         value = self.mixture.log_prob(x)
         if self.guidance_scale == 0.0:
             return value
@@ -434,8 +450,23 @@ class GuidedLogDensity(_checks.ReadOnly):
         return np.asarray(value + self.guidance_scale * allowed)
 
     def score(self, x: ArrayLike) -> Array:
-        """Its gradient, s - g o (s_c - s), shape (N, D): the score of DNG, Eq. 10."""
-        # o (s - s_c) = s_r - s, where nothing diverges as p(c | x) -> 1.
+        """Gradient of the log density, s - g o (s_c - s), shape (N, D): DNG Eq. 10.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N, D), float64
+            In inverse units of x.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for a call.
+        """
+        # o (s - s_c) = s_r - s, which stays finite as p(c | x) -> 1.
         value = self.mixture.score(x)
         return value + self.guidance_scale * self.mixture.log_posterior_gradient(x, self._allowed)
 
@@ -444,33 +475,39 @@ class GuidedLogDensity(_checks.ReadOnly):
         return np.setdiff1d(np.arange(self.mixture.n_components), self.forbidden)
 
     def _proposal(self) -> tuple[GaussianMixture, float, float]:
-        """A mixture m, and c and h with q Z = c m(x) p(not components | x)^h, h >= 0."""
+        """Mixture m, factor c and power h such that q Z = c m(x) p(not components | x)^h."""
         if self.guidance_scale < 1.0:
             return self.mixture, 1.0, self.guidance_scale
         weight = float(self.mixture.weights[self._allowed].sum())
         return self.mixture.restrict(self._allowed), weight, self.guidance_scale - 1.0
 
     def sample(self, n: int, rng: np.random.Generator | int | None = None) -> Array:
-        """n independent draws from the normalised density, exactly, shape (n, D).
+        """Independent exact draws from the normalised density, shape (n, D).
 
-        By rejection (von Neumann 1951): draws of p without the components are kept with probability
-        p(not components | x)^(g - 1), or for g < 1 draws of p with probability
-        p(not components | x)^g.
+        Rejection sampling (von Neumann 1951): for g >= 1, draws of p without the components are
+        kept with probability p(not components | x)^(g - 1); for g < 1, draws of p are kept with
+        probability p(not components | x)^g.
 
         Parameters
         ----------
         n : int
+            Number of draws.
         rng : numpy.random.Generator, or int seed, optional
+            Source of randomness; default unseeded.
+
+        Returns
+        -------
+        ndarray, shape (n, D), float64
 
         Raises
         ------
         ValueError, TypeError
-            If g < 0, where that probability has no bound, or if fewer than one draw in 10,000 is
-            kept.
+            If g < 0, where the weights have no bound, if fewer than one draw in 10,000 is kept, or
+            if an argument is invalid.
         """
-        n = _checks.size("n", n, 0)
+        n = checks.size("n", n, 0)
         self._bounded("sample")
-        generator = _checks.generator("rng", rng)
+        generator = checks.generator("rng", rng)
         proposal, _, power = self._proposal()
         kept, count, drawn = [np.empty((0, self.mixture.dim))], 0, 0
         while count < n:
@@ -492,19 +529,21 @@ class GuidedLogDensity(_checks.ReadOnly):
     def log_normaliser(
         self, draws: int | None = None, rng: np.random.Generator | int | None = None
     ) -> LogNormaliser:
-        """log Z, Z = int p p(not components | x)^g dx, with its error.
+        """Log normaliser log Z, with Z = int p p(not components | x)^g dx, and its error.
 
-        In closed form for g = 0 (0) and g = 1 (the log weight of the allowed components).  Else by
-        adaptive Gauss-Legendre quadrature in one and two dimensions, and beyond, or where ``draws``
-        is given, as the mean of p(not components | x)^(g - 1) over draws of p without the
-        components times their weight, or for g < 1 of p(not components | x)^g over draws of p.
+        Closed forms: 0 for g = 0, and the log weight of the allowed components for g = 1.
+        Otherwise, adaptive Gauss-Legendre quadrature in one and two dimensions.  With ``draws``,
+        which more dimensions need, Z is estimated from random draws: for g >= 1 as the weight of
+        the allowed components times the mean of p(not components | x)^(g - 1) over draws of p
+        without the forbidden ones; for g < 1 as the mean of p(not components | x)^g over draws
+        of p.
 
         Parameters
         ----------
         draws : int, optional
             Number of random draws, at least 100.
         rng : numpy.random.Generator, or int seed, optional
-            For the draws.
+            Source of randomness for the draws; default unseeded.
 
         Returns
         -------
@@ -514,14 +553,14 @@ class GuidedLogDensity(_checks.ReadOnly):
         Raises
         ------
         ValueError, TypeError
-            If draws are needed and not given; for draws, if g < 0 or if their effective number
-            (sum w)^2 / sum w^2 is below 100, which leaves no honest standard error; for quadrature,
-            if q cannot be normalised (possible for g < 0 only) or its modes are too many or too
-            narrow.
+            If draws are needed and not given.  With draws, if g < 0 or if their effective number
+            (sum w)^2 / sum w^2 is below 100, too few for a reliable standard error.  With
+            quadrature, if q cannot be normalised (possible for g < 0 only) or has too many or too
+            narrow modes.
         """
         if draws is not None:
-            draws = _checks.size("draws", draws, 100)
-        generator = _checks.generator("rng", rng)
+            draws = checks.size("draws", draws, 100)
+        generator = checks.generator("rng", rng)
         if self.guidance_scale == 0.0:
             return LogNormaliser(0.0, 0.0)
         if self.guidance_scale == 1.0:
@@ -562,7 +601,7 @@ class GuidedLogDensity(_checks.ReadOnly):
                 f"{self.guidance_scale!r} the effective number is {effective:.1f}, and 100 are "
                 "needed for a standard error"
             )
-        # Of log Z: the relative standard error of the mean weight.
+        # The standard error of log Z is the relative standard error of the mean weight.
         error = math.sqrt(max(0.0, 1.0 / effective - 1.0 / draws))
         return LogNormaliser(math.log(weight) + math.log(total / draws), error)
 
@@ -582,13 +621,13 @@ def guided_log_density(
     """Log density of the exact guided target, up to a constant, in any dimension.
 
     ``log p(x) + g log p(not components | x)``, whose gradient is the score of DNG with the exact
-    posterior (Koulischer et al., ICLR 2025, Eq. 10).  At g = 0 it is that of the mixture, at g = 1
-    that of ``mixture.restrict(the others)`` plus the log of their weight.
+    posterior (Koulischer et al., ICLR 2025, Eq. 10).  At g = 0 it is the log density of the
+    mixture, at g = 1 that of ``mixture.restrict(the others)`` plus the log of their weight.
 
     Parameters
     ----------
     mixture : GaussianMixture
-        In D dimensions.
+        The unguided distribution p, in D dimensions.
     components : array_like of int, or bool mask of shape (K,)
         The forbidden components.
     guidance_scale : float
@@ -603,7 +642,7 @@ def guided_log_density(
     Raises
     ------
     TypeError
-        If an argument is of another kind.
+        If an argument has the wrong type.
     ValueError
         If ``components`` do not name components, or leave none with weight, or if g is not finite.
 
@@ -618,14 +657,14 @@ def guided_log_density(
     (4, 2)
     """
     if not isinstance(mixture, GaussianMixture):
-        raise TypeError(f"mixture must be a GaussianMixture, got {_checks.shown(mixture)}")
+        raise TypeError(f"mixture must be a GaussianMixture, got {checks.shown(mixture)}")
     forbidden = mixture.component_indices("components", components)
-    g = _checks.finite("guidance_scale", guidance_scale)
+    g = checks.finite("guidance_scale", guidance_scale)
     allowed = np.setdiff1d(np.arange(mixture.n_components), forbidden)
     # At g = 0 the forbidden components do not matter.
     if g != 0.0 and mixture.weights[allowed].sum() == 0:
         raise ValueError(f"components must leave some component allowed, got {components!r}")
-    return GuidedLogDensity(mixture, _checks.frozen(forbidden), g)
+    return GuidedLogDensity(mixture, checks.frozen(forbidden), g)
 
 
 _SQUARE_NODES, _SQUARE_WEIGHTS = legendre.leggauss(12)
@@ -636,7 +675,7 @@ _MAX_CELLS = 50_000
 
 
 def _box(log_density: Callable[[Array], Array], centres: Array, widths: Array) -> Array:
-    """Corners (2, 2) of a rectangle that holds all of a guided density but e^-60."""
+    """Corners (2, 2) of a rectangle on whose edges a guided density is below e^-60 of its peak."""
     low, high = (centres - 12.0 * widths).min(axis=0), (centres + 12.0 * widths).max(axis=0)
     step = widths.max(axis=0)
     share = np.linspace(0.0, 1.0, 201)
@@ -659,11 +698,11 @@ def _box(log_density: Callable[[Array], Array], centres: Array, widths: Array) -
 def _cubature(
     log_density: Callable[[Array], Array], centres: Array, covariances: Array
 ) -> LogNormaliser:
-    """log of the integral over the plane, by cells that are quartered.
+    """log of the integral over the plane, by adaptive quartering of cells.
 
-    A cell is done when the highest third of its Legendre series is below 1e-13 of the whole, and
-    when it is no wider than six deviations of a mode's narrowest axis where it comes within eight
-    of that mode: nodes further apart could miss it.
+    A cell is accepted when the highest third of its Legendre series is below 1e-13 of the whole.
+    Within eight deviations of a mode it must also be no wider than six deviations of the mode's
+    narrowest axis, or its nodes could miss the mode.
     """
     box = _box(log_density, centres, np.sqrt(np.diagonal(covariances, axis1=1, axis2=2)))
     narrow = np.sqrt(np.linalg.eigvalsh(covariances)[:, 0])
@@ -697,7 +736,7 @@ def _cubature(
             * np.maximum(series[:, 8:].max(axis=(1, 2)), series[:, :, 8:].max(axis=(1, 2)))
         )
         total = accepted + float(masses.sum())
-        # Below the rounding of the values themselves nothing converges any more.
+        # The series cannot converge below the rounding of the values themselves.
         rounding = 1e-15 * masses * (1.0 + np.abs(log_values).max(axis=(1, 2)))
         good = tail <= np.maximum(1e-13 * total, rounding)
         for k in np.flatnonzero(size.max() > 6.0 * narrow):
@@ -728,7 +767,7 @@ def guided_density(
     Parameters
     ----------
     mixture : GaussianMixture
-        In one dimension; :func:`guided_log_density` takes any.
+        The unguided distribution p, in one dimension; :func:`guided_log_density` takes any.
     components : array_like of int
         The forbidden components, as ``mixture.log_posterior`` takes them.
     guidance_scale : float
@@ -746,10 +785,10 @@ def guided_density(
     Raises
     ------
     TypeError
-        If ``guidance_scale`` or ``bounds`` are not numbers.
+        If ``mixture`` is not a GaussianMixture, or another argument is not made of numbers.
     ValueError
-        If the mixture is not one-dimensional, if every component is forbidden, or if q cannot be
-        normalised (possible for g < 0 only).
+        If the mixture is not one-dimensional, if every component is forbidden, if ``bounds`` do
+        not increase, or if q cannot be normalised (possible for g < 0 only).
     """
     guided = guided_log_density(mixture, components, guidance_scale)
     if mixture.dim != 1:
@@ -765,15 +804,15 @@ def guided_density(
         lo, hi = _bounds(log_density, centres, widths)
     else:
         if not isinstance(bounds, (tuple, list, np.ndarray)) or len(bounds) != 2:
-            raise ValueError(f"bounds must be (lo, hi), got {_checks.shown(bounds)}")
+            raise ValueError(f"bounds must be (lo, hi), got {checks.shown(bounds)}")
         lo, hi = (
-            _checks.real(f"bounds[{i}]", bound, "finite", -math.inf, math.inf, closed="()")
+            checks.real(f"bounds[{i}]", bound, "finite", -math.inf, math.inf, closed="()")
             for i, bound in enumerate(bounds)
         )
         if not lo < hi:
             raise ValueError(f"bounds must be increasing, got {bounds!r}")
-    # Edges where a mode is centred, falls off and has died out show it to the panels, however
-    # narrow it is.
+    # Panel edges at the centre, the flanks and the ends of a mode resolve it, however narrow it
+    # is.
     points = (centres[:, None] + widths[:, None] * np.array([-9.0, -6.0, 0.0, 6.0, 9.0])).ravel()
     points = np.unique(points[(points > lo) & (points < hi)])
     return TargetDensity1D(log_density, lo, hi, tuple(points.tolist()))
@@ -782,7 +821,7 @@ def guided_density(
 def _bounds(
     log_density: Callable[[Array], Array], centres: Array, widths: Array
 ) -> tuple[float, float]:
-    """Ends that hold all of a guided density but e^-60."""
+    """Ends of an interval at which a guided density is below e^-60 of its peak."""
     lo, hi = float((centres - 12.0 * widths).min()), float((centres + 12.0 * widths).max())
     step = float(widths.max())
     for _ in range(64):

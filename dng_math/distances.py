@@ -1,8 +1,8 @@
-"""How far a sample is from its target.
+"""Distances between a sample and its target distribution.
 
-What guidance promises is a distribution, so a sampler is judged by a distance between what it
-drew and that distribution; in one dimension the target is known to twelve digits
-(:mod:`dng_math.density`), and the distances are exact functions of the sample:
+Guidance promises a distribution, so a sampler is judged by the distance of its samples from that
+distribution.  In one dimension the target is known to twelve digits (:mod:`dng_math.density`), and
+the distances are exact functions of the sample:
 
     Kolmogorov-Smirnov     sup |F_n - F|
     Wasserstein            int |F_n - F| dx, and its sliced form in any dimension
@@ -11,7 +11,7 @@ drew and that distribution; in one dimension the target is known to twelve digit
                            Inception's)
     forbidden mass         the expected share of the sample that belongs to c
 
-None of them knows how much of a distance is chance.  For that there are
+None of them says how much of a distance is due to chance.  For that see
 :func:`ks_critical_value`, :func:`binomial_interval` and the bias stated in
 :func:`kl_to_target`.
 """
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from dng_math import _checks
+from dng_math import checks
 from dng_math.density import (
     GuidedLogDensity,
     LogNormaliser,
@@ -82,10 +82,10 @@ def ks_statistic(samples: ArrayLike, cdf: Callable[[Array], Array]) -> float:
         If ``samples`` are empty or not finite, or if ``cdf`` returns another shape or numbers
         outside [0, 1].
     """
-    ordered = np.sort(_checks.filled("samples", samples, ("N",)))
+    ordered = np.sort(checks.filled("samples", samples, ("N",)))
     if not callable(cdf):
         raise TypeError(f"cdf must be callable, got {cdf!r}")
-    values = _checks.reals("the result of cdf", cdf(ordered))
+    values = checks.reals("the result of cdf", cdf(ordered))
     if values.shape != ordered.shape:
         raise ValueError(
             f"cdf must return the shape it is given, {ordered.shape}, got {values.shape}"
@@ -100,7 +100,7 @@ def ks_statistic(samples: ArrayLike, cdf: Callable[[Array], Array]) -> float:
 
 
 def ks_critical_value(n: int, alpha: float) -> float:
-    """The distance that :func:`ks_statistic` exceeds with probability alpha under its cdf.
+    """Value that :func:`ks_statistic` exceeds with probability alpha for samples of its cdf.
 
     The exact finite-n distribution of the statistic (Simard and L'Ecuyer 2011, as computed by
     :data:`scipy.stats.kstwo`); never more than sqrt(log(2/alpha)/(2n)) (Massart 1990).
@@ -120,10 +120,10 @@ def ks_critical_value(n: int, alpha: float) -> float:
     Raises
     ------
     TypeError, ValueError
-        If an argument is no such number.
+        If n is not a positive integer or alpha not a number in (0, 1).
     """
-    n = _checks.integer("n", n, 1)
-    alpha = _checks.real("alpha", alpha, "in (0, 1)", 0.0, 1.0, closed="()")
+    n = checks.integer("n", n, 1)
+    alpha = checks.real("alpha", alpha, "in (0, 1)", 0.0, 1.0, closed="()")
     return float(stats.kstwo.isf(alpha, n))
 
 
@@ -153,9 +153,9 @@ def wasserstein1(samples: ArrayLike, target: TargetDensity1D | ArrayLike) -> flo
     ValueError
         If a sample is empty or not finite.
     """
-    ordered = np.sort(_checks.filled("samples", samples, ("N",)))
+    ordered = np.sort(checks.filled("samples", samples, ("N",)))
     if not isinstance(target, TargetDensity1D):
-        return float(stats.wasserstein_distance(ordered, _checks.filled("target", target, ("M",))))
+        return float(stats.wasserstein_distance(ordered, checks.filled("target", target, ("M",))))
     n = ordered.size
     # int |F_n - F| over (-inf, x_(1)), where F_n = 0, and over (x_(n), inf), where F_n = 1.
     integral = target._by_chunks(target._cdf_integral, ordered)
@@ -214,25 +214,25 @@ def kl_to_target(
     Raises
     ------
     TypeError
-        If an argument is of another kind.
+        If an argument has the wrong type.
     ValueError
         If samples or edges are empty or not finite, edges do not increase, ``direction`` is
         another string or ``pseudocount`` is negative.
     """
-    values = _checks.filled("samples", samples, ("N",))
+    values = checks.filled("samples", samples, ("N",))
     if not isinstance(target, TargetDensity1D):
         raise TypeError(f"target must be a TargetDensity1D, got {target!r}")
-    _checks.choice("direction", direction, ("target_to_sample", "sample_to_target"))
-    pseudocount = _checks.non_negative("pseudocount", pseudocount)
+    checks.choice("direction", direction, ("target_to_sample", "sample_to_target"))
+    pseudocount = checks.non_negative("pseudocount", pseudocount)
     if not isinstance(bins, (list, tuple, np.ndarray)):
-        edges = np.linspace(target.lo, target.hi, _checks.size("bins", bins, 1) + 1)
+        edges = np.linspace(target.lo, target.hi, checks.size("bins", bins, 1) + 1)
     else:
-        edges = _checks.filled("bins", bins, ("E",))
+        edges = checks.filled("bins", bins, ("E",))
         if edges.size < 2 or not (np.diff(edges) > 0.0).all():
             raise ValueError(f"bins must be a number or at least 2 increasing edges, got {bins!r}")
     whole = np.concatenate([[-np.inf], edges, [np.inf]])
     masses = target.mass(whole[:-1], whole[1:])
-    # Sides as np.histogram takes them: a bin owns its left edge, the last one both.
+    # As in np.histogram, a bin includes its left edge, and the last bin both of its edges.
     place = np.searchsorted(edges, values, side="right")
     place[values == edges[-1]] = edges.size - 1
     counts = np.bincount(place, minlength=masses.size).astype(np.float64)
@@ -259,7 +259,7 @@ def forbidden_mass(samples: ArrayLike, mixture: GaussianMixture, components: Arr
     samples : array_like, shape (N, D)
         Finite real numbers.
     mixture : GaussianMixture
-        In D dimensions: the distribution whose components are meant.
+        The distribution whose components are meant, in D dimensions.
     components : array_like of int
         The forbidden components, as ``mixture.log_posterior`` takes them.
 
@@ -271,14 +271,14 @@ def forbidden_mass(samples: ArrayLike, mixture: GaussianMixture, components: Arr
     Raises
     ------
     TypeError
-        If ``samples`` are not real.
+        If ``samples`` are not real or ``mixture`` is not a GaussianMixture.
     ValueError
         If ``samples`` are empty, not finite or of another dimension than the mixture, or if
         ``components`` do not name components of it.
     """
-    points = _checks.filled("samples", samples, ("N", "D"))
+    points = checks.filled("samples", samples, ("N", "D"))
     if not isinstance(mixture, GaussianMixture):
-        raise TypeError(f"mixture must be a GaussianMixture, got {_checks.shown(mixture)}")
+        raise TypeError(f"mixture must be a GaussianMixture, got {checks.shown(mixture)}")
     if points.shape[1] != mixture.dim:
         raise ValueError(
             f"samples must have shape (N, {mixture.dim}), as the mixture has, got {points.shape}"
@@ -297,9 +297,9 @@ def sliced_wasserstein(
     """Sliced Wasserstein-p distance of two samples, in the units of x.
 
     (mean over directions of W_p^p between the projected samples)^(1/p) (Bonneel et al. 2015).
-    In one dimension this is W_p; in two the directions are pi j / n_projections, which is exact
-    for every smooth dependence on the angle once n_projections is large enough; beyond, they
-    are uniform on the sphere, drawn from ``seed``, the same for every call.
+    In one dimension this is W_p.  In two the directions have the angles pi j / n_projections, which
+    converges fast for a smooth dependence on the angle.  In more they are uniform on the sphere,
+    drawn from ``seed``, and so the same for every call.
 
     Parameters
     ----------
@@ -310,9 +310,9 @@ def sliced_wasserstein(
     n_projections : int
         Number of directions, at least 1.
     seed : int
-        Zero or more; used when D > 2.
+        Seed of the directions, zero or more; used when D > 2.
     p : float
-        Order, at least 1.
+        Order of the distance, at least 1.
 
     Returns
     -------
@@ -322,15 +322,15 @@ def sliced_wasserstein(
     Raises
     ------
     TypeError, ValueError
-        If an argument is no such array or number, or if the dimensions differ.
+        If an argument has the wrong type, shape or range, or if the dimensions differ.
     """
-    x = _checks.filled("samples", samples, ("N", "D"))
-    y = _checks.filled("reference", reference, ("M", "D"))
+    x = checks.filled("samples", samples, ("N", "D"))
+    y = checks.filled("reference", reference, ("M", "D"))
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"reference must have shape (M, {x.shape[1]}), got {y.shape}")
-    n_projections = _checks.integer("n_projections", n_projections, 1)
-    seed = _checks.integer("seed", seed, 0)
-    p = _checks.real("p", p, "finite and >= 1", 1.0, math.inf, closed="[)")
+    n_projections = checks.integer("n_projections", n_projections, 1)
+    seed = checks.integer("seed", seed, 0)
+    p = checks.real("p", p, "finite and >= 1", 1.0, math.inf, closed="[)")
     dimensions = x.shape[1]
     if dimensions == 1:
         directions = np.ones((1, 1))
@@ -358,9 +358,8 @@ def kl_categorical(ideal: ArrayLike, counts: ArrayLike, pseudocount: float = 0.0
     """KL(ideal || counts / sum), in nats: the class balance of a class-removal experiment.
 
     The ideal is 0 on the forbidden class and uniform elsewhere (Koulischer et al., ICLR 2025).
-    Forbidden images cost log(1/(1 - their share)), since what they take is missing elsewhere.
-    For counts drawn from the ideal the expectation is about
-    (C_allowed - 1)/(2N) and not zero.
+    A share f of forbidden images adds log(1/(1 - f)), since it is missing from the allowed classes.
+    For N counts drawn from the ideal the expectation is not zero but about (C_allowed - 1)/(2N).
 
     Parameters
     ----------
@@ -369,8 +368,8 @@ def kl_categorical(ideal: ArrayLike, counts: ArrayLike, pseudocount: float = 0.0
     counts : array_like, shape (C,)
         Number of images in each class, zero or more, not all zero.
     pseudocount : float
-        Added to every class.  0, the default, is exact: infinite when an allowed class has no
-        image.
+        Added to the count of every class.  With 0, the default, the result is exact, and infinite
+        when an allowed class has no image.
 
     Returns
     -------
@@ -380,15 +379,15 @@ def kl_categorical(ideal: ArrayLike, counts: ArrayLike, pseudocount: float = 0.0
     Raises
     ------
     TypeError, ValueError
-        If an argument is no such array or number, or if the shapes differ.
+        If an argument has the wrong type or range, or if the shapes differ.
     """
-    probabilities = _checks.filled("ideal", ideal, ("C",))
+    probabilities = checks.filled("ideal", ideal, ("C",))
     if (probabilities < 0.0).any() or abs(probabilities.sum() - 1.0) > 1e-6:
         raise ValueError(f"ideal must be probabilities with sum 1, got {ideal!r}")
-    numbers = _checks.filled("counts", counts, ("C",))
+    numbers = checks.filled("counts", counts, ("C",))
     if numbers.shape != probabilities.shape:
         raise ValueError(f"counts must have shape {probabilities.shape}, got {numbers.shape}")
-    pseudocount = _checks.non_negative("pseudocount", pseudocount)
+    pseudocount = checks.non_negative("pseudocount", pseudocount)
     if (numbers < 0.0).any() or not numbers.sum() > 0.0:
         raise ValueError(f"counts must be >= 0 and not all zero, got {counts!r}")
     smoothed = numbers + pseudocount
@@ -407,8 +406,8 @@ def frechet_distance(
     The squared Wasserstein-2 distance of the two Gaussians with these moments (Dowson and
     Landau 1982); with Inception features, FID (Heusel et al. 2017).  The eigenvalues of
     C1^(1/2) C2 C1^(1/2), which are those of C1 C2, are the squared singular values of
-    C1^(1/2) C2^(1/2): taking these instead never squares, and so keeps the digits that a
-    singular covariance (fewer images than features) would lose to a matrix square root.
+    C1^(1/2) C2^(1/2).  Using these avoids squaring, and so keeps the digits that a singular
+    covariance (fewer images than features) would lose to a matrix square root.
 
     Parameters
     ----------
@@ -418,8 +417,8 @@ def frechet_distance(
     Returns
     -------
     float
-        Zero or more, in squared units of the features.  For features of the same distribution
-        it is positive, by about tr(C)/N and more when N is not large against D.
+        Zero or more, in squared units of the features.  Between samples of one distribution it is
+        about tr(C)/N, and more when N is not large against D.
 
     Raises
     ------
@@ -441,12 +440,12 @@ def frechet_distance(
 
 
 def _moments(name: str, value: ArrayLike | Moments) -> tuple[Array, Array, float]:
-    """Mean, symmetric root of the covariance, and its trace."""
+    """Mean, symmetric square root of the covariance, and trace of the covariance."""
     if isinstance(value, tuple):
         if len(value) != 2:
             raise ValueError(f"{name} must be features or (mean, covariance), got {len(value)}")
-        mean = _checks.filled(f"{name}[0]", value[0], ("D",))
-        covariance = _checks.filled(f"{name}[1]", value[1], ("D", "D"))
+        mean = checks.filled(f"{name}[0]", value[0], ("D",))
+        covariance = checks.filled(f"{name}[1]", value[1], ("D", "D"))
         if covariance.shape != (mean.size, mean.size):
             raise ValueError(
                 f"{name}[1] must have shape ({mean.size}, {mean.size}), got {covariance.shape}"
@@ -455,7 +454,7 @@ def _moments(name: str, value: ArrayLike | Moments) -> tuple[Array, Array, float
         if np.abs(covariance - covariance.T).max() > 1e-8 * largest:
             raise ValueError(f"{name}[1] must be symmetric, got an asymmetric covariance")
     else:
-        features = _checks.filled(name, value, ("N", "D"))
+        features = checks.filled(name, value, ("N", "D"))
         if features.shape[0] < 2:
             raise ValueError(f"{name} must have at least 2 rows, got shape {features.shape}")
         mean = features.mean(axis=0)
@@ -467,26 +466,26 @@ def _moments(name: str, value: ArrayLike | Moments) -> tuple[Array, Array, float
         raise ValueError(
             f"{name}[1] must be positive semidefinite, got the eigenvalue {eigenvalues.min()!r}"
         )
-    # Below the rounding of the decomposition an eigenvalue is noise, and a root would enlarge it.
+    # An eigenvalue below the rounding of the decomposition is noise that a root would enlarge.
     eigenvalues[eigenvalues < mean.size * np.finfo(np.float64).eps * size] = 0.0
     root = (vectors * np.sqrt(eigenvalues)) @ vectors.T
     return mean, root, float(np.trace(covariance))
 
 
 def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a proportion, exact: it covers with at least ``confidence``.
+    """Exact Clopper-Pearson interval of a proportion, with coverage of at least ``confidence``.
 
-    Every probability p for which neither tail of Binomial(n, p) at ``successes`` is below
+    It holds every probability p for which neither tail of Binomial(n, p) at ``successes`` is below
     (1 - confidence)/2 (Clopper and Pearson 1934).
 
     Parameters
     ----------
     successes : int
-        From 0 to n.
+        Number of successes, from 0 to n.
     n : int
         Number of independent trials, at least 1.
     confidence : float
-        In (0, 1).
+        Least coverage, in (0, 1).
 
     Returns
     -------
@@ -496,11 +495,11 @@ def binomial_interval(successes: int, n: int, confidence: float = 0.95) -> tuple
     Raises
     ------
     TypeError, ValueError
-        If an argument is no such number.
+        If an argument is not a number of its range.
     """
-    n = _checks.integer("n", n, 1)
-    successes = _checks.integer("successes", successes, 0, n)
-    confidence = _checks.real("confidence", confidence, "in (0, 1)", 0.0, 1.0, closed="()")
+    n = checks.integer("n", n, 1)
+    successes = checks.integer("successes", successes, 0, n)
+    confidence = checks.real("confidence", confidence, "in (0, 1)", 0.0, 1.0, closed="()")
     tail = 0.5 * (1.0 - confidence)
     low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, n - successes + 1))
     high = 1.0 if successes == n else float(stats.beta.isf(tail, successes + 1, n - successes))

@@ -1,13 +1,13 @@
-"""Every equation of Dynamic Negative Guidance, once, as arithmetic on its arguments.
+"""Every equation of Dynamic Negative Guidance, written once as arithmetic on its arguments.
 
-The functions use + - * / and nothing else, so the same source runs on Python floats and NumPy
-arrays as it stands, compiled by Numba on a CPU, by Triton on a GPU, and on torch tensors.
-Exponentials, clamps and gates belong to the callers: each backend has its own.
+The functions use + - * / and nothing else, so the same source runs on Python floats, NumPy arrays
+and torch tensors, and is compiled by Numba for CPUs and by Triton for GPUs.  Exponentials, clamps
+and gates belong to the callers, because each backend has its own.
 
-The sections are those of docs/theory.md, where every equation is derived or has its source.
+The cited sections are those of docs/theory.md, which derives every equation or gives its source.
 
 Notation: ``x = alpha x0 + sigma eps`` at the noisier time t, ``x_next`` at the cleaner time s.
-A *prediction* is of the noise or of x0; the guidance rules are affine, so they read the same
+A *prediction* is of the noise or of x0; the guidance rules are affine, so they have the same form
 for both.  ``difference`` is another prediction minus the base prediction.  The reverse step has
 mean ``x_factor x + x0_factor x0``; ``gap = mu_other - mu_base`` is the difference of two such
 means and ``residual = x_next - mu_base``, so every tracker needs only ``|gap|^2`` and
@@ -25,24 +25,9 @@ def noise_from_score(score, sigma):
     return -sigma * score
 
 
-def score_from_noise(eps, sigma):
-    """Inverse of :func:`noise_from_score`."""
-    return -eps / sigma
-
-
-def noise_from_x0(x, x0, alpha, sigma):
-    """Eps with x = alpha x0 + sigma eps."""
-    return (x - alpha * x0) / sigma
-
-
 def x0_from_noise(x, eps, alpha, sigma):
     """x0 with x = alpha x0 + sigma eps; DDPM Eq. 15; docs/theory.md, section 2.3."""
     return (x - sigma * eps) / alpha
-
-
-def x0_from_score(x, score, alpha, sigma):
-    """Posterior mean of x0 by Tweedie's formula; docs/theory.md, section 4.2."""
-    return (x + sigma * sigma * score) / alpha
 
 
 def x0_from_velocity(x, velocity, alpha, sigma):
@@ -64,7 +49,7 @@ def transition_alpha(alpha_t, alpha_s):
 
 
 def transition_variance(sigma_t, sigma_s, alpha_ts):
-    """beta_ts; for one DDPM step this is beta_t; docs/theory.md, section 2.1."""
+    """beta_ts of p(x_t | x_s); for one DDPM step this is beta_t; docs/theory.md, section 2.1."""
     return sigma_t * sigma_t - alpha_ts * alpha_ts * sigma_s * sigma_s
 
 
@@ -78,11 +63,6 @@ def step_mean(x, x0, x_factor, x0_factor):
     return x_factor * x + x0_factor * x0
 
 
-def noise_step_mean(x, eps, alpha_ts, beta_ts, sigma_t):
-    """Mean of the DDPM step from a noise prediction; DDPM Eq. 11; docs/theory.md, section 3.3."""
-    return (x - beta_ts / sigma_t * eps) / alpha_ts
-
-
 def step(mean, deviation, noise):
     """x_next from its mean, standard deviation and a standard normal."""
     return mean + deviation * noise
@@ -91,9 +71,9 @@ def step(mean, deviation, noise):
 def step_residual(x, base, shift, noise, x_drift, base_drift, factor, deviation):
     """x_next - mu_base, without forming either (derived; docs/theory.md, section 6.6).
 
-    ``shift`` is the guided prediction minus the base one, ``factor`` what multiplies a prediction
-    in the step.  The drifts are the factors of the step minus those of the transition that mu_base
-    belongs to: zero where the two are one.
+    ``shift`` is the guided prediction minus the base one, and ``factor`` multiplies a prediction in
+    the step.  The drifts are the factors of the step minus those of the transition that mu_base
+    belongs to; they are zero if step and transition agree.
     """
     return x_drift * x + base_drift * base + factor * shift + deviation * noise
 
@@ -139,7 +119,7 @@ def contrastive_scale(guidance_scale, decay):
 
 
 def safe_correction(scale, difference, momentum_scale, momentum):
-    """SLD's gamma, Eq. 6 there and Eq. 21 of DNG; ``scale`` is elementwise.
+    """SLD's correction gamma, SLD Eq. 6 and DNG Eq. 21; ``scale`` is elementwise.
 
     docs/theory.md, section 5.4.
     """
@@ -147,7 +127,7 @@ def safe_correction(scale, difference, momentum_scale, momentum):
 
 
 def safe_momentum(momentum, correction, decay):
-    """SLD's momentum for the next step, Eq. 7 there; docs/theory.md, section 5.4."""
+    """SLD's momentum for the next step, SLD Eq. 7; docs/theory.md, section 5.4."""
     return decay * momentum + (1.0 - decay) * correction
 
 
@@ -191,7 +171,7 @@ def tracker_update(state, log_ratio, variance, temperature, offset, offset_nats)
 
 
 def divergence_correction(eta, beta_ts, divergence_gap):
-    """What the log ratio of a step misses when the reverse noise is eta < 1.
+    """The term that the log ratio of a step lacks when the reverse noise has eta < 1.
 
     Derived; docs/theory.md, section 6.9.
 

@@ -5,9 +5,10 @@ so scores, posteriors and reverse transitions are exact.  With one component on 
 data set this is the memorised diffusion model of that data set.
 
 Accuracy.  A diffused mixture keeps its means and covariances in double-double, and squared
-distances are recomputed in double-double where double precision would not do, so the results
+distances are recomputed in double-double where double precision is not enough, so the results
 follow the *exact* parameters ``alpha m_k`` and ``alpha^2 C_k + sigma^2 I``, not rounded ones.
-With e_D = D 2^-104 max_k (x - m_k)^T C_k^-1 (x - m_k), in double-double a matter of ulps:
+With e_D = D 2^-104 max_k (x - m_k)^T C_k^-1 (x - m_k), the rounding of squared distances in
+double-double, the errors are at most:
 
 - ``log_prob``: 1e-12 max(1, |value|).
 - ``log_posterior`` and its complement: 1e-10 max(1, |value|) + e_D.  The second term is what
@@ -32,10 +33,10 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dng_math import _checks, equations
 from dng_math import _mixture_kernels as kernels
+from dng_math import checks, equations
 from dng_math._jit import run_blocks
-from dng_math.posterior import log_posterior_from_log_odds
+from dng_math.trackers import log_posterior_from_log_odds
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -43,7 +44,7 @@ CovarianceType = Literal["spherical", "diag", "full", "tied"]
 
 SMALLEST_VARIANCE = 1e-250  # below, double-double products of variances underflow
 EPSILON = 2.0**-52
-CHUNK = 64 * kernels.BLOCK  # points a thread takes at a time
+CHUNK = 64 * kernels.BLOCK  # points that a thread takes at a time
 
 
 def _two_product(a: Array | float, b: Array | float) -> tuple[Array, Array]:
@@ -65,7 +66,7 @@ def _two_sum(a: Array | float, b: Array | float) -> tuple[Array, Array]:
 
 
 def _refuse_ambiguous(covariance: Array, k: int, d: int) -> None:
-    """Numbers whose shape, at K = D, is that of two kinds, and that make a mixture of either."""
+    """Refuse covariances that, at K = D, have the shape of two types and are valid as either."""
     if k != d or k == 1:
         return
     if covariance.ndim == 1 and np.any(covariance != covariance[0]):
@@ -75,7 +76,7 @@ def _refuse_ambiguous(covariance: Array, k: int, d: int) -> None:
             "dimension (np.tile(covariances, (K, 1)) with covariance_type='diag')"
         )
     if covariance.ndim == 2 and np.allclose(covariance, covariance.T, rtol=1e-10, atol=0.0):
-        # Of spherical components in all dimensions alike the matrix is singular, and no other.
+        # A singular matrix, as that of equal variances, cannot be "tied" and is not ambiguous.
         if np.linalg.eigvalsh(covariance)[0] > EPSILON * k * np.abs(covariance).max():
             raise ValueError(
                 f"covariance_type must be given: covariances of shape {(k, k)} with {k} components "
@@ -84,7 +85,7 @@ def _refuse_ambiguous(covariance: Array, k: int, d: int) -> None:
             )
 
 
-class GaussianMixture(_checks.ReadOnly):
+class GaussianMixture(checks.ReadOnly):
     """A mixture of K Gaussians in D dimensions; immutable.
 
     Parameters
@@ -93,28 +94,29 @@ class GaussianMixture(_checks.ReadOnly):
         Not negative, not all zero; normalised to sum to 1.  Components of weight 0 are kept
         and have no influence.
     means : array_like, shape (K, D)
+        Mean of each component.
     covariances : array_like, shape (K,), (K, D), (K, D, D) or (D, D)
-        Variances of spherical components, of diagonal ones, or full covariance matrices
-        (symmetric, positive definite), of every component or, with ``covariance_type="tied"``,
-        one for all.
+        Variances of spherical components, variances of diagonal ones, or symmetric, positive
+        definite matrices: one for each component, or one for all with
+        ``covariance_type="tied"``.
     labels : array_like, shape (K,), optional
         A class for each component, for :meth:`components`.
     covariance_type : {"spherical", "diag", "full", "tied"}, optional
-        In scikit-learn's words.  Default: what the shape says, which is never "tied".  It must be
-        given where K = D and the numbers can be read in two ways: different variances of shape
-        (K,), of which each could be that of a dimension, and (K, K), which could be one symmetric,
-        positive definite matrix for all.  How they were taken is seen in the repr.
+        Named as in scikit-learn.  By default the shape decides, and never for "tied".  It must be
+        given where K = D and the covariances can be read in two ways: unequal variances of shape
+        (K,), which could also belong to the dimensions, and a symmetric, positive definite matrix
+        of shape (K, K), which could be "diag" or "tied".  The repr shows how they were read.
 
     Attributes
     ----------
     weights, means, covariances : ndarray, float64, read-only
         A diffused mixture shows its parameters rounded to float64.
-    labels : ndarray or None
+    labels : ndarray, shape (K,), or None
 
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed.
+        If an argument is invalid; the message names it, its value and what is allowed.
 
     Examples
     --------
@@ -140,14 +142,14 @@ class GaussianMixture(_checks.ReadOnly):
         *,
         covariance_type: CovarianceType | None = None,
     ) -> None:
-        weight = _checks.array("weights", weights, ("K",))
+        weight = checks.array("weights", weights, ("K",))
         if len(weight) == 0:
             raise ValueError("weights must have at least one component, got none")
         if np.any(weight < 0):
             raise ValueError(f"weights must not be negative, got {weight.min()}")
         if not np.any(weight > 0):
             raise ValueError(f"weights must not be all zero, got {weight.tolist()}")
-        mean = _checks.array("means", means, (len(weight), "D"))
+        mean = checks.array("means", means, (len(weight), "D"))
         if mean.shape[1] == 0:
             raise ValueError(f"means must have shape (K, D) with D >= 1, got {mean.shape}")
         with np.errstate(divide="ignore"):
@@ -163,11 +165,11 @@ class GaussianMixture(_checks.ReadOnly):
     def _checked_covariances(
         covariances: ArrayLike, k: int, d: int, kind: CovarianceType | None
     ) -> Array:
-        given = _checks.reals("covariances", covariances)
+        given = checks.reals("covariances", covariances)
         shapes = {"spherical": (k,), "diag": (k, d), "full": (k, d, d), "tied": (d, d)}
         if kind is not None:
-            _checks.choice("covariance_type", kind, shapes)
-            covariance = _checks.array("covariances", given, shapes[kind])
+            checks.choice("covariance_type", kind, shapes)
+            covariance = checks.array("covariances", given, shapes[kind])
         else:
             if given.shape not in (shapes["spherical"], shapes["diag"], shapes["full"]):
                 tied = f", or {(d, d)} with covariance_type='tied'"
@@ -175,7 +177,7 @@ class GaussianMixture(_checks.ReadOnly):
                     f"covariances must have shape {(k,)} (spherical), {(k, d)} (diagonal) or "
                     f"{(k, d, d)} (full){tied}, got {given.shape}"
                 )
-            covariance = _checks.array("covariances", given, given.shape)
+            covariance = checks.array("covariances", given, given.shape)
             _refuse_ambiguous(covariance, k, d)
         if kind == "tied":
             covariance = np.broadcast_to(covariance, (k, d, d))
@@ -212,9 +214,9 @@ class GaussianMixture(_checks.ReadOnly):
             "_covariances_low": covariance_low,
         }
         for name, value in fields.items():
-            object.__setattr__(self, name, _checks.frozen(value))
+            object.__setattr__(self, name, checks.frozen(value))
         if labels is not None:
-            labels = _checks.frozen(_checks.numpy_array("labels", labels, "labels"))
+            labels = checks.frozen(checks.numpy_array("labels", labels, "labels"))
             if labels.shape != (self.n_components,):
                 raise ValueError(
                     f"labels must have shape ({self.n_components},), got {labels.shape}"
@@ -238,7 +240,7 @@ class GaussianMixture(_checks.ReadOnly):
         raise AttributeError(f"GaussianMixture is immutable: cannot delete {name}")
 
     def __repr__(self) -> str:
-        """Sizes and kind."""
+        """Number, kind and dimension of the components."""
         return f"GaussianMixture({self.n_components} {self.kind} components in {self.dim}D)"
 
     @classmethod
@@ -254,18 +256,24 @@ class GaussianMixture(_checks.ReadOnly):
         Parameters
         ----------
         points : array_like, shape (K, D)
+            The data.
         bandwidth : float
             Standard deviation of every component, in the units of the points; > 0.
         labels : array_like, shape (K,), optional
             Class of each point.
         weights : array_like, shape (K,), optional
-            Default: equal.
+            Weight of each point; default equal weights.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is invalid; the message names it, its value and what is allowed.
         """
-        width = _checks.positive("bandwidth", bandwidth)
-        centres = _checks.filled("points", points, ("K", "D"))
+        width = checks.positive("bandwidth", bandwidth)
+        centres = checks.filled("points", points, ("K", "D"))
         if weights is None:
             weights = np.ones(len(centres))
-        weights = _checks.array("weights", weights, (len(centres),))
+        weights = checks.array("weights", weights, (len(centres),))
         variances = np.full(len(centres), width * width)
         return cls(weights, centres, variances, labels, covariance_type="spherical")
 
@@ -273,12 +281,12 @@ class GaussianMixture(_checks.ReadOnly):
 
     @property
     def n_components(self) -> int:
-        """K."""
+        """Number of components K."""
         return self.means.shape[0]
 
     @property
     def dim(self) -> int:
-        """D."""
+        """Number of dimensions D."""
         return self.means.shape[1]
 
     @property
@@ -287,7 +295,22 @@ class GaussianMixture(_checks.ReadOnly):
         return ("spherical", "diagonal", "full")[self.covariances.ndim - 1]
 
     def components(self, label: Any) -> Indices:
-        """Sorted indices of the components with a label, or with one of a list of labels."""
+        """Sorted indices of the components with a label, or with one of a list of labels.
+
+        Parameters
+        ----------
+        label : object or list of objects
+            One label, or several.
+
+        Returns
+        -------
+        ndarray of intp
+
+        Raises
+        ------
+        ValueError
+            If the mixture has no labels, or no component has a given label.
+        """
         if self.labels is None:
             raise ValueError("components(label) needs a mixture made with labels")
         several = isinstance(label, (list, tuple, set, frozenset)) or np.ndim(label) == 1
@@ -304,8 +327,24 @@ class GaussianMixture(_checks.ReadOnly):
         return np.flatnonzero(chosen)
 
     def component_indices(self, name: str, components: ArrayLike) -> Indices:
-        """Sorted indices from indices or a boolean mask; ``name`` is for the error message."""
-        given = _checks.numpy_array(name, components, "component indices")
+        """Sorted indices of components given as indices or as a boolean mask.
+
+        Parameters
+        ----------
+        name : str
+            Name of the argument, for the error message.
+        components : array_like of int, or bool mask of shape (K,)
+
+        Returns
+        -------
+        ndarray of intp, without repetitions
+
+        Raises
+        ------
+        ValueError, TypeError
+            If ``components`` are empty, no indices or mask, or out of range.
+        """
+        given = checks.numpy_array(name, components, "component indices")
         k = self.n_components
         if given.dtype == np.bool_:
             if given.shape != (k,):
@@ -313,34 +352,42 @@ class GaussianMixture(_checks.ReadOnly):
             given = np.flatnonzero(given)
         given = np.atleast_1d(given)
         if given.size == 0:
-            raise ValueError(f"{name} must not be empty, got {_checks.shown(components)}")
+            raise ValueError(f"{name} must not be empty, got {checks.shown(components)}")
         if not np.issubdtype(given.dtype, np.integer) or given.ndim != 1:
             raise TypeError(
-                f"{name} must be component indices or a mask, got {_checks.shown(components)}"
+                f"{name} must be component indices or a mask, got {checks.shown(components)}"
             )
         if given.min() < 0 or given.max() >= k:
             raise ValueError(
-                f"{name} must be from 0 to {k - 1}, got {_checks.shown(given.tolist())}"
+                f"{name} must be from 0 to {k - 1}, got {checks.shown(given.tolist())}"
             )
         return np.unique(given).astype(np.intp)
 
     def _points(self, x: ArrayLike) -> Array:
-        return np.ascontiguousarray(_checks.array("x", x, ("N", self.dim)))
+        return np.ascontiguousarray(checks.array("x", x, ("N", self.dim)))
 
     # ------------------------------------------------------------------ new mixtures
 
     def diffuse(self, alpha: float, sigma: float) -> GaussianMixture:
-        """The distribution of ``alpha x + sigma eps``: theory of the forward process.
+        """The distribution of ``alpha x + sigma eps``, the forward process.
+
+        docs/theory.md, section 4.1.
 
         Parameters
         ----------
         alpha, sigma : float
             Not negative, not both zero.
 
+        Returns
+        -------
+        GaussianMixture
+            With the same weights and labels.
+
         Raises
         ------
         ValueError, TypeError
-            Also where a variance or a mean would be too small or too large for float64.
+            If alpha or sigma is invalid, or a mean or variance would be too large or too small for
+            float64.
         """
         alpha, sigma = _noise_level(alpha, sigma)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -361,7 +408,7 @@ class GaussianMixture(_checks.ReadOnly):
         return self._new(self._log_weights, *fields, self.labels)
 
     def _diffused(self, alpha: float, sigma: float) -> tuple[Array, Array, Array, Array]:
-        """Means and covariances, each as double-double; not finite where they overflow."""
+        """Means and covariances at (alpha, sigma), in double-double; not finite on overflow."""
         mean, error = _two_product(alpha, self.means)
         mean, mean_low = _two_sum(mean, error + alpha * self._means_low)
         alpha_sq, alpha_sq_low = _two_product(alpha, alpha)
@@ -380,6 +427,15 @@ class GaussianMixture(_checks.ReadOnly):
         Parameters
         ----------
         components : array_like of int, or bool mask of shape (K,)
+
+        Returns
+        -------
+        GaussianMixture
+
+        Raises
+        ------
+        ValueError, TypeError
+            If ``components`` do not name components, or all of them have weight zero.
         """
         chosen = self.component_indices("components", components)
         log_weight = self._log_weights[chosen]
@@ -406,6 +462,8 @@ class GaussianMixture(_checks.ReadOnly):
     ) -> GaussianMixture:
         """The exact reverse transition p(x_s | x_t), itself a mixture.
 
+        docs/theory.md, section 4.4.
+
         Parameters
         ----------
         x : array_like, shape (D,)
@@ -414,8 +472,18 @@ class GaussianMixture(_checks.ReadOnly):
             The noisier time.
         alpha_s, sigma_s : float
             The cleaner time; default the data, which gives p(x_0 | x_t).
+
+        Returns
+        -------
+        GaussianMixture
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is invalid, or (alpha_s, sigma_s) is not less noisy than
+            (alpha_t, sigma_t).
         """
-        point = _checks.array("x", x, (self.dim,))
+        point = checks.array("x", x, (self.dim,))
         alpha_t, sigma_t = _noise_level(alpha_t, sigma_t, "_t")
         alpha_s, sigma_s = _noise_level(alpha_s, sigma_s, "_s")
         if alpha_s == 0 or not alpha_s * sigma_t > alpha_t * sigma_s:
@@ -467,7 +535,7 @@ class GaussianMixture(_checks.ReadOnly):
 
     @cached_property
     def _spread_loss(self) -> float:
-        """How much z = W (x - m) can lose to cancellation: sqrt of the condition number."""
+        """Factor by which cancellation can enlarge the error of z = W (x - m), about sqrt(cond)."""
         if self.kind != "full":
             return 1.0
         deviation = np.sqrt(np.diagonal(self.covariances, axis1=1, axis2=2))
@@ -477,7 +545,7 @@ class GaussianMixture(_checks.ReadOnly):
 
     @cached_property
     def _quadratic(self) -> tuple[Array, Array, Array, Array]:
-        """Logarithm of the peak densities, precision for the fast kernel, variance hi and low."""
+        """Log peak densities, precision for the fast kernel, and variance in double-double."""
         if self.kind == "full":
             factor, factor_low, log_det = self._factors
             precision, variance, variance_low = factor, factor, factor_low
@@ -491,7 +559,7 @@ class GaussianMixture(_checks.ReadOnly):
         return peak, precision, variance, variance_low
 
     def _per_dimension(self, values: Array) -> Array:
-        """(K,) or (K, D) to a contiguous (K, D)."""
+        """Values of shape (K,) or (K, D) as a contiguous array (K, D)."""
         if values.ndim == 1:
             values = values[:, None]
         return np.ascontiguousarray(np.broadcast_to(values, self.means.shape))
@@ -499,7 +567,7 @@ class GaussianMixture(_checks.ReadOnly):
     def _evaluate(
         self, x: Array, groups: list[Indices], base: Array, gain: Array, *, trace: bool = False
     ) -> tuple[Array, Array, Array, Array]:
-        """Fast path of every query: log_sum (G, N), value (G, N, D), trace and spread (G, N)."""
+        """Fast path of all queries: log_sum (G, N), value (G, N, D), trace and spread (G, N)."""
         order = np.concatenate(groups)
         bounds = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
         peak, precision, _, _ = self._quadratic
@@ -538,7 +606,7 @@ class GaussianMixture(_checks.ReadOnly):
     def _refine(
         self, x: Array, groups: list[Indices], *, score: bool
     ) -> tuple[Array, Array, Array, Array, Array]:
-        """The same in double-double: top (N,), relative log_sum, score, trace and spread."""
+        """Evaluate groups in double-double: top (N,), relative log_sum, score, trace, spread."""
         order = np.concatenate(groups)
         bounds = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
         peak, _, variance, variance_low = self._quadratic
@@ -582,22 +650,36 @@ class GaussianMixture(_checks.ReadOnly):
 
     @property
     def _unit(self) -> float:
-        """Relative error of a log joint density in double precision, at worst."""
+        """Worst relative error of a log joint density in double precision."""
         return 4 * EPSILON * self.dim**0.5 * self._spread_loss
 
     @property
     def _ill_conditioned(self) -> bool:
-        """Whether double precision loses squared distances even where nothing is subtracted."""
+        """Whether squared distances are inaccurate in double precision even before subtraction."""
         return self.dim**0.5 * self._spread_loss * EPSILON > 2e-13
 
     def _doubtful(self, groups: list[Indices], log_sum: Array, allowed: float) -> NDArray[np.bool_]:
-        """Where the relative error of components' shares may exceed what is allowed, (N,)."""
+        """Mask (N,) of points where responsibilities may have a relative error above allowed."""
         if sum(len(group) for group in groups) == 1:
             return np.zeros(log_sum.shape[1], dtype=bool)
         return (self._unit * np.abs(log_sum).max(axis=0) > allowed) | self._ill_conditioned
 
     def log_prob(self, x: ArrayLike) -> Array:
-        """Log density, shape (N,), of points x of shape (N, D); see Accuracy above."""
+        """Log density of points x in nats; for its accuracy see :mod:`dng_math.mixture`.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N,), float64
+
+        Raises
+        ------
+        ValueError, TypeError
+            If x is not real and finite, has another shape, or is so far out that float64 overflows.
+        """
         points = self._points(x)
         if self._ill_conditioned:
             top, log_sum, *_ = self._refine(points, self._all, score=False)
@@ -605,7 +687,7 @@ class GaussianMixture(_checks.ReadOnly):
         return _known(points, self._evaluate(points, self._all, *self._nothing)[0][0])
 
     def _log_sums(self, points: Array, groups: list[Indices]) -> tuple[Array, Array]:
-        """Log joint densities of groups of components (G, N), relative to a reference (N,)."""
+        """A reference (N,) and, relative to it, the log joint densities of groups (G, N)."""
         log_sum = self._evaluate(points, groups, *self._nothing)[0]
         reference = log_sum.max(axis=0)
         _beyond(points, reference == -np.inf)
@@ -620,7 +702,7 @@ class GaussianMixture(_checks.ReadOnly):
         return reference, _known(points, log_sum, axis=1)
 
     def _log_joint(self, points: Array) -> Array:
-        """log w_k N(x; k) relative to the largest, shape (K, N)."""
+        """log p(k | x), the normalised log joint densities, shape (K, N)."""
         live = self._all[0]
         result = np.full((self.n_components, len(points)), -np.inf)
         result[live] = self._log_sums(points, list(live[:, None]))[1]
@@ -628,7 +710,21 @@ class GaussianMixture(_checks.ReadOnly):
         return np.asarray(result - total)
 
     def responsibilities(self, x: ArrayLike) -> Array:
-        """p(k | x), shape (N, K), of points x of shape (N, D)."""
+        """Posterior p(k | x) of every component.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N, K), float64
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`log_prob`.
+        """
         return np.ascontiguousarray(np.exp(self._log_joint(self._points(x))).T)
 
     def _split(self, components: ArrayLike) -> list[Indices]:
@@ -639,9 +735,21 @@ class GaussianMixture(_checks.ReadOnly):
         return [np.flatnonzero(inside & live), np.flatnonzero(~inside & live)]
 
     def log_odds(self, x: ArrayLike, components: ArrayLike) -> Array:
-        """log p(components | x) - log p(the others | x), shape (N,), for x of shape (N, D).
+        """log p(components | x) - log p(not components | x); infinite if one set has no weight.
 
-        Infinite where one of the two sets has no weight.
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+        components : array_like of int, or bool mask of shape (K,)
+
+        Returns
+        -------
+        ndarray, shape (N,), float64
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`log_prob`, or if ``components`` do not name components.
         """
         points = self._points(x)
         inside, outside = self._split(components)
@@ -653,23 +761,32 @@ class GaussianMixture(_checks.ReadOnly):
     def log_posterior(
         self, x: ArrayLike, components: ArrayLike, *, complement: bool = False
     ) -> Array:
-        """log p(components | x), shape (N,); with ``complement`` log p(not components | x).
+        """log p(components | x); with ``complement`` log p(not components | x).
 
         Parameters
         ----------
         x : array_like, shape (N, D)
         components : array_like of int, or bool mask of shape (K,)
         complement : bool
-            The probability of all other components, accurate also where it is e^-1000 or less.
+            Return the probability of all other components, which is accurate even at e^-1000.
+
+        Returns
+        -------
+        ndarray, shape (N,), float64
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`log_odds`.
         """
-        _checks.boolean("complement", complement)
+        checks.boolean("complement", complement)
         log_odds = self.log_odds(x, components)
         return log_posterior_from_log_odds(-log_odds if complement else log_odds)
 
     def posterior(self, x: ArrayLike, components: ArrayLike, *, complement: bool = False) -> Array:
         """p(components | x), shape (N,), in [0, 1]; arguments as for :meth:`log_posterior`.
 
-        Below 1e-308 it is 0, where :meth:`log_posterior` still tells values apart.
+        Values below about 1e-308 become 0; :meth:`log_posterior` still resolves them.
         """
         return np.asarray(np.exp(self.log_posterior(x, components, complement=complement)))
 
@@ -688,7 +805,7 @@ class GaussianMixture(_checks.ReadOnly):
         log_sum, score, traces, spread = self._evaluate(
             points, groups, np.zeros_like(self.means), -precision, trace=trace
         )
-        # The scores of ill-conditioned components need more digits, one component or several.
+        # Scores of ill-conditioned components need double-double, even with one component.
         doubtful = self._doubtful(groups, log_sum, 1e-12) | self._ill_conditioned
         _beyond(points, log_sum.max(axis=0) == -np.inf)
         log_sum -= log_sum.max(axis=0)
@@ -704,15 +821,60 @@ class GaussianMixture(_checks.ReadOnly):
         return known[0], known[1], known[2]
 
     def score(self, x: ArrayLike) -> Array:
-        """grad log p(x), shape (N, D), of points x of shape (N, D); see Accuracy above."""
+        """grad log p(x), in inverse units of x; for its accuracy see :mod:`dng_math.mixture`.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N, D), float64
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`log_prob`.
+        """
         return self._scores(x, self._all)[1][0]
 
     def score_divergence(self, x: ArrayLike) -> Array:
-        """Divergence of the score (the Laplacian of log p), shape (N,)."""
+        """Divergence of the score, which is the Laplacian of log p, at points x.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N,), float64
+            In inverse squared units of x.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`log_prob`.
+        """
         return self._scores(x, self._all, trace=True)[2][0]
 
     def log_posterior_gradient(self, x: ArrayLike, components: ArrayLike) -> Array:
-        """grad log p(components | x) = s_c - s, shape (N, D): the exact classifier's gradient."""
+        """grad log p(components | x) = s_c - s, the gradient of the exact classifier.
+
+        Parameters
+        ----------
+        x : array_like, shape (N, D)
+        components : array_like of int, or bool mask of shape (K,)
+
+        Returns
+        -------
+        ndarray, shape (N, D), float64
+            Zero if one of the two sets of components has no weight.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`log_odds`.
+        """
         groups = self._split(components)
         if any(len(group) == 0 for group in groups):
             return np.zeros_like(self._points(x))
@@ -722,13 +884,23 @@ class GaussianMixture(_checks.ReadOnly):
         return np.asarray(rest[:, None] * (score[0] - score[1]))
 
     def noise_prediction(self, x: ArrayLike, alpha: float, sigma: float) -> Array:
-        """The exact network: E[eps | x_t], shape (N, D), of this mixture diffused.
+        """E[eps | x_t], what an exact network for this mixture predicts.
 
         Parameters
         ----------
         x : array_like, shape (N, D)
-            x_t = alpha x0 + sigma eps.
+            x_t = alpha x0 + sigma eps, with x0 from this mixture.
         alpha, sigma : float
+            The noise level: not negative, not both zero.
+
+        Returns
+        -------
+        ndarray, shape (N, D), float64
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`diffuse` and :meth:`log_prob`.
         """
         alpha, sigma = _noise_level(alpha, sigma)
         return np.asarray(equations.noise_from_score(self.diffuse(alpha, sigma).score(x), sigma))
@@ -736,7 +908,7 @@ class GaussianMixture(_checks.ReadOnly):
     # ------------------------------------------------------------------ x0 given x_t
 
     def _divided_by(self, noisy: GaussianMixture) -> tuple[Array, Array]:
-        """C_t^-1 and C C_t^-1 of full covariances C and, diffused, C_t: shape (K, D, D) each."""
+        """C_t^-1 and C C_t^-1 (K, D, D) for full covariances C and diffused covariances C_t."""
         precision, shrink = np.empty((2, *self.covariances.shape))
         factor, factor_low, _ = noisy._factors
         kernels.precisions(
@@ -759,13 +931,25 @@ class GaussianMixture(_checks.ReadOnly):
         return self.means + np.einsum("kde,nke->nkd", gain, offset)
 
     def posterior_mean(self, x: ArrayLike, alpha: float, sigma: float) -> Array:
-        """E[x0 | x_t], shape (N, D): Tweedie's formula, finite also at alpha = 0.
+        """E[x0 | x_t] by Tweedie's formula, finite also at alpha = 0.
+
+        docs/theory.md, section 4.2.
 
         Parameters
         ----------
         x : array_like, shape (N, D)
             x_t = alpha x0 + sigma eps, with x0 from this mixture.
         alpha, sigma : float
+            The noise level: not negative, not both zero.
+
+        Returns
+        -------
+        ndarray, shape (N, D), float64
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`diffuse` and :meth:`log_prob`.
         """
         points = self._points(x)
         noisy = self.diffuse(*_noise_level(alpha, sigma))
@@ -782,7 +966,7 @@ class GaussianMixture(_checks.ReadOnly):
         return _known(points, mean)
 
     def posterior_covariance(self, x: ArrayLike, alpha: float, sigma: float) -> Array:
-        """Cov[x0 | x_t], shape (N, D, D); arguments as for :meth:`posterior_mean`."""
+        """Cov[x0 | x_t], shape (N, D, D); arguments and errors as for :meth:`posterior_mean`."""
         points = self._points(x)
         alpha, sigma = _noise_level(alpha, sigma)
         noisy = self.diffuse(alpha, sigma)
@@ -805,21 +989,32 @@ class GaussianMixture(_checks.ReadOnly):
     # ------------------------------------------------------------------ samples
 
     def sample(self, n: int, rng: np.random.Generator | int | None = None) -> Array:
-        """n independent draws, shape (n, D).
+        """Independent draws from the mixture.
 
         Parameters
         ----------
         n : int
+            Number of draws.
         rng : numpy.random.Generator, or int seed, optional
+            Source of randomness; default unseeded.
+
+        Returns
+        -------
+        ndarray, shape (n, D), float64
+
+        Raises
+        ------
+        ValueError, TypeError
+            If n is not an integer >= 0, or rng is neither a generator nor a seed.
         """
         return self.sample_labelled(n, rng)[0]
 
     def sample_labelled(
         self, n: int, rng: np.random.Generator | int | None = None
     ) -> tuple[Array, Indices]:
-        """Draws (n, D) and the component (n,) that each came from."""
-        n = _checks.size("n", n, 0)
-        generator = _checks.generator("rng", rng)
+        """Draws (n, D) and the component (n,) of each; arguments as for :meth:`sample`."""
+        n = checks.size("n", n, 0)
+        generator = checks.generator("rng", rng)
         chosen = generator.choice(self.n_components, size=n, p=self.weights / self.weights.sum())
         return self._draw(chosen, generator.standard_normal((n, self.dim))), chosen
 
@@ -833,7 +1028,7 @@ class GaussianMixture(_checks.ReadOnly):
 
 
 def _beyond(points: Array, bad: NDArray[np.bool_]) -> None:
-    """Refuse the points (N,) that are marked."""
+    """Raise ValueError for the first of the points (N, D) that is marked in ``bad`` (N,)."""
     if bad.any():
         i = int(np.argmax(bad))
         raise ValueError(
@@ -843,7 +1038,7 @@ def _beyond(points: Array, bad: NDArray[np.bool_]) -> None:
 
 
 def _known(points: Array, result: Array, axis: int = 0) -> Array:
-    """What was computed at points (N, D), which ``axis`` counts, where nothing of it is NaN."""
+    """Return ``result``, computed at points along ``axis``; raise ValueError if any is NaN."""
     if np.isnan(result).any():
         others = tuple(i for i in range(result.ndim) if i != axis)
         _beyond(points, np.asarray(np.isnan(result).any(axis=others)))
@@ -851,8 +1046,8 @@ def _known(points: Array, result: Array, axis: int = 0) -> Array:
 
 
 def _noise_level(alpha: float, sigma: float, suffix: str = "") -> tuple[float, float]:
-    alpha = _checks.non_negative(f"alpha{suffix}", alpha)
-    sigma = _checks.non_negative(f"sigma{suffix}", sigma)
+    alpha = checks.non_negative(f"alpha{suffix}", alpha)
+    sigma = checks.non_negative(f"sigma{suffix}", sigma)
     if alpha == 0 and sigma == 0:
         raise ValueError(f"alpha{suffix} and sigma{suffix} must not both be zero")
     return alpha, sigma

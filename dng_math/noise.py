@@ -2,8 +2,8 @@
 
 Philox 4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3") turns
 the key ``seed`` and the counter ``(sample, pair, stream)`` into 128 random bits, and Box-Muller
-turns those into two normals.  Nothing is stored between calls, so sample ``i`` of a seed is the
-same bits in any batch, on any number of threads, and in whatever order steps are asked for.
+turns those into two normals.  Nothing is stored between calls, so sample ``i`` of a seed has the
+same bits in any batch, on any number of threads, and in whatever order steps are computed.
 
 The normals of one sample and one stream form a sequence; entry ``j`` is lane ``j mod 2`` of pair
 ``j // 2``.  A chain in D dimensions uses entry ``step * D + d``.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dng_math import _checks
+from dng_math import checks
 from dng_math._elementary import log, sine_cosine_turn
 from dng_math._jit import kernel, run_blocks, scalar
 
@@ -31,8 +31,8 @@ _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 @scalar
 def philox(seed, sample, pair, stream):  # type: ignore[no-untyped-def]
     """128 random bits, as two 64-bit words, from four 64-bit words (stream below 2^32)."""
-    # A counter is the low half of a 64-bit lane, which is what SIMD multipliers multiply; what
-    # gathers in the high half is masked off where it would matter.
+    # Counters occupy the low half of 64-bit lanes, which SIMD multipliers multiply; leftovers in
+    # the high half are masked off where they would matter.
     k0, k1 = seed & _LOW, seed >> _SHIFT
     c0, c1 = sample, sample >> _SHIFT
     # Chains need far fewer than 2^48 normals a sample, which leaves 16 bits for the stream.
@@ -86,7 +86,7 @@ def standard_normal(
     stream: int = STEP_STREAM,
     threads: int | None = None,
 ) -> NDArray[np.float64]:
-    """Standard normals z[i, d] of (seed, first_sample + i, step, d).
+    """Standard normals z[i, d] as a function of (seed, first_sample + i, step, d) alone.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def standard_normal(
     stream : int
         0 for the noise of the steps, 1 for x_T; below 2^16.
     threads : int, optional
-        Default: all cores.
+        Number of threads; default all cores.
 
     Returns
     -------
@@ -117,9 +117,9 @@ def standard_normal(
     limits = {"seed": 64, "n": 40, "dimensions": 31, "step": 31, "first_sample": 62, "stream": 16}
     values = (seed, n, dimensions, step, first_sample, stream)
     for (name, bits), value in zip(limits.items(), values, strict=True):
-        _checks.integer(name, value, 0, 2**bits - 1)
+        checks.integer(name, value, 0, 2**bits - 1)
     if threads is not None:
-        _checks.integer("threads", threads, 1)
+        checks.integer("threads", threads, 1)
     out = np.empty((n, dimensions))
     rows = max(1, 65536 // max(1, dimensions))
 
@@ -147,13 +147,13 @@ def _fill_uniforms(seed, first_sample, stream, out):  # type: ignore[no-untyped-
 def standard_uniform(
     seed: int, n: int, *, first_sample: int = 0, stream: int = CHOICE_STREAM
 ) -> NDArray[np.float64]:
-    """One uniform in (0, 1) a sample, of (seed, first_sample + i), shape (n,).
+    """One uniform in (0, 1) per sample, a function of (seed, first_sample + i); shape (n,).
 
     Parameters and errors are those of :func:`standard_normal`.
     """
     limits = {"seed": 64, "n": 40, "first_sample": 62, "stream": 16}
     for (name, bits), value in zip(limits.items(), (seed, n, first_sample, stream), strict=True):
-        _checks.integer(name, value, 0, 2**bits - 1)
+        checks.integer(name, value, 0, 2**bits - 1)
     out = np.empty(n)
     _fill_uniforms(np.uint64(seed), np.uint64(first_sample), np.uint64(stream), out)
     return out

@@ -1,9 +1,9 @@
-"""What a rule predicts on an exact mixture, as a function of x; and the divergence of its scores.
+"""Guided predictions of a rule on an exact mixture, and the divergences of the mixture's scores.
 
 A rule needs the predictions of the whole mixture, of what is forbidden, of the rest and of what
-guidance leads to, and for some rules the posterior.  They are put together here, for
-:func:`predict` (fields, one's own sampler) and for the reference engine of
-:func:`dng_math.sample` alike, so the two agree bit for bit.
+guidance leads to, and for some rules the posterior.  They are computed here both for
+:func:`predict` and for the reference engine of :func:`dng_math.sample`, so the two agree bit for
+bit.
 """
 
 from __future__ import annotations
@@ -16,33 +16,28 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dng_math import _checks, equations, guidance
-from dng_math.guidance import LimitedInterval, Predictions, Rule, innermost
+from dng_math import checks, equations, rules
 from dng_math.mixture import GaussianMixture
-from dng_math.posterior import (
+from dng_math.rules import LimitedInterval, Predictions, Rule, innermost
+from dng_math.schedules import PREDICTION_TYPES, PredictionType, StepCoefficients
+from dng_math.trackers import (
     ExactPosterior,
     LogOddsTracker,
     PaperTracker,
     log_odds_from_log_posterior,
     refuse_no_coefficients,
 )
-from dng_math.schedules import StepCoefficients
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
-PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "score"]
-PREDICTION_TYPES: tuple[PredictionType, ...] = (
-    "epsilon",
-    "sample",
-    "v_prediction",
-    "flow",
-    "score",
-)
+# What a network may be trained to return, and the score, which an exact mixture has too.
+Quantity = PredictionType | Literal["score"]
+QUANTITIES: tuple[Quantity, ...] = (*PREDICTION_TYPES, "score")
 
 
 @dataclass(frozen=True, eq=False)
 class Roles:
-    """Which components are forbidden, allowed, and led to; checked."""
+    """Checked component indices of the forbidden concepts, of the rest and of the positive."""
 
     mixture: GaussianMixture
     concepts: list[Indices]
@@ -56,34 +51,34 @@ class Roles:
 
     @cached_property
     def rest_part(self) -> GaussianMixture:
-        """The mixture of everything else."""
+        """The mixture of everything that is not forbidden."""
         return self.mixture.restrict(self.rest)
 
     @cached_property
     def positive_part(self) -> GaussianMixture | None:
-        """The mixture that is led to, where it is not the rest."""
+        """The mixture of the positive components; None if the positive is the rest."""
         return None if self.positive is None else self.mixture.restrict(self.positive)
 
     @cached_property
     def opposite(self) -> Indices:
-        """Components with weight that are not led to."""
+        """Components with weight that are not positive."""
         led_to = self.rest if self.positive is None else self.positive
         others = np.setdiff1d(np.arange(self.mixture.n_components), led_to)
         return others[self.mixture.weights[others] > 0]
 
 
 def checked_mixture(value: object) -> GaussianMixture:
-    """A mixture."""
+    """The value if it is a GaussianMixture; raises TypeError otherwise."""
     if not isinstance(value, GaussianMixture):
-        raise TypeError(f"mixture must be a GaussianMixture, got {_checks.shown(value)}")
+        raise TypeError(f"mixture must be a GaussianMixture, got {checks.shown(value)}")
     return value
 
 
 def checked_rule(value: object) -> Rule:
-    """A rule; unguided for None."""
+    """The value if it is a rule, Unguided for None; raises TypeError otherwise."""
     if value is None:
-        return guidance.Unguided()
-    guidance.refuse_no_rule("rule", value)
+        return rules.Unguided()
+    rules.refuse_no_rule("rule", value)
     return value  # type: ignore[return-value]
 
 
@@ -99,7 +94,7 @@ def concepts_of(mixture: GaussianMixture, forbidden: object) -> list[Indices]:
     concepts = [mixture.component_indices("forbidden", part) for part in parts]
     if sum(map(len, concepts)) > len(np.unique(np.concatenate(concepts))):
         raise ValueError(
-            f"forbidden concepts must not share components, got {_checks.shown(forbidden)}"
+            f"forbidden concepts must not share components, got {checks.shown(forbidden)}"
         )
     for concept in concepts:
         if mixture.weights[concept].sum() == 0:
@@ -110,14 +105,14 @@ def concepts_of(mixture: GaussianMixture, forbidden: object) -> list[Indices]:
 
 
 def roles_of(mixture: GaussianMixture, rule: Rule, forbidden: object, positive: object) -> Roles:
-    """Forbidden, rest and positive components, as a rule needs them."""
+    """Forbidden, rest and positive components, checked against what the rule needs."""
     concepts = concepts_of(mixture, forbidden)
     taken = np.concatenate([*concepts, np.empty(0, dtype=np.intp)])
     rest = np.setdiff1d(np.arange(mixture.n_components), taken)
     if mixture.weights[rest].sum() == 0:
         raise ValueError(
             "forbidden must leave some components with weight: all are forbidden, got "
-            f"{_checks.shown(forbidden)}"
+            f"{checks.shown(forbidden)}"
         )
     allowed = None
     if positive is not None:
@@ -129,8 +124,8 @@ def roles_of(mixture: GaussianMixture, rule: Rule, forbidden: object, positive: 
     inner = innermost(rule)
     if len(concepts) > 1 and not rule.several_concepts:
         raise ValueError(f"forbidden must be one concept for {inner!r}, got {len(concepts)}")
-    unforbidden = isinstance(inner, guidance.Unguided) or (
-        allowed is not None and rule.needs_positive and not isinstance(inner, guidance.PerpNeg)
+    unforbidden = isinstance(inner, rules.Unguided) or (
+        allowed is not None and rule.needs_positive and not isinstance(inner, rules.PerpNeg)
     )
     if not concepts and not unforbidden:
         raise ValueError(f"forbidden must name the unwanted components for {inner!r}, got None")
@@ -143,13 +138,13 @@ def predictions_at(
     x: Array,
     alpha: float,
     sigma: float,
-    prediction_type: PredictionType,
+    prediction_type: Quantity,
     *,
     odds: Array | None,
     step: int,
     time: float,
 ) -> Predictions:
-    """What the rule sees at x of shape (N, D), in the units of ``prediction_type``."""
+    """The predictions that a rule reads at x of shape (N, D), as ``prediction_type``."""
     noisy = roles.mixture.diffuse(alpha, sigma)
 
     def of(part: GaussianMixture) -> Array:
@@ -163,19 +158,19 @@ def predictions_at(
         x0 = part.posterior_mean(x, alpha, sigma)
         return alpha * eps - sigma * x0 if prediction_type == "v_prediction" else eps - x0
 
-    # Predictions at one x are affine in each other: how far that of the noise moves with each.
+    # At a given x all types are affine in each other: the change of eps per change of each type.
     to_noise = {
         "epsilon": 1.0,
         "sample": -alpha / sigma,
         "v_prediction": alpha / (alpha * alpha + sigma * sigma),
-        "flow": alpha / (alpha + sigma),
+        "flow_prediction": alpha / (alpha + sigma),
         "score": -sigma,
     }[prediction_type]
     base, rest = of(roles.mixture), of(roles.rest_part)
     positive = rest if roles.positive_part is None else of(roles.positive_part)
     direction = None
-    if isinstance(innermost(rule), guidance.PerpNeg):
-        # base = q positive + (1 - q) opposite, so that this is (positive - base)/(1 - q).
+    if isinstance(innermost(rule), rules.PerpNeg):
+        # base = q positive + (1 - q) opposite, so positive - opposite = (positive - base)/(1 - q).
         direction = np.zeros_like(base)
         if len(roles.opposite):
             direction = positive - of(roles.mixture.restrict(roles.opposite))
@@ -196,38 +191,36 @@ def predictions_at(
 
 
 def guided_by(rule: Rule, predictions: Predictions, memory: Any) -> tuple[Array, Array, Any]:
-    """``rule.guide``; what a rule of one's own returns is checked."""
+    """Call ``rule.guide``, and check the result of a user-written rule."""
     result = rule.guide(predictions, memory)
     if not isinstance(result, tuple) or len(result) != 3:
         raise TypeError(
-            f"rule.guide must return (guided, scale, memory), got {_checks.shown(result)}"
+            f"rule.guide must return (guided, scale, memory), got {checks.shown(result)}"
         )
     guided, scale, following = result
     if not _known(innermost(rule)):
         rows = len(predictions.negative)
-        guided = _checks.array(
-            "the guided prediction of rule.guide", guided, predictions.base.shape
-        )
-        scale = _checks.array("the scale of rule.guide", scale, (rows, len(guided)))
+        guided = checks.array("the guided prediction of rule.guide", guided, predictions.base.shape)
+        scale = checks.array("the scale of rule.guide", scale, (rows, len(guided)))
     return guided, scale, following
 
 
 @dataclass(frozen=True, eq=False)
 class GuidedPrediction:
-    """What a rule makes of the predictions at N points in D dimensions; M forbidden concepts.
+    """Result of :func:`predict` at N points in D dimensions, for M forbidden concepts.
 
     Attributes
     ----------
     guided : ndarray, shape (N, D)
-        The guided prediction, of the type that was asked for; so are the three that follow.
+        The guided prediction.  This and the next three are of the requested type.
     base : ndarray, shape (N, D)
-        That of the whole mixture.  ``guided - base`` is the guidance term.
+        Prediction of the whole mixture.  ``guided - base`` is the guidance term.
     negative : ndarray, shape (M, N, D)
-        Those of the forbidden concepts.
+        Predictions of the forbidden concepts.
     positive : ndarray, shape (N, D)
-        That of ``positive``, or else of everything that is not forbidden.
+        Prediction of ``positive``, by default of everything that is not forbidden.
     scale : ndarray, shape (M, N)
-        The scale lambda (for SLD its mean over dimensions); one row where nothing is forbidden.
+        The scale lambda (for SLD its mean over dimensions); one row if nothing is forbidden.
     memory : ndarray or None
         What the rule carries to the next step.
     """
@@ -249,21 +242,21 @@ def predict(
     *,
     forbidden: ArrayLike | Sequence[ArrayLike] | None = None,
     positive: ArrayLike | None = None,
-    prediction_type: PredictionType = "epsilon",
+    prediction_type: Quantity = "epsilon",
     log_posterior: ArrayLike | None = None,
     memory: ArrayLike | None = None,
     step: int | None = None,
     time: float | None = None,
 ) -> GuidedPrediction:
-    """What a rule predicts at given points of a noise level: fields, and samplers of one's own.
+    """Guided prediction of a rule at given points, for plots and user-written samplers.
 
     With ``prediction_type="sample"`` this is what the reference engine of :func:`dng_math.sample`
-    computes at a step, bit for bit.  Every rule is affine in the predictions, so it reads the same
-    for each type: for the score DNG's is ``s - lambda (s_c - s)`` (DNG Eq. 10).
+    computes at a step, bit for bit.  Every rule is affine in the predictions, so it has the same
+    form for each type: for the score DNG's is ``s - lambda (s_c - s)`` (DNG Eq. 10).
 
-    Rules without memory and without a tracked posterior are functions of x alone.  The others
-    depend on the path of a sample, which is given: the tracked posterior in ``log_posterior``,
-    SLD's momentum in ``memory``.
+    Rules without memory and without a tracked posterior are functions of x alone.  The others also
+    depend on the path of a sample: pass the tracked posterior as ``log_posterior`` and SLD's
+    momentum as ``memory``.
 
     Parameters
     ----------
@@ -272,27 +265,27 @@ def predict(
     x : array_like, shape (N, D)
         Points x_t = alpha x0 + sigma eps.
     alpha, sigma : float
-        The noise level, alpha >= 0 and sigma > 0: of a schedule ``schedule.alpha[i]`` and
-        ``schedule.sigma[i]``.
+        The noise level, alpha >= 0 and sigma > 0; ``schedule.alpha[i]`` and
+        ``schedule.sigma[i]`` of a schedule.
     rule : Rule, optional
-        From :mod:`dng_math.guidance`; default unguided.
+        From :mod:`dng_math.rules`; default unguided.
     forbidden, positive : optional
         As for :func:`dng_math.sample`.
-    prediction_type : {"epsilon", "sample", "v_prediction", "flow", "score"}
+    prediction_type : {"epsilon", "sample", "v_prediction", "flow_prediction", "score"}
         E[eps | x], E[x0 | x], alpha eps - sigma x0, eps - x0, or the gradient of the log density,
         -eps/sigma.
     log_posterior : array_like, shape (M, N), (N,) for one concept, or a number; optional
         The tracked log p(c_k | x_t) of a rule with a tracker, as ``tracker.log_posterior(state)``
-        and ``ChainResult.tracked`` give it, kept within the tracker's limits; for feedback
+        and ``ChainResult.tracked`` give it, clamped to the tracker's limits; for feedback
         guidance the log ratio L.
     memory : array_like, shape (N, D), optional
-        Of a rule that carries something from step to step (SLD with ``momentum_scale`` not 0):
-        ``rule.init(N, D)`` at the first step, then ``memory`` of the last result.
+        Memory of a rule that has one (SLD with ``momentum_scale`` not 0): ``rule.init(N, D)`` at
+        the first step, then ``memory`` of the last result.
     step : int, optional
         Index of the step from the noisy end, for SLD with ``warmup_steps``.
     time : float, optional
-        In [0, 1], 1 at the noisy end, for :class:`dng_math.LimitedInterval`; of a schedule
-        ``schedule.time[i]``.
+        Time of the noise level in [0, 1], 1 at the noisy end, for
+        :class:`dng_math.LimitedInterval`; ``schedule.time[i]`` of a schedule.
 
     Returns
     -------
@@ -301,14 +294,14 @@ def predict(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed; also where the rule needs one of the
-        last four and it is not given, or one is given that the rule cannot use.
+        If an argument is invalid, if the rule needs one of the last four and it is not given, or
+        if one is given that the rule cannot use.  The message names the argument and its value.
 
     Examples
     --------
     >>> import numpy as np
     >>> mixture = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [0.1, 0.1])
-    >>> rule = guidance.DynamicNegativeGuidance(1.0)
+    >>> rule = rules.DynamicNegativeGuidance(1.0)
     >>> at = (np.array([[-1.0], [0.0]]), 0.8, 0.6)
     >>> pushed = predict(mixture, *at, rule, forbidden=[0], prediction_type="score").guided
     >>> np.allclose(pushed, mixture.restrict([1]).diffuse(0.8, 0.6).score(at[0]))
@@ -316,11 +309,11 @@ def predict(
     """
     mixture = checked_mixture(mixture)
     points = mixture._points(x)
-    alpha = _checks.non_negative("alpha", alpha)
-    sigma = _checks.positive("sigma", sigma)
+    alpha = checks.non_negative("alpha", alpha)
+    sigma = checks.positive("sigma", sigma)
     rule = checked_rule(rule)
     roles = roles_of(mixture, rule, forbidden, positive)
-    _checks.choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    checks.choice("prediction_type", prediction_type, QUANTITIES)
     step, time = _at(rule, step, time)
     odds = _odds(rule, log_posterior, (max(1, len(roles.concepts)), len(points)))
     carried = _carried(rule, memory, points.shape)
@@ -340,22 +333,22 @@ def predict(
 
 
 def _known(rule: Rule) -> bool:
-    """Whether this package says what the rule reads."""
-    return type(rule).__module__ == guidance.__name__
+    """Whether the rule is one of this package, so that the arguments it reads are known."""
+    return type(rule).__module__ == rules.__name__
 
 
 def _at(rule: Rule, step: int | None, time: float | None) -> tuple[int, float]:
-    """Step and time, given where the rule reads them."""
+    """Checked step and time; raises ValueError where the rule reads one that is not given."""
     inner = innermost(rule)
     foreign = not _known(inner)
     if step is not None:
-        step = _checks.integer("step", step, 0)
-    elif foreign or (isinstance(inner, guidance.SafeLatentDiffusion) and inner.warmup_steps > 0):
+        step = checks.integer("step", step, 0)
+    elif foreign or (isinstance(inner, rules.SafeLatentDiffusion) and inner.warmup_steps > 0):
         raise ValueError(
             f"step must be given for {inner!r}: the index of the step from the noisy end; got None"
         )
     if time is not None:
-        time = _checks.real("time", time, "in [0, 1]", 0.0, 1.0, closed="[]")
+        time = checks.real("time", time, "in [0, 1]", 0.0, 1.0, closed="[]")
     elif foreign or isinstance(rule, LimitedInterval):
         raise ValueError(
             f"time must be given for {rule!r}: the diffusion time of the noise level, 1 at the "
@@ -368,9 +361,9 @@ def _odds(rule: Rule, log_posterior: ArrayLike | None, shape: tuple[int, int]) -
     """The odds of a tracked posterior (e^L for feedback guidance), within the tracker's limits."""
     inner = innermost(rule)
     tracker = None
-    if isinstance(inner, guidance.DynamicNegativeGuidance):
+    if isinstance(inner, rules.DynamicNegativeGuidance):
         tracker = None if isinstance(inner.posterior, ExactPosterior) else inner.posterior
-    feedback = isinstance(inner, guidance.FeedbackGuidance)
+    feedback = isinstance(inner, rules.FeedbackGuidance)
     if tracker is None and not feedback:
         if log_posterior is not None:
             raise ValueError(
@@ -384,7 +377,7 @@ def _odds(rule: Rule, log_posterior: ArrayLike | None, shape: tuple[int, int]) -
             f"log_posterior must be given for {inner!r}: {what}, which depends on the path of a "
             "sample and not on x alone; got None"
         )
-    values = _checks.reals("log_posterior", log_posterior)
+    values = checks.reals("log_posterior", log_posterior)
     if values.shape not in ((), shape, shape[1:] if shape[0] == 1 else shape):
         one = f", {shape[1:]}" if shape[0] == 1 else ""
         raise ValueError(
@@ -395,7 +388,7 @@ def _odds(rule: Rule, log_posterior: ArrayLike | None, shape: tuple[int, int]) -
     if wrong.any():
         allowed = "finite" if feedback else "<= 0, as the logarithm of a probability is"
         raise ValueError(f"log_posterior must be {allowed}, got {values[wrong][0]}")
-    if isinstance(inner, guidance.FeedbackGuidance):
+    if isinstance(inner, rules.FeedbackGuidance):
         return np.exp(np.clip(values, inner._floor, inner.log_ratio_max))
     assert tracker is not None
     state = values if isinstance(tracker, PaperTracker) else log_odds_from_log_posterior(values)
@@ -403,12 +396,12 @@ def _odds(rule: Rule, log_posterior: ArrayLike | None, shape: tuple[int, int]) -
 
 
 def _carried(rule: Rule, memory: ArrayLike | None, shape: tuple[int, ...]) -> Any:
-    """The rule's memory, given where it matters."""
+    """Checked memory of the rule; raises ValueError if it is missing or cannot be used."""
     inner = innermost(rule)
     fresh = rule.init(*shape)
     if memory is None:
         unread, cure = False, ""
-        if isinstance(inner, guidance.SafeLatentDiffusion):
+        if isinstance(inner, rules.SafeLatentDiffusion):
             unread, cure = inner.momentum_scale == 0, "; with momentum_scale=0 it needs none"
         if fresh is None or unread:
             return fresh
@@ -421,9 +414,9 @@ def _carried(rule: Rule, memory: ArrayLike | None, shape: tuple[int, ...]) -> An
         return memory
     if fresh is None:
         raise ValueError(
-            f"memory must be None for {inner!r}, which has none, got {_checks.shown(memory)}"
+            f"memory must be None for {inner!r}, which has none, got {checks.shown(memory)}"
         )
-    return _checks.array("memory", memory, shape)
+    return checks.array("memory", memory, shape)
 
 
 # ---------------------------------------------------------------- divergences of the scores
@@ -437,9 +430,10 @@ def divergence_gap(
     *,
     forbidden: ArrayLike | Sequence[ArrayLike],
 ) -> Array:
-    """div s_c - div s at given points of a noise level: what networks would have to estimate.
+    """Exact difference div s_c - div s of the score divergences at given points of a noise level.
 
-    :func:`dng_math.divergence_correction` makes of it what a tracker's ``update`` takes.
+    With networks it would have to be estimated.  :func:`dng_math.divergence_correction` computes
+    from such differences the ``correction`` of a tracker's ``update``.
 
     Parameters
     ----------
@@ -460,7 +454,7 @@ def divergence_gap(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed.
+        If an argument is invalid; the message names it, its value and what is allowed.
     """
     points, noisy, concepts = _divergence_arguments(mixture, x, alpha, sigma, forbidden)
     whole = noisy.score_divergence(points)
@@ -472,7 +466,7 @@ def _divergence_arguments(
 ) -> tuple[Array, GaussianMixture, list[Indices]]:
     checked = checked_mixture(mixture)
     points = checked._points(x)
-    noisy = checked.diffuse(_checks.non_negative("alpha", alpha), _checks.positive("sigma", sigma))
+    noisy = checked.diffuse(checks.non_negative("alpha", alpha), checks.positive("sigma", sigma))
     if forbidden is None:
         raise ValueError("forbidden must name the unwanted components, got None")
     return points, noisy, concepts_of(checked, forbidden)
@@ -494,7 +488,7 @@ def divergence_correction(
     docs/theory.md, section 6.9), with the score of the base as s_ref for a
     :class:`dng_math.PaperTracker` and that of the rest, s - o (s_c - s) with the tracked odds o,
     for a :class:`dng_math.LogOddsTracker`.  It is what ``divergence=True`` adds in
-    :func:`dng_math.sample`, for loops of one's own.
+    :func:`dng_math.sample`, here for user-written loops.
 
     Parameters
     ----------
@@ -503,13 +497,13 @@ def divergence_correction(
     x : array_like, shape (N, D)
         x_t, before the step.
     coefficients : StepCoefficients
-        Of the sampler: ``schedule.coefficients(DDIM(0.0))``.
+        Coefficients of the sampler, such as ``schedule.coefficients(DDIM(0.0))``.
     step : int
-        Its row: 0 is the noisiest step.
+        Row of the coefficients; 0 is the noisiest step.
     tracker : PaperTracker or LogOddsTracker
-        With ``divergence=True``.
+        A tracker with ``divergence=True``.
     state : array_like, shape (M, N)
-        The tracker's, before the update.
+        The tracker's state before the update.
     forbidden : component indices, mask, or a list of several such
         As for :func:`dng_math.sample`; M concepts.
 
@@ -521,19 +515,19 @@ def divergence_correction(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed.
+        If an argument is invalid; the message names it, its value and what is allowed.
     """
     refuse_no_coefficients(coefficients)
-    step = _checks.integer("step", step, 0, len(coefficients) - 1)
+    step = checks.integer("step", step, 0, len(coefficients) - 1)
     if not isinstance(tracker, PaperTracker | LogOddsTracker):
         raise TypeError(
-            f"tracker must be a PaperTracker or LogOddsTracker, got {_checks.shown(tracker)}"
+            f"tracker must be a PaperTracker or LogOddsTracker, got {checks.shown(tracker)}"
         )
     if not tracker.divergence:
         raise ValueError(f"tracker must have divergence=True to be corrected, got {tracker!r}")
     alpha, sigma = float(coefficients.alpha_t[step]), float(coefficients.sigma_t[step])
     points, noisy, concepts = _divergence_arguments(mixture, x, alpha, sigma, forbidden)
-    states = _checks.known("state", state)
+    states = checks.known("state", state)
     if states.shape != (len(concepts), len(points)):
         raise ValueError(
             f"state must have shape {(len(concepts), len(points))}, got {states.shape}"

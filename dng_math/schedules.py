@@ -2,53 +2,63 @@
 
 A schedule is a list of pairs ``(alpha, sigma)`` with ``x_t = alpha x0 + sigma eps``, from the
 data at index 0 (``alpha = 1``, ``sigma = 0``) to the noise at index T.  A sampler turns each
-pair of neighbouring times t -> s into one row ``x_s = A x_t + B x0 + sqrt(V) z``; every
-first-order sampler has that form, so the chain that runs them knows none of them by name.
-Times are crossed from noisy to clean: row 0 of the coefficients starts at index T.
+pair of neighbouring times t -> s into one row ``x_s = A x_t + B x0 + sqrt(V) z``.  Every
+first-order sampler has that form, so a chain runs all of them with the same code.  Rows go from
+noisy to clean: row 0 of the coefficients starts at index T.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dng_math import _checks, equations
+from dng_math import checks, equations
 
 Array = NDArray[np.float64]
 TrackerVariance = Literal["matched", "small", "large", "published"]
 TRACKER_VARIANCES: tuple[TrackerVariance, ...] = ("matched", "small", "large", "published")
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
 
-def x0_of(kind: str, x: Any, prediction: Any, alpha: Any, sigma: Any) -> Any:
-    """x0 of what a network returns; numbers, arrays or tensors of shapes that broadcast.
+def x0_of(prediction_type: str, x: Any, prediction: Any, alpha: Any, sigma: Any) -> Any:
+    """x0 from a network's prediction; numbers, arrays or tensors of shapes that broadcast.
 
     Parameters
     ----------
-    kind : {"epsilon", "v_prediction", "sample", "flow"}
+    prediction_type : {"epsilon", "v_prediction", "sample", "flow_prediction"}
         The noise, v = alpha eps - sigma x0, x0 itself, or eps - x0.
     x, prediction : float, ndarray or Tensor
         x_t = alpha x0 + sigma eps, and the prediction there.
     alpha, sigma : float or ndarray
-        Of the schedule.
+        Noise level of x.
+
+    Raises
+    ------
+    ValueError
+        If ``prediction_type`` is none of these.
     """
-    match kind:
+    match prediction_type:
         case "epsilon":
             return equations.x0_from_noise(x, prediction, alpha, sigma)
         case "v_prediction":
             return equations.x0_from_velocity(x, prediction, alpha, sigma)
-        case "flow":
+        case "flow_prediction":
             return equations.x0_from_flow(x, prediction, sigma)
         case "sample":
             return prediction
-    raise ValueError(f"kind must be 'epsilon', 'v_prediction', 'sample' or 'flow', got {kind!r}")
+    raise ValueError(
+        f"prediction_type must be one of {', '.join(map(repr, PREDICTION_TYPES))}, got "
+        f"{prediction_type!r}"
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class StepCoefficients(_checks.ReadOnly):
+class StepCoefficients(checks.ReadOnly):
     """The reverse step of every interval of a schedule, noisiest first; float64, shape (N,).
 
     All arrays are read-only.
@@ -56,16 +66,16 @@ class StepCoefficients(_checks.ReadOnly):
     Attributes
     ----------
     time : ndarray
-        Index of the noisier end over T, in (0, 1].
+        Time of the noisier end, in (0, 1].
     alpha_t, sigma_t, alpha_s, sigma_s : ndarray
-        The noisier end t and the cleaner end s.
+        Noise levels of the noisier end t and the cleaner end s.
     alpha_ts, beta_ts : ndarray
         ``p(x_t | x_s) = N(alpha_ts x_s, beta_ts)``; for one DDPM step beta_ts is beta_t.
     x_factor, x0_factor, step_var : ndarray
         A, B and V of ``x_s = A x_t + B x0 + sqrt(V) z``.
     eta : ndarray
         Reverse noise relative to the DDPM posterior's: 1 ancestral, 0 deterministic.
-    kernel_x_factor, kernel_x0_factor, kernel_var : ndarray
+    transition_x_factor, transition_x0_factor, transition_var : ndarray
         The transition that trackers compare: the sampler's own where eta = 1, the DDPM
         posterior's otherwise (a tracker's update is only defined for a noisy step).
     """
@@ -81,17 +91,17 @@ class StepCoefficients(_checks.ReadOnly):
     x0_factor: Array
     step_var: Array
     eta: Array
-    kernel_x_factor: Array
-    kernel_x0_factor: Array
-    kernel_var: Array
+    transition_x_factor: Array
+    transition_x0_factor: Array
+    transition_var: Array
 
     def __post_init__(self) -> None:
-        columns = {name: _checks.array(name, value, ("N",)) for name, value in vars(self).items()}
+        columns = {name: checks.array(name, value, ("N",)) for name, value in vars(self).items()}
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"all columns must have the same length, got {lengths}")
         for name, column in columns.items():
-            object.__setattr__(self, name, _checks.frozen(column))
+            object.__setattr__(self, name, checks.frozen(column))
 
     def __len__(self) -> int:
         return len(self.time)
@@ -102,17 +112,23 @@ class StepCoefficients(_checks.ReadOnly):
         Parameters
         ----------
         choice : {"matched", "small", "large", "published"}
-            "matched" is the variance of the step's own noise.  "small" is the DDPM posterior's.
-            "large" is beta_ts.  "published" is the small one with beta_ts at a last step that
-            ends at sigma = 0, as the published implementation has it.
+            "matched" is ``transition_var``, which is the variance of the step's own noise if
+            eta = 1.  "small" is the DDPM posterior's.  "large" is beta_ts.  "published" is the
+            small one, but beta_ts at a last step that ends at sigma = 0, as in the published
+            implementation.
 
         Returns
         -------
         ndarray, shape (N,)
+
+        Raises
+        ------
+        ValueError, TypeError
+            If ``choice`` is none of these.
         """
-        _checks.choice("choice", choice, TRACKER_VARIANCES)
+        checks.choice("choice", choice, TRACKER_VARIANCES)
         if choice == "matched":
-            return self.kernel_var
+            return self.transition_var
         if choice == "large":
             return self.beta_ts
         small = equations.posterior_variance(self.beta_ts, self.sigma_s, self.sigma_t)
@@ -122,10 +138,10 @@ class StepCoefficients(_checks.ReadOnly):
 
 
 class Sampler(Protocol):
-    """What :func:`dng_math.sample` needs of a sampler: its coefficients on a schedule."""
+    """Interface of a sampler: its coefficients on a schedule."""
 
     def coefficients(self, schedule: NoiseSchedule) -> StepCoefficients:
-        """One row a step, noisiest first."""
+        """One row per step, noisiest first."""
         ...
 
 
@@ -142,8 +158,41 @@ def _intervals(schedule: NoiseSchedule) -> dict[str, Array]:
         "alpha_s": alpha_s,
         "sigma_s": sigma_s,
         "alpha_ts": alpha_ts,
-        "beta_ts": equations.transition_variance(sigma_t, sigma_s, alpha_ts),
+        "beta_ts": added_variance(alpha_t, sigma_t, alpha_s, sigma_s),
     }
+
+
+def added_variance(alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array) -> Array:
+    """beta_ts, the variance of p(x_t | x_s), clamped at 0 against rounding; shape (N,)."""
+    alpha_ts = equations.transition_alpha(alpha_t, alpha_s)
+    return np.maximum(equations.transition_variance(sigma_t, sigma_s, alpha_ts), 0.0)
+
+
+def step_factors(
+    alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: Array, eta: float
+) -> tuple[Array, Array, Array]:
+    """A, B and V of the first-order step with noise eta (DDIM Eq. 12 and 16).
+
+    ``V = eta^2 beta_ts sigma_s^2/sigma_t^2``, ``A = sqrt(sigma_s^2 - V)/sigma_t`` and
+    ``B = alpha_s - alpha_t A``: eta = 1 is the DDPM posterior, eta = 0 the deterministic step.
+
+    Parameters
+    ----------
+    alpha_t, sigma_t, alpha_s, sigma_s : ndarray, shape (N,)
+        The two ends of each step; sigma_t > 0.
+    eta : float
+        Reverse noise relative to the DDPM posterior's, in [0, 1].
+
+    Returns
+    -------
+    tuple of ndarray, each of shape (N,)
+    """
+    beta_ts = added_variance(alpha_t, sigma_t, alpha_s, sigma_s)
+    variance = eta**2 * equations.posterior_variance(beta_ts, sigma_s, sigma_t)
+    # sqrt(sigma_s^2 - V)/sigma_t without the subtraction, which cancels for small alpha_t.
+    kept = (equations.transition_alpha(alpha_t, alpha_s) * sigma_s / sigma_t) ** 2
+    x_factor = sigma_s / sigma_t * np.sqrt((1.0 - eta**2) + eta**2 * kept)
+    return x_factor, alpha_s - alpha_t * x_factor, variance
 
 
 def _posterior_factors(at: dict[str, Array]) -> tuple[Array, Array, Array]:
@@ -161,17 +210,22 @@ class DDPM:
     Parameters
     ----------
     variance : {"small", "large"}
-        Of the noise: that of p(x_s | x_t, x0), or beta_ts.  A step that ends at sigma = 0 adds
-        no noise with either.
+        Variance of the added noise: that of p(x_s | x_t, x0), or beta_ts.  A step that ends at
+        sigma = 0 adds no noise with either.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If ``variance`` is neither.
     """
 
     variance: Literal["small", "large"] = "small"
 
     def __post_init__(self) -> None:
-        _checks.choice("variance", self.variance, ("small", "large"))
+        checks.choice("variance", self.variance, ("small", "large"))
 
     def coefficients(self, schedule: NoiseSchedule) -> StepCoefficients:
-        """One row a step, noisiest first; see :class:`StepCoefficients`."""
+        """One row per step, noisiest first; see :class:`StepCoefficients`."""
         at = _intervals(schedule)
         x_factor, x0_factor, small = _posterior_factors(at)
         variance = small
@@ -183,9 +237,9 @@ class DDPM:
             x0_factor=x0_factor,
             step_var=variance,
             eta=np.ones_like(small),
-            kernel_x_factor=x_factor,
-            kernel_x0_factor=x0_factor,
-            kernel_var=variance,
+            transition_x_factor=x_factor,
+            transition_x0_factor=x0_factor,
+            transition_var=variance,
         )
 
 
@@ -197,35 +251,38 @@ class DDIM:
     ----------
     eta : float
         In [0, 1]; the noise variance is eta^2 times DDPM's small one (Eq. 16).
+
+    Raises
+    ------
+    ValueError, TypeError
+        If eta is not a number in [0, 1].
     """
 
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        _checks.real("eta", self.eta, "in [0, 1]", 0.0, 1.0, closed="[]")
+        checks.real("eta", self.eta, "in [0, 1]", 0.0, 1.0, closed="[]")
 
     def coefficients(self, schedule: NoiseSchedule) -> StepCoefficients:
-        """One row a step, noisiest first; see :class:`StepCoefficients`."""
+        """One row per step, noisiest first; see :class:`StepCoefficients`."""
         at = _intervals(schedule)
-        kernel_x, kernel_x0, small = _posterior_factors(at)
-        # sqrt(sigma_s^2 - V) / sigma_t with V = eta^2 small, written without the subtraction.
-        kept = (at["alpha_ts"] * at["sigma_s"] / at["sigma_t"]) ** 2
-        noise_kept = np.sqrt((1.0 - self.eta**2) + self.eta**2 * kept)
-        x_factor = at["sigma_s"] / at["sigma_t"] * noise_kept
+        mean_x, mean_x0, small = _posterior_factors(at)
+        ends = (at["alpha_t"], at["sigma_t"], at["alpha_s"], at["sigma_s"])
+        x_factor, x0_factor, step_var = step_factors(*ends, self.eta)
         return StepCoefficients(
             **at,
             x_factor=x_factor,
-            x0_factor=at["alpha_s"] - at["alpha_t"] * x_factor,
-            step_var=self.eta**2 * small,
+            x0_factor=x0_factor,
+            step_var=step_var,
             eta=np.full_like(small, self.eta),
-            kernel_x_factor=kernel_x,
-            kernel_x0_factor=kernel_x0,
-            kernel_var=small,
+            transition_x_factor=mean_x,
+            transition_x0_factor=mean_x0,
+            transition_var=small,
         )
 
 
 def _euler(schedule: NoiseSchedule, noise: float) -> tuple[dict[str, Array], Array, Array, Array]:
-    """x + (-log alpha_ts) x + (1 + noise)/2 beta_ts score, as factors of x and x0."""
+    """Factors of the Euler step x - log(alpha_ts) x + (1 + noise)/2 beta_ts score, and variance."""
     at = _intervals(schedule)
     if np.any(at["alpha_t"] == 0):
         raise ValueError(
@@ -234,7 +291,7 @@ def _euler(schedule: NoiseSchedule, noise: float) -> tuple[dict[str, Array], Arr
         )
     drift = -np.log(at["alpha_ts"])
     pull = 0.5 * (1.0 + noise) * at["beta_ts"] / at["sigma_t"] ** 2
-    # A step to sigma = 0 would leave noise behind (the drift is singular there): it goes to x0.
+    # The drift is singular at sigma = 0 and a step there would leave noise: return x0 instead.
     last = at["sigma_s"] == 0
     x_factor = np.where(last, 0.0, 1.0 + drift - pull)
     x0_factor = np.where(last, at["alpha_s"], pull * at["alpha_t"])
@@ -249,7 +306,7 @@ class EulerMaruyama:
     """
 
     def coefficients(self, schedule: NoiseSchedule) -> StepCoefficients:
-        """One row a step, noisiest first; raises ValueError where alpha is 0."""
+        """One row per step, noisiest first; raises ValueError where alpha is 0."""
         at, x_factor, x0_factor, variance = _euler(schedule, 1.0)
         return StepCoefficients(
             **at,
@@ -257,9 +314,9 @@ class EulerMaruyama:
             x0_factor=x0_factor,
             step_var=variance,
             eta=np.ones_like(variance),
-            kernel_x_factor=x_factor,
-            kernel_x0_factor=x0_factor,
-            kernel_var=variance,
+            transition_x_factor=x_factor,
+            transition_x0_factor=x0_factor,
+            transition_var=variance,
         )
 
 
@@ -272,23 +329,23 @@ class ProbabilityFlow:
     """
 
     def coefficients(self, schedule: NoiseSchedule) -> StepCoefficients:
-        """One row a step, noisiest first; raises ValueError where alpha is 0."""
+        """One row per step, noisiest first; raises ValueError where alpha is 0."""
         at, x_factor, x0_factor, variance = _euler(schedule, 0.0)
-        kernel_x, kernel_x0, small = _posterior_factors(at)
+        mean_x, mean_x0, small = _posterior_factors(at)
         return StepCoefficients(
             **at,
             x_factor=x_factor,
             x0_factor=x0_factor,
             step_var=variance,
             eta=np.zeros_like(variance),
-            kernel_x_factor=kernel_x,
-            kernel_x0_factor=kernel_x0,
-            kernel_var=small,
+            transition_x_factor=mean_x,
+            transition_x0_factor=mean_x0,
+            transition_var=small,
         )
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule(_checks.ReadOnly):
+class NoiseSchedule(checks.ReadOnly):
     """Pairs (alpha, sigma) of ``x_t = alpha x0 + sigma eps``, from clean to noisy.
 
     Parameters
@@ -297,12 +354,14 @@ class NoiseSchedule(_checks.ReadOnly):
         Index 0 is the data: alpha = 1, sigma = 0.  alpha must not increase and
         sigma / alpha must increase strictly; alpha may reach 0 at index T.
     time : array_like, shape (T + 1,), optional
-        Increasing from 0 to 1; default index / T.  A respaced schedule keeps its times.
+        Time of every index, increasing from 0 to 1; default index / T.  A respaced schedule keeps
+        its times.
 
     Raises
     ------
-    ValueError
-        If the schedule is not monotone, or does not start at the data.
+    ValueError, TypeError
+        If the schedule is not monotone or does not start at the data, or an argument is not a
+        finite array of its shape.
     """
 
     alpha: Array
@@ -310,8 +369,8 @@ class NoiseSchedule(_checks.ReadOnly):
     time: Array
 
     def __init__(self, alpha: ArrayLike, sigma: ArrayLike, time: ArrayLike | None = None) -> None:
-        alphas = _checks.array("alpha", alpha, ("T + 1",))
-        sigmas = _checks.array("sigma", sigma, ("T + 1",))
+        alphas = checks.array("alpha", alpha, ("T + 1",))
+        sigmas = checks.array("sigma", sigma, ("T + 1",))
         if len(alphas) != len(sigmas) or len(alphas) < 2:
             raise ValueError(
                 f"alpha and sigma must have the same length, at least 2; "
@@ -319,7 +378,7 @@ class NoiseSchedule(_checks.ReadOnly):
             )
         if time is None:
             time = np.arange(len(alphas)) / (len(alphas) - 1)
-        times = _checks.array("time", time, (len(alphas),))
+        times = checks.array("time", time, (len(alphas),))
         if alphas[0] != 1 or sigmas[0] != 0:
             raise ValueError(
                 f"alpha and sigma must start at the data, alpha[0] = 1 and sigma[0] = 0; "
@@ -343,9 +402,9 @@ class NoiseSchedule(_checks.ReadOnly):
                 )
         if times[0] != 0 or times[-1] != 1 or np.any(np.diff(times) <= 0):
             raise ValueError(f"time must increase strictly from 0 to 1, got {times}")
-        object.__setattr__(self, "alpha", _checks.frozen(alphas))
-        object.__setattr__(self, "sigma", _checks.frozen(sigmas))
-        object.__setattr__(self, "time", _checks.frozen(times))
+        object.__setattr__(self, "alpha", checks.frozen(alphas))
+        object.__setattr__(self, "sigma", checks.frozen(sigmas))
+        object.__setattr__(self, "time", checks.frozen(times))
 
     def __len__(self) -> int:
         """Number of steps T."""
@@ -360,14 +419,19 @@ class NoiseSchedule(_checks.ReadOnly):
 
     @classmethod
     def from_alpha_bar(cls, alpha_bar: ArrayLike) -> NoiseSchedule:
-        """Variance preserving, from alpha_bar at t = 1 ... T (diffusers' alphas_cumprod).
+        """Variance-preserving schedule from alpha_bar at t = 1 ... T (diffusers' alphas_cumprod).
 
         Parameters
         ----------
         alpha_bar : array_like, shape (T,)
             In [0, 1), strictly decreasing; alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
+
+        Raises
+        ------
+        ValueError, TypeError
+            If ``alpha_bar`` is not such an array.
         """
-        bar = _checks.array("alpha_bar", alpha_bar, ("T",))
+        bar = checks.array("alpha_bar", alpha_bar, ("T",))
         if len(bar) == 0 or np.any((bar < 0) | (bar >= 1)):
             raise ValueError(f"alpha_bar must be non-empty and in [0, 1), got {bar}")
         if np.any(np.diff(bar) >= 0):
@@ -377,8 +441,19 @@ class NoiseSchedule(_checks.ReadOnly):
 
     @classmethod
     def from_betas(cls, betas: ArrayLike) -> NoiseSchedule:
-        """Variance preserving, from beta_1 ... beta_T in (0, 1); DDPM section 2."""
-        values = _checks.array("betas", betas, ("T",))
+        """Variance-preserving schedule from beta_1 ... beta_T; DDPM section 2.
+
+        Parameters
+        ----------
+        betas : array_like, shape (T,)
+            In (0, 1]; only the last may be 1.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If ``betas`` are not such an array.
+        """
+        values = checks.array("betas", betas, ("T",))
         if len(values) == 0 or np.any((values <= 0) | (values > 1)):
             raise ValueError(f"betas must be non-empty and in (0, 1], got {values}")
         return cls.from_alpha_bar(np.cumprod(1.0 - values))
@@ -387,43 +462,81 @@ class NoiseSchedule(_checks.ReadOnly):
     def power(
         cls, steps: int = 1000, rho: float = 1.0, beta_min: float = 1e-4, beta_max: float = 0.02
     ) -> NoiseSchedule:
-        """beta_t^(1/rho) linear in t, the published implementation's family.
+        """Schedule with beta_t^(1/rho) linear in t, the published implementation's family.
 
         rho = 1 is :meth:`linear`, rho = 2 has the shape of :meth:`scaled_linear`.
+
+        Parameters
+        ----------
+        steps : int
+            Number of steps T, at least 1.
+        rho : float
+            Exponent, > 0.
+        beta_min, beta_max : float
+            beta_1 and beta_T, with 0 < beta_min <= beta_max < 1.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not a number of its range.
         """
-        steps = _checks.size("steps", steps, 1)
-        rho = _checks.positive("rho", rho)
-        low = _checks.real("beta_min", beta_min, "in (0, 1)", 0.0, 1.0, closed="()")
-        high = _checks.real("beta_max", beta_max, "in [beta_min, 1)", low, 1.0, closed="[)")
+        steps = checks.size("steps", steps, 1)
+        rho = checks.positive("rho", rho)
+        low = checks.real("beta_min", beta_min, "in (0, 1)", 0.0, 1.0, closed="()")
+        high = checks.real("beta_max", beta_max, "in [beta_min, 1)", low, 1.0, closed="[)")
         return cls.from_betas(np.linspace(low ** (1 / rho), high ** (1 / rho), steps) ** rho)
 
     @classmethod
     def linear(
         cls, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
     ) -> NoiseSchedule:
-        """DDPM's schedule, beta_t linear in t.  For fewer steps of it, :meth:`respace`."""
+        """DDPM's schedule, beta_t linear in t; :meth:`respace` it for fewer steps.
+
+        Arguments and errors are those of :meth:`power`.
+        """
         return cls.power(steps, 1.0, beta_min, beta_max)
 
     @classmethod
     def scaled_linear(
         cls, steps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012
     ) -> NoiseSchedule:
-        """Stable Diffusion's schedule, sqrt(beta_t) linear in t."""
+        """Stable Diffusion's schedule, sqrt(beta_t) linear in t.
+
+        Arguments and errors are those of :meth:`power`.
+        """
         return cls.power(steps, 2.0, beta_min, beta_max)
 
     @classmethod
     def cosine(cls, steps: int = 1000, s: float = 0.008, beta_max: float = 0.999) -> NoiseSchedule:
-        """alpha_bar = cos^2((t/T + s)/(1 + s) pi/2), betas capped (arXiv 2102.09672, Eq. 17)."""
-        steps = _checks.size("steps", steps, 1)
-        s = _checks.non_negative("s", s)
-        cap = _checks.real("beta_max", beta_max, "in (0, 1)", 0.0, 1.0, closed="()")
+        """alpha_bar = cos^2((t/T + s)/(1 + s) pi/2), betas capped (arXiv 2102.09672, Eq. 17).
+
+        Parameters
+        ----------
+        steps : int
+            Number of steps T, at least 1.
+        s : float
+            Offset of t/T, >= 0.
+        beta_max : float
+            Cap of beta_t, in (0, 1).
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not a number of its range.
+        """
+        steps = checks.size("steps", steps, 1)
+        s = checks.non_negative("s", s)
+        cap = checks.real("beta_max", beta_max, "in (0, 1)", 0.0, 1.0, closed="()")
         bar = np.cos((np.arange(steps + 1) / steps + s) / (1 + s) * (np.pi / 2)) ** 2
         return cls.from_betas(np.minimum(1.0 - bar[1:] / bar[:-1], cap))
 
     @classmethod
     def flow(cls, steps: int = 1000) -> NoiseSchedule:
-        """Flow matching: sigma = t/T and alpha = 1 - sigma, to pure noise at T."""
-        sigma = np.linspace(0.0, 1.0, _checks.size("steps", steps, 1) + 1)
+        """Flow matching with ``steps`` steps: sigma = t/T, alpha = 1 - sigma, pure noise at T.
+
+        Raises ValueError or TypeError if ``steps`` is not an integer >= 1.
+        """
+        sigma = np.linspace(0.0, 1.0, checks.size("steps", steps, 1) + 1)
         return cls(1.0 - sigma, sigma)
 
     @classmethod
@@ -434,21 +547,30 @@ class NoiseSchedule(_checks.ReadOnly):
         sigma_max: float = 80.0,
         rho: float | None = None,
     ) -> NoiseSchedule:
-        """Alpha = 1 and sigma from sigma_min (t = 1) to sigma_max (t = T), then 0 at t = 0.
+        """Alpha = 1 and sigma from sigma_min (t = 1) to sigma_max (t = T); sigma = 0 at t = 0.
 
         Parameters
         ----------
+        steps : int
+            Number of steps T, at least 2.
+        sigma_min, sigma_max : float
+            With 0 < sigma_min < sigma_max, in the units of the data.
         rho : float, optional
             None: geometric (Song et al. 2021).  Otherwise sigma^(1/rho) is linear in t; 7 is
             EDM's (arXiv 2206.00364, Eq. 5).
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not a number of its range.
         """
-        steps = _checks.size("steps", steps, 2)
-        low = _checks.positive("sigma_min", sigma_min)
-        high = _checks.real("sigma_max", sigma_max, "> sigma_min", low, np.inf, closed="()")
+        steps = checks.size("steps", steps, 2)
+        low = checks.positive("sigma_min", sigma_min)
+        high = checks.real("sigma_max", sigma_max, "> sigma_min", low, np.inf, closed="()")
         if rho is None:
             sigma = np.geomspace(low, high, steps)
         else:
-            rho = _checks.positive("rho", rho)
+            rho = checks.positive("rho", rho)
             sigma = np.linspace(low ** (1 / rho), high ** (1 / rho), steps) ** rho
         return cls(np.ones(steps + 1), np.concatenate([[0.0], sigma]))
 
@@ -458,14 +580,19 @@ class NoiseSchedule(_checks.ReadOnly):
         """The schedule that visits only the given times.
 
         Index 0, the data, is added if it is missing.  The first-order coefficients between the
-        times that are left are exact, so nothing else changes.
+        remaining times are exact.  Times are kept, divided by the last one.
 
         Parameters
         ----------
         indices : sequence of int, or bool mask of shape (T + 1,)
-            Into 0 ... T, in any order.
+            Indices from 0 to T, in any order.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If ``indices`` are empty, not integers or a mask, or out of range.
         """
-        given = _checks.numpy_array("indices", indices, "integers")
+        given = checks.numpy_array("indices", indices, "integers")
         if given.dtype == np.bool_:
             if given.shape != (len(self) + 1,):
                 raise ValueError(
@@ -473,32 +600,51 @@ class NoiseSchedule(_checks.ReadOnly):
                 )
             given = np.flatnonzero(given)
         if given.ndim != 1 or given.size == 0:
-            raise ValueError(f"indices must be a non-empty list, got {_checks.shown(indices)}")
+            raise ValueError(f"indices must be a non-empty list, got {checks.shown(indices)}")
         if not np.issubdtype(given.dtype, np.integer):
-            raise TypeError(f"indices must be integers, got {_checks.shown(indices)}")
+            raise TypeError(f"indices must be integers, got {checks.shown(indices)}")
         chosen = np.unique(np.concatenate([[0], given]))
         if len(chosen) < 2 or chosen[0] < 0 or chosen[-1] > len(self):
-            raise ValueError(f"indices must be from 1 to {len(self)}, got {_checks.shown(indices)}")
+            raise ValueError(f"indices must be from 1 to {len(self)}, got {checks.shown(indices)}")
         time = self.time[chosen]
         return NoiseSchedule(self.alpha[chosen], self.sigma[chosen], time / time[-1])
 
     def respace(self, steps: int) -> NoiseSchedule:
-        """The schedule in ``steps`` steps, evenly spaced in the index, from T to the data."""
-        steps = _checks.integer("steps", steps, 1, len(self))
+        """The schedule in ``steps`` steps, evenly spaced in the index, from T to the data.
+
+        Raises ValueError or TypeError if ``steps`` is not an integer from 1 to T.
+        """
+        steps = checks.integer("steps", steps, 1, len(self))
         return self.select(np.round(np.linspace(0, len(self), steps + 1)).astype(np.int64))
 
     def coefficients(self, sampler: Sampler | None = None) -> StepCoefficients:
-        """Coefficients of every step for a sampler (default: DDPM with the small variance)."""
+        """Coefficients of every step for a sampler (default: DDPM with the small variance).
+
+        Parameters
+        ----------
+        sampler : DDPM, DDIM, EulerMaruyama or ProbabilityFlow, optional
+
+        Returns
+        -------
+        StepCoefficients
+
+        Raises
+        ------
+        TypeError
+            If ``sampler`` is not a sampler, or its result is not StepCoefficients of this schedule.
+        ValueError
+            If the sampler needs alpha > 0 and the schedule ends at alpha = 0.
+        """
         sampler = DDPM() if sampler is None else sampler
         if isinstance(sampler, type) or not hasattr(sampler, "coefficients"):
             raise TypeError(
                 "sampler must be a DDPM, DDIM, EulerMaruyama or ProbabilityFlow (an object, not "
-                f"the class), got {_checks.shown(sampler)}"
+                f"the class), got {checks.shown(sampler)}"
             )
         coefficients = sampler.coefficients(self)
         if not isinstance(coefficients, StepCoefficients) or len(coefficients) != len(self):
             raise TypeError(
                 f"sampler must return StepCoefficients of {len(self)} steps from its coefficients, "
-                f"got {_checks.shown(coefficients)} from {_checks.shown(sampler)}"
+                f"got {checks.shown(coefficients)} from {checks.shown(sampler)}"
             )
         return coefficients

@@ -10,52 +10,93 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __all__ = [
+    "Calibration",
+    "Control",
     "DNGDDPMPipeline",
     "DNGStableDiffusionPipeline",
     "DNGStableDiffusionXLPipeline",
     "DynamicNegativeGuider",
     "EtaDDIMScheduler",
     "Labelled",
+    "Layout",
     "PosteriorFlowScheduler",
     "Samples",
     "ShowLatents",
     "Trace",
     "add_latents_block",
     "apply_guidance",
+    "load_network",
     "remove_guidance",
     "sample",
+    "scheduler_run",
+    "tiny_stable_diffusion",
+    "transition",
 ]
 
 if TYPE_CHECKING:
-    from dng_models.guider import DynamicNegativeGuider, ShowLatents, add_latents_block
-    from dng_models.hook import apply_guidance, remove_guidance
-    from dng_models.pipelines import (
+    from dng_models.class_removal.calibration import (
+        Calibration,
+    )
+    from dng_models.class_removal.networks import (
+        load_network,
+    )
+    from dng_models.pairs.denoisers import Labelled
+    from dng_models.pairs.sampling import Samples, sample
+    from dng_models.pipelines.guider import DynamicNegativeGuider
+    from dng_models.pipelines.hook import (
+        apply_guidance,
+        remove_guidance,
+    )
+    from dng_models.pipelines.layouts import (
+        Control,
+        Layout,
+    )
+    from dng_models.pipelines.modular_blocks import ShowLatents, add_latents_block
+    from dng_models.pipelines.ready_made import (
         DNGDDPMPipeline,
         DNGStableDiffusionPipeline,
         DNGStableDiffusionXLPipeline,
     )
-    from dng_models.sampling import Labelled, Samples, sample
-    from dng_models.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
-    from dng_models.trace import Trace
+    from dng_models.pipelines.schedulers import (
+        EtaDDIMScheduler,
+        PosteriorFlowScheduler,
+    )
+    from dng_models.pipelines.tiny import (
+        tiny_stable_diffusion,
+    )
+    from dng_models.pipelines.trace import (
+        Trace,
+    )
+    from dng_models.pipelines.transitions import (
+        scheduler_run,
+        transition,
+    )
 else:
-    from dng_models import extras
+    from dng_models.support import extras
 
     # Hidden from type checkers, to which a module __getattr__ says that every name exists.
     _HOME = {
-        "EtaDDIMScheduler": "schedulers",
-        "Labelled": "sampling",
-        "PosteriorFlowScheduler": "schedulers",
-        "Samples": "sampling",
-        "Trace": "trace",
-        "apply_guidance": "hook",
-        "remove_guidance": "hook",
-        "sample": "sampling",
-        "DNGDDPMPipeline": "pipelines",
-        "DNGStableDiffusionPipeline": "pipelines",
-        "DNGStableDiffusionXLPipeline": "pipelines",
-        "DynamicNegativeGuider": "guider",
-        "ShowLatents": "guider",
-        "add_latents_block": "guider",
+        "Calibration": "class_removal.calibration",
+        "Control": "pipelines.layouts",
+        "DNGDDPMPipeline": "pipelines.ready_made",
+        "DNGStableDiffusionPipeline": "pipelines.ready_made",
+        "DNGStableDiffusionXLPipeline": "pipelines.ready_made",
+        "DynamicNegativeGuider": "pipelines.guider",
+        "EtaDDIMScheduler": "pipelines.schedulers",
+        "Labelled": "pairs.denoisers",
+        "Layout": "pipelines.layouts",
+        "PosteriorFlowScheduler": "pipelines.schedulers",
+        "Samples": "pairs.sampling",
+        "ShowLatents": "pipelines.modular_blocks",
+        "Trace": "pipelines.trace",
+        "add_latents_block": "pipelines.modular_blocks",
+        "apply_guidance": "pipelines.hook",
+        "load_network": "class_removal.networks",
+        "remove_guidance": "pipelines.hook",
+        "sample": "pairs.sampling",
+        "scheduler_run": "pipelines.transitions",
+        "tiny_stable_diffusion": "pipelines.tiny",
+        "transition": "pipelines.transitions",
     }
 
     def __getattr__(name):

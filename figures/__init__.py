@@ -1,1 +1,1 @@
-"""The figures of the paper, and what goes beyond them, from exact mixtures."""
+"""The figures of the paper, and further ones, most of them from exact mixtures."""

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from dng_models import command_line, extras
-from dng_models.interrupt import end_at_interrupt
-from dng_models.printable import print_anything
-from dng_models.progress import Progress, is_shown, say, saying_what_compiles, showing
+from dng_models.support import command_line, extras
+from dng_models.support.interrupt import end_at_interrupt
+from dng_models.support.printable import print_anything
+from dng_models.support.progress import Progress, is_shown, say, saying_what_compiles, showing
 
 if __name__ == "__main__":
     end_at_interrupt()  # before the imports that take seconds
@@ -56,7 +56,7 @@ OUT = Path("figures", "out")
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError where a name is not that of a figure."""
+    """Raise ValueError if a name is not that of a figure."""
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
         raise ValueError(
@@ -65,13 +65,13 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def missing(name: str) -> list[str]:
-    """Packages that a figure needs and that are not installed."""
+    """Packages that a figure needs but that are not installed."""
     needs: Sequence[str] = getattr(FIGURES[name], "NEEDS", ())
     return [package for package in needs if find_spec(package) is None]
 
 
 def check_folder(out: Path) -> None:
-    """Make the folder, and raise OSError where nothing can be written to it."""
+    """Make the folder, and raise OSError if nothing can be written to it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file:
@@ -90,14 +90,31 @@ def draw_figures(
     quick: bool = False,
     seed: int = 0,
 ) -> list[Path]:
-    """Draw some figures, or all that what is installed can draw; the files written.
+    """Draw the named figures, or all that the installed packages allow.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names in :data:`FIGURES`; empty for all.
+    out : Path
+        Folder to write to.
+    formats : collection of str
+        Some of "png" and "svg".
+    quick : bool
+        Whether to use smaller samples.
+    seed : int
+
+    Returns
+    -------
+    list of Path
+        The files that were written.
 
     Raises
     ------
     ValueError
         If a name is not in :data:`FIGURES`, or needs a package that is not installed.
     OSError
-        If nothing can be written to ``out``: before anything is drawn, if that can be known.
+        If nothing can be written to ``out``; where possible, before anything is drawn.
     """
     check_names(names)
     for name in names or FIGURES:

@@ -1,17 +1,18 @@
 """Class removal on real images without training: an exact model of the digits forgets the 0.
 
-The model is the mixture of Gaussians on 1,797 scanned digits, so its predictions, its posterior
-and the distribution that should remain are exact, and methods differ by their guidance alone.
-All draw the same noise: image i is the same under every method until guidance changes it.
+The model is the mixture of Gaussians on 1,797 scanned digits.  Its predictions, its posterior and
+the target distribution are therefore exact, and methods differ only by their guidance.  All use the
+same noise: image i is the same under every method until guidance changes it.
 
 A classifier that was trained on half of the data judges every image.  Safety is the share that
 it calls a 0.  SLD and contrastive CFG are shown with the gate and the temperature that
-``class_removal_tuned`` finds best; it compares all at equal safety, in limited intervals too.
+``class_removal_tuned`` finds best; that figure compares all methods at equal safety, also in
+limited intervals.
 
-Below g = 1/2 the log-odds tracker can run away, and the curves show where it does.  What its own
-push, -g o (mu_neg - mu), adds to the step is evidence against the class in proportion to
-1 + (2g - 1) o: with g < 1/2 and odds o above 1/(1 - 2g) that is evidence for it, so odds that are
-too high grow with every push.
+Below g = 1/2 the log-odds tracker can run away, and the curves show where it does.  The push that
+it causes, -g o (mu_neg - mu), adds evidence against the class in proportion to 1 + (2g - 1) o.
+With g < 1/2 and odds o above 1/(1 - 2g) that becomes evidence for the class, so odds that are too
+high grow with every push.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from dng_math import (
     sample,
 )
 from dng_math.distances import binomial_interval
-from dng_math.guidance import Rule
-from dng_math.posterior import log_odds_from_log_posterior
-from dng_models.progress import progress
+from dng_math.rules import Rule
+from dng_math.trackers import log_odds_from_log_posterior
+from dng_models.support.progress import progress_bar
 from figures import class_removal_tuned, digits, style
 from figures.class_removal_tuned import scaled, settings
 from figures.digits import Forgetting
@@ -66,35 +67,35 @@ STATIC: dict[style.Method, Rule] = {
     style.NP: NegativePrompting(),
     SLD_PUBLISHED: SafeLatentDiffusion(),
 }
-# The family of class_removal_tuned that each is the best of, by the Frechet distance.
+# Each is the best candidate, by Frechet distance, of this family of class_removal_tuned.
 TUNED: dict[style.Method, str] = {SLD_TUNED: "sld", CCFG_TUNED: "ccfg"}
 DYNAMIC: dict[style.Method, Rule] = {
     style.DNG_PAPER: DynamicNegativeGuidance(posterior=PaperTracker()),
     style.DNG_LOG_ODDS: DynamicNegativeGuidance(posterior=LogOddsTracker()),
     style.DNG_EXACT: DynamicNegativeGuidance(),
 }
-# Their gates vary while the scale stays at GATE_SCALE.
+# For these the threshold varies, while the scale stays at GATE_SCALE.
 GATES: dict[Gate, style.Method] = {
     "signed": replace(SLD_PUBLISHED, label="SLD, signed gate"),
     "absolute": replace(style.SLD, label="SLD, absolute gate"),
 }
 
 SAFE = 0.005  # methods are compared at their weakest scale that leaves at most this share
-GATE_SCALE = 1.0  # of SLD, where its threshold varies
-WEAK_SCALE = 0.2  # of NP, in the grid of images
-DYNAMIC_SCALE = 3.0  # of DNG, where its lambda is followed through time
-OUTSIDE = 10.0  # pixels are in [-1, 1]; the strongest constant push leaves them below 6
+GATE_SCALE = 1.0  # SLD's guidance scale where its threshold varies
+WEAK_SCALE = 0.2  # guidance scale of NP in the grid of images
+DYNAMIC_SCALE = 3.0  # DNG's guidance scale where its lambda is plotted over time
+OUTSIDE = 10.0  # larger pixels have diverged: the strongest constant push leaves them below 6
 
 
 @dataclass(frozen=True)
 class Form:
-    """How much is computed."""
+    """Sizes of the computation."""
 
     n: int
     steps: int
     tuning: tuple[int, int]  # images and steps
     static_scales: tuple[float, ...]
-    tuned_scales: tuple[float, ...]  # in units of the one that leaves 1%
+    tuned_scales: tuple[float, ...]  # in units of the scale that leaves 1% forbidden
     dynamic_scales: tuple[float, ...]
     thresholds: dict[Gate, tuple[float, ...]]
     resamples: int
@@ -127,16 +128,16 @@ QUICK = Form(
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """One method over S settings, N images each.
+    """Results of one method at S settings, with N images each.
 
     Attributes
     ----------
     rule : Rule
-        At scale 1.
+        The rule at scale 1.
     setting : ndarray, shape (S,)
         Guidance scale, or threshold.
     images, digit : ndarray, shape (S, N, 64) and (S, N)
-        What was drawn, and what the classifier sees in it.
+        The images, and the digits that the classifier sees in them.
     kl, kl_spread, frechet, frechet_spread : ndarray, shape (S,)
         Distances from the ideal, and the bootstrap standard deviations of their logarithms.
     """
@@ -152,7 +153,7 @@ class Curve:
 
     @property
     def n(self) -> int:
-        """N."""
+        """Number of images at each setting."""
         return self.digit.shape[1]
 
     @property
@@ -178,24 +179,24 @@ class Curve:
 
     @property
     def safe(self) -> int:
-        """The weakest setting that leaves at most SAFE, or else the safest one."""
+        """Index of the weakest setting that leaves at most SAFE, or else of the safest one."""
         below = np.flatnonzero(self.forbidden <= SAFE)
         return int(below[0] if len(below) else np.argmin(self.forbidden))
 
     def at(self, setting: float) -> int:
-        """Place of a setting."""
+        """Index of a setting."""
         return int(np.flatnonzero(self.setting == setting)[0])
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Everything the figures show; N images, T steps.
+    """Everything that the figures show; N images, T steps.
 
     Attributes
     ----------
     curves : dict of Curve
-        Every method over its guidance scale; the unguided model, and the remembered mixture
-        through the same chain, with one setting.
+        Every method over its guidance scale; with one setting, the unguided model and the
+        remembered mixture run through the same chain.
     gates : dict of Curve
         SLD over its threshold.
     time, scale : ndarray, shape (T,), and dict of ndarray, shape (T, N)
@@ -218,12 +219,12 @@ class Data:
 
     @property
     def n(self) -> int:
-        """Images a point."""
+        """Number of images at each setting."""
         return self.curves[style.UNGUIDED].n
 
     @property
     def guided(self) -> list[style.Method]:
-        """The methods with a scale."""
+        """The methods that have a guidance scale."""
         return [method for method in (*STATIC, *TUNED, *DYNAMIC) if method in self.curves]
 
     @property
@@ -232,9 +233,9 @@ class Data:
         return self.curves[style.UNGUIDED].digit[0] == FORBIDDEN
 
     def changed(self, curve: Curve) -> Array:
-        """Share of the images allowed without guidance that moved, shape (S,).
+        """Share that moved, of the images that are allowed without guidance, shape (S,).
 
-        Moved means by more than the model's own pixel noise, as a root mean square.
+        An image has moved if its root mean square difference exceeds the model's pixel noise.
         """
         unguided = self.curves[style.UNGUIDED].images[0]
         moved = np.sqrt(np.mean((curve.images - unguided) ** 2, axis=2)) > digits.BANDWIDTH
@@ -254,7 +255,7 @@ def compute(quick: bool, seed: int) -> Data:
     for method, family in TUNED.items():
         choice = class_removal_tuned.best(task, *form.tuning, family).get("frechet")
         if choice is not None:
-            unit = choice.scale
+            unit = choice.guidance_scale
             methods[method] = (
                 choice.rule,
                 tuple(float(f"{unit * f:.2g}") for f in form.tuned_scales),
@@ -265,12 +266,12 @@ def compute(quick: bool, seed: int) -> Data:
         gate: [SafeLatentDiffusion(GATE_SCALE, threshold, gate) for threshold in thresholds]
         for gate, thresholds in form.thresholds.items()
     }
-    # Equal rules are equal keys: a chain that two figures show runs once.
+    # Equal rules are equal keys, so a chain that two figures need runs once.
     rules: list[Rule] = [Unguided()]
     for row in (*guided.values(), *gated.values()):
         rules += row
     runs = {}
-    for rule in progress(dict.fromkeys(rules), "class_removal", unit="chain", leave=False):
+    for rule in progress_bar(dict.fromkeys(rules), "class_removal", unit="chain", leave=False):
         runs[rule] = sample(
             task.mixture,
             schedule,
@@ -316,7 +317,7 @@ def compute(quick: bool, seed: int) -> Data:
 
 @dataclass(frozen=True, eq=False)
 class _Judge:
-    """What is measured of images."""
+    """Measures images, with bootstrap spreads."""
 
     task: Forgetting
     resamples: int
@@ -344,7 +345,7 @@ class _Judge:
 
 
 def _recorded(rows: Array | None) -> Array:
-    """A record of one concept, shape (T, N)."""
+    """The record of the only concept, shape (T, N)."""
     assert rows is not None
     return rows[:, 0]
 
@@ -364,7 +365,7 @@ def draw(data: Data) -> dict[str, Figure]:
 
 
 def _percent_axis(axes: Axes, which: Literal["x", "y"], n: int) -> None:
-    """Logarithmic down to one image in n, and linear from there to none."""
+    """Make an axis of percentages: logarithmic down to one image in n, and linear below."""
     one = 100.0 / n
     ticks = [tick for tick in (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0) if not 0 < tick < one]
     getattr(axes, f"set_{which}scale")("symlog", linthresh=one, linscale=0.5)
@@ -400,9 +401,9 @@ def _quantities(curve: Curve) -> tuple[tuple[Array, Array], ...]:
 
 
 def _draw_curves(data: Data) -> Figure:
-    """Above: methods against each other; below: the three posteriors of DNG over their scale.
+    """Plot all methods above, and DNG's three posteriors over the guidance scale below.
 
-    The posteriors lead to nearly the same images, so that above one of them stands for all.
+    The posteriors lead to nearly the same images, so only one of them is shown above.
     """
     figure = Figure(figsize=(style.WIDTH, 6.6), layout="constrained")
     (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.25, 1.0))
@@ -430,7 +431,7 @@ def _draw_tradeoff(figure: SubFigure, data: Data) -> None:
             )
             look = {"ms": 10, "mfc": "white"} if method == REMEMBERED else {}
             axes.plot(percent, value, label=method.label, **method.line, **look)
-        # The scales of two methods, in their colours: one above its points, one below.
+        # Label the scales of two methods, one above its points and one below.
         for method, (above, place) in ((style.NP, (5, "bottom")), (style.DNG_PAPER, (-5, "top"))):
             curve = data.curves[method]
             for g, percent, value in zip(
@@ -480,11 +481,11 @@ def _draw_posteriors(figure: SubFigure, data: Data) -> None:
             )
         for beside, method in enumerate(DYNAMIC):
             curve = data.curves[method]
-            # Distances without the settings in which images ran away: a few decide a mean.
+            # Distances are left out where images ran away: a few of those dominate a mean.
             whole = (curve.ran_away == 0) | (i == 0)
             value, bars = _quantities(curve)[i]
             axes.errorbar(
-                # Side by side, since they would cover each other.
+                # Shifted, because the curves would cover each other.
                 curve.setting[whole] * 1.12 ** (beside - 1),
                 value[whole],
                 bars[:, whole],
@@ -610,7 +611,7 @@ def _draw_thresholds(data: Data) -> Figure:
 
 
 def _show(axes: Axes, images: Array) -> None:
-    """Rows of images (R, C, 64), in units of an image and the gap after it."""
+    """Show images (R, C, 64) in a grid; one unit of the axes is an image and the gap after it."""
     rows, columns, _ = images.shape
     cell = digits.SIDE + 1
     sheet = np.full((rows, cell, columns, cell), np.nan)
@@ -627,7 +628,7 @@ def _show(axes: Axes, images: Array) -> None:
 
 
 def _frame(axes: Axes, rows: int, columns: int) -> None:
-    """Mark the first columns: without guidance they are the forbidden digit."""
+    """Frame the first columns, which are the forbidden digit without guidance."""
     pixel = 1.0 / (digits.SIDE + 1)
     corner = (-pixel / 2, -pixel / 2)
     axes.add_patch(
@@ -695,7 +696,7 @@ def _draw_grid(data: Data) -> Figure:
         *((method, curves[method].safe) for method in data.guided),
         (REMEMBERED, 0),
     ]
-    # Placed by hand: automatic layouts do not see what the fixed aspect does to the texts.
+    # Placed by hand, because automatic layouts ignore how the fixed aspect moves the texts.
     left, below, above, image = 1.74, 0.25, 0.25, 0.297
     width, height = image * len(columns), image * len(rows)
     figure = Figure(figsize=(style.WIDTH, below + height + above))

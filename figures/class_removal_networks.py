@@ -1,8 +1,8 @@
-"""Class removal with trained networks: the curves of the paper on the digits that ship with it.
+"""Class removal with trained networks: the paper's curves for the digits, with shipped networks.
 
-The networks, their classifier and the calibration are those of ``dng_models``; this is its sweep
-over fewer images.  The rivals of DNG have the settings that its ``tune`` chose for the digit
-(docs/results.md).  Where torch or diffusers are missing the figure is left out.
+The networks, their classifier and the calibration are those of ``dng_models``, and so is the sweep,
+here over fewer images.  The baselines have the settings that ``tune`` chose for the digit
+(docs/results.md).
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "sld": {"gate": "absolute", "threshold": 0.3, "slope": 1.0, "t_lo": 0.25},
     "ccfg": {"contrast": 0.2},
 }
-SAFE = 0.01  # methods are compared where they leave this share
+SAFE = 0.01  # forbidden share at which methods are compared
 
 Row = dict[str, Any]
 
 
 def compute(quick: bool = False, seed: int = 0) -> list[Row]:
-    """The rows of a sweep over the shipped networks."""
-    from dng_models.class_removal.config import SHIPPED, Config, RunFolder, settings
-    from dng_models.class_removal.generate import Materials
-    from dng_models.class_removal.sweep import sweep
-    from dng_models.progress import is_shown
+    """Run the sweep with the shipped networks, and return its rows."""
+    from dng_models.class_removal.config import Config
+    from dng_models.class_removal.materials import Materials
+    from dng_models.class_removal.methods import settings
+    from dng_models.class_removal.run_folder import SHIPPED, RunFolder
+    from dng_models.class_removal.sweeps import sweep
+    from dng_models.support.progress import is_shown
 
     base = Config(
         forget=("0",),
@@ -61,14 +63,14 @@ def compute(quick: bool = False, seed: int = 0) -> list[Row]:
 
 
 def draw(rows: list[Row]) -> dict[str, Figure]:
-    """One figure: distances against the forbidden share, every method."""
+    """Plot the distances of every method against the forbidden share."""
     from dng_models.class_removal import plot
 
     return {"class_removal_networks": plot.curves(rows)}
 
 
 def summary(rows: list[Row]) -> str:
-    """The methods at equal safety."""
+    """A table of the methods at equal safety."""
     from dng_models.class_removal import compare
 
     chosen = "; ".join(

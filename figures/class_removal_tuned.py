@@ -1,15 +1,15 @@
-"""Every method at its best: three digits forgotten by their exact model, all at equal safety.
+"""Every method with its best settings, at equal safety: an exact model forgets three digits.
 
-A comparison with a baseline at one setting says little of the baseline.  Here each is tuned, for
-every digit and distance: SLD over both gates, thresholds and slopes, contrastive CFG over its
-temperature, and then the best of either, and negative prompting, over intervals of time outside of
-which they rest.  The candidates run on one seed.  The one that is nearest to the ideal where 1% of
-the images are still forbidden is chosen, and measured on another seed with more images.  DNG has
-nothing to choose: its posterior is exact, or tracked as in the paper, or in log-odds.
+A baseline at one setting may be far from its best.  Here every baseline is tuned, for each digit
+and distance: SLD over both gates, thresholds and slopes, and contrastive CFG over its temperature;
+then the best of either, and negative prompting, over intervals of time in which they act.  All
+candidates run on one seed.  The one that is nearest to the ideal where 1% of the images are still
+forbidden is chosen, and measured on another seed with more images.  DNG is not tuned: its posterior
+is exact, or tracked as in the paper, or in log-odds.
 
 A candidate's scale is raised or lowered by factors of 1.5 until two scales enclose 1%.  Between
-them the logarithms of the scale and of the distances are interpolated linearly in that of the
-forbidden share, in which no image counts as half a one.
+them the logarithms of the scale and of the distances are interpolated linearly in the logarithm of
+the forbidden share, where zero images count as half an image.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from dng_math import (
     Unguided,
     sample,
 )
-from dng_math.guidance import Rule
-from dng_models.progress import Progress
+from dng_math.rules import Rule
+from dng_models.support.progress import Progress
 from figures import style
 from figures.digits import Forgetting
 
@@ -55,14 +55,14 @@ MINUTES = 5
 DIGITS = (0, 1, 8)
 SAFETY = 0.01
 DISTANCES = {"frechet": "Fréchet distance of pixels", "kl": r"KL(ideal $\Vert$ histogram) (nats)"}
-FACTOR = 1.5  # between neighbouring scales
-SCALES = (0.02, 100.0)  # where the search gives up
+FACTOR = 1.5  # ratio of neighbouring scales
+SCALES = (0.02, 100.0)  # limits of the search
 
 INTERVALS = ((0.0, 0.4), (0.2, 0.4), (0.2, 0.6), (0.2, 1.0), (0.3, 0.5), (0.4, 0.6), (0.4, 1.0))
 GATES = (
     *(SafeLatentDiffusion(threshold=t, gate="signed") for t in (-0.3, 0.3)),
     *(SafeLatentDiffusion(threshold=t, gate="absolute") for t in (0.2, 0.3, 0.5, 1.0)),
-    *(SafeLatentDiffusion(threshold=t, gate="absolute", scale=3.0) for t in (0.2, 0.3, 0.5)),
+    *(SafeLatentDiffusion(threshold=t, gate="absolute", slope=3.0) for t in (0.2, 0.3, 0.5)),
 )
 TEMPERATURES = tuple(ContrastiveCFG(temperature=tau) for tau in (0.1, 0.3, 1.0, 3.0, 10.0))
 
@@ -71,7 +71,8 @@ TEMPERATURES = tuple(ContrastiveCFG(temperature=tau) for tau in (0.1, 0.3, 1.0, 
 class Family:
     """A method and its candidates, at scale 1.
 
-    ``inside`` names an earlier family whose best candidates are confined to each of INTERVALS.
+    ``inside`` names an earlier family; its best candidates, limited to each of INTERVALS, are then
+    the candidates.
     """
 
     look: style.Method
@@ -95,12 +96,12 @@ FAMILIES: dict[str, Family] = {
 }
 BASELINES = tuple(name for name in FAMILIES if not name.startswith("dng"))
 OURS = tuple(name for name in FAMILIES if name.startswith("dng"))
-USUAL = ("np", "sld-published")  # what most users of baselines would run
+USUAL = ("np", "sld-published")  # baselines as most users would run them
 
 
 @dataclass(frozen=True)
 class Form:
-    """How much is computed."""
+    """Sizes of the computation."""
 
     digits: tuple[int, ...]
     tuning: tuple[int, int]  # images and steps
@@ -113,19 +114,19 @@ QUICK = Form(digits=(0,), tuning=(128, 20), measuring=(256, 25), resamples=20)
 
 
 def scaled(rule: Rule, guidance_scale: float) -> Rule:
-    """The rule at another scale."""
+    """The rule at another guidance scale."""
     if isinstance(rule, LimitedInterval):
         return replace(rule, rule=scaled(rule.rule, guidance_scale))
     return replace(rule, guidance_scale=guidance_scale)  # type: ignore[type-var]
 
 
 def settings(rule: Rule) -> str:
-    """What was chosen of a rule, but for its scale."""
+    """The tuned settings of a rule except its scale, as text."""
     if isinstance(rule, LimitedInterval):
         inside = f"t/T in [{rule.t_lo:g}, {rule.t_hi:g}]"
         return ", ".join(filter(None, [settings(rule.rule), inside]))
     if isinstance(rule, SafeLatentDiffusion):
-        return f"{rule.gate} gate {rule.threshold:g}, slope {rule.scale:g}"
+        return f"{rule.gate} gate {rule.threshold:g}, slope {rule.slope:g}"
     if isinstance(rule, ContrastiveCFG):
         return f"tau {rule.temperature:g}"
     return ""
@@ -136,19 +137,19 @@ def settings(rule: Rule) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """A rule at several scales: images, and what the classifier sees in them."""
+    """A rule at several scales: images, and the classifier's answers."""
 
     task: Forgetting
     images: dict[float, Array]  # scale: (N, 64)
     judged: dict[float, NDArray[np.int64]]  # scale: (N,)
 
     def share(self, scale: float, drawn: Any = slice(None)) -> float:
-        """Forbidden share of some of the images, half an image where there is none."""
+        """Forbidden share of the drawn images; zero images count as half an image."""
         judged = self.judged[scale][drawn]
         return max(float(np.mean(judged == self.task.digit)), 0.5 / len(judged))
 
     def enclosing(self, drawn: Any = slice(None)) -> tuple[float, float] | None:
-        """The weakest neighbouring scales between which the share falls to SAFETY."""
+        """The smallest neighbouring scales between which the share falls to SAFETY."""
         scales = sorted(self.images)
         for low, high in itertools.pairwise(scales):
             if self.share(low, drawn) > SAFETY >= self.share(high, drawn):
@@ -156,7 +157,7 @@ class Runs:
         return None
 
     def at_safety(self, drawn: Any = slice(None)) -> dict[str, float] | None:
-        """Scale and distances where the share is SAFETY; None where no two scales enclose it."""
+        """Scale and distances where the share is SAFETY; None if no two scales enclose it."""
         ends = self.enclosing(drawn)
         if ends is None:
             return None
@@ -168,7 +169,7 @@ class Runs:
             return math.exp((1.0 - weight) * low + weight * high)
 
         return {
-            "scale": between(ends),
+            "guidance_scale": between(ends),
             "frechet": between([self.task.frechet(self.images[end][drawn]) for end in ends]),
             "kl": between([self.task.kl(self.judged[end][drawn]) for end in ends]),
         }
@@ -176,7 +177,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Chains:
-    """How chains are run: images, steps, seed."""
+    """Settings of chains: number of images, steps, seed."""
 
     task: Forgetting
     n: int
@@ -220,17 +221,17 @@ class Chains:
 
 @dataclass(frozen=True)
 class Choice:
-    """A candidate at equal safety, on the seed of the tuning."""
+    """The best candidate, and its scale at equal safety on the tuning seed."""
 
     rule: Rule
-    scale: float
+    guidance_scale: float
 
 
 @functools.cache
 def best(task: Forgetting, n: int, steps: int, name: str) -> dict[str, Choice]:
-    """A family's best candidate for each distance, none where none of them reaches SAFETY.
+    """A family's best candidate for each distance; empty if no candidate reaches SAFETY.
 
-    Kept for as long as the process lives: other figures and other families ask again.
+    The result is cached, because other figures and other families need it too.
     """
     family = FAMILIES[name]
     rules: list[Rule] = list(family.candidates)
@@ -245,45 +246,45 @@ def best(task: Forgetting, n: int, steps: int, name: str) -> dict[str, Choice]:
             point = chains.search(rule, [scale], seen.update).at_safety()
             if point is not None:
                 found[rule] = point
-                scale = point["scale"]  # the next candidate's is not far
+                scale = point["guidance_scale"]  # a good start for the next candidate
     if not found:
         return {}
     chosen = {d: min(found, key=lambda rule: found[rule][d]) for d in DISTANCES}
-    return {d: Choice(rule, found[rule]["scale"]) for d, rule in chosen.items()}
+    return {d: Choice(rule, found[rule]["guidance_scale"]) for d, rule in chosen.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A family's best at equal safety: for one digit and distance, on fresh images.
+    """A family's best candidate at equal safety, for one digit and distance, on fresh images.
 
     Attributes
     ----------
-    rule, scale, value : Rule, float, float
-        What was chosen, its scale there, and the distance.
+    rule, guidance_scale, value : Rule, float, float
+        The candidate, its scale at equal safety, and the distance there.
     resampled : ndarray, shape (R,)
-        Logarithms of the distance over bootstrap samples, which are the same for every family:
-        image i has the same noise under every rule.  Not a number where no two scales enclose
+        Logarithms of the distance over bootstrap samples, which are the same for every family,
+        because image i has the same noise under every rule.  NaN where no two scales enclose
         SAFETY in the sample.
     """
 
     rule: Rule
-    scale: float
+    guidance_scale: float
     value: float
     resampled: Array
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%, from the spread of the logarithm."""
+        """95% interval, from the spread of the logarithm."""
         return _interval(self.value, self.resampled)
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Digit, distance, family: what was measured.  Perfect samples with the same share, too."""
+    """Results by digit, distance and family, and those of perfect samples with the same share."""
 
     form: Form
     points: dict[int, dict[str, dict[str, Point]]]
-    unguided: dict[int, dict[str, float]]  # with its forbidden share
+    unguided: dict[int, dict[str, float]]  # distances and forbidden share
     perfect: dict[int, dict[str, float]]
     false_alarms: dict[int, float]
 
@@ -292,14 +293,14 @@ class Data:
         return min((n for n in BASELINES if n in points), key=lambda name: points[name].value)
 
     def lead(self, digit: int, distance: str, ours: str, other: str) -> tuple[float, float, float]:
-        """How many times nearer ours is than another family, with its 95% interval."""
+        """Another family's distance over ours, with its 95% interval."""
         a, b = (self.points[digit][distance][name] for name in (other, ours))
         ratio = a.value / b.value
         return ratio, *_interval(ratio, a.resampled - b.resampled)
 
 
 def _interval(value: float, logarithms: Array) -> tuple[float, float]:
-    """95%, from the spread of the resampled logarithms."""
+    """95% interval, from the spread of the resampled logarithms."""
     factor = math.exp(1.96 * float(np.nanstd(logarithms, ddof=1)))
     return value / factor, value * factor
 
@@ -313,10 +314,10 @@ def compute(quick: bool, seed: int) -> Data:
 
 
 def _measure(data: Data, task: Forgetting) -> None:
-    """Fill in a digit."""
+    """Measure one digit, and enter the results into the data."""
     form, digit = data.form, task.digit
     choices = {name: best(task, *form.tuning, name) for name in FAMILIES}
-    scales = {c.rule: c.scale for chosen in choices.values() for c in chosen.values()}
+    scales = {c.rule: c.guidance_scale for chosen in choices.values() for c in chosen.values()}
     n, steps = form.measuring
     chains = Chains(task, n, steps, task.seed)
     rng = np.random.default_rng(task.seed)
@@ -339,7 +340,7 @@ def _measure(data: Data, task: Forgetting) -> None:
                     if choice.rule == rule:
                         values = [np.nan if r is None else r[distance] for r in resampled]
                         data.points[digit][distance][family] = Point(
-                            rule, point["scale"], point[distance], np.log(values)
+                            rule, point["guidance_scale"], point[distance], np.log(values)
                         )
         images = chains.images(Unguided())
         judged = task.classifier(images)
@@ -361,12 +362,12 @@ def _measure(data: Data, task: Forgetting) -> None:
 
 PERFECT: dict[str, Any] = {"color": style.TARGET, "lw": 0.7, "ls": (0, (6, 4))}
 WITHOUT: dict[str, Any] = {"color": style.GREY, "lw": 1.0, "ls": ":"}
-BEHIND = "#EEF6F2"  # DNG's rows
+BEHIND = "#EEF6F2"  # background of DNG's rows
 
 
 @style.applied
 def draw(data: Data) -> dict[str, Figure]:
-    """A row for each method, a column for each digit, and a line of panels for each distance."""
+    """Plot a row of panels for each distance and a column for each digit; methods as lines."""
     count = len(data.form.digits)
     figure = Figure(figsize=(style.WIDTH, 5.8), layout="constrained")
     axes = figure.subplots(len(DISTANCES), count, sharex="row", sharey=True, squeeze=False)
@@ -464,7 +465,8 @@ def summary(data: Data) -> str:
                     parts.append(f"{short}: {100 * SAFETY:g}% not reached")
                     continue
                 low, high = point.interval
-                how = ", ".join(filter(None, [settings(point.rule), f"g = {point.scale:.2f}"]))
+                chosen = [settings(point.rule), f"g = {point.guidance_scale:.2f}"]
+                how = ", ".join(filter(None, chosen))
                 parts.append(f"{short} {point.value:.3g} [{low:.3g}, {high:.3g}] ({how})")
             lines.append(f"  {_full_name(name)}: {'; '.join(parts)}")
         for ours, other in [*((ours, "") for ours in OURS), *(("dng-paper", o) for o in USUAL)]:
@@ -473,7 +475,7 @@ def summary(data: Data) -> str:
 
 
 def _lead(data: Data, digit: int, ours: str, other: str) -> str:
-    """How many times nearer ours is than another family, the best baseline where none is named."""
+    """Text of :meth:`Data.lead` over another family, by default the best baseline."""
     parts = []
     for distance, short in (("frechet", "Frechet"), ("kl", "KL")):
         points, against = data.points[digit][distance], other or data.best_baseline(digit, distance)
@@ -486,7 +488,7 @@ def _lead(data: Data, digit: int, ours: str, other: str) -> str:
 
 
 def _full_name(name: str) -> str:
-    """The label, with what it is inside of."""
+    """A family's label; for one limited to an interval, with the label of the inner family."""
     family = FAMILIES[name]
     inside = "" if family.inside is None else f"{FAMILIES[family.inside].look.label} "
     return style.plain(f"{inside}{family.look.label}".replace("…", ""))

@@ -1,4 +1,4 @@
-"""Scikit-learn's digits as an exact diffusion model, and how images that forget one are judged."""
+"""Scikit-learn's digits as an exact diffusion model, and measures of how well one is forgotten."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ Integers = NDArray[np.int64]
 
 SIDE = 8
 CLASSES = 10
-BANDWIDTH = 0.15  # of pixels in [-1, 1]; sample images keep this much noise
+BANDWIDTH = 0.15  # standard deviation of a component, for pixels in [-1, 1]; samples keep it
 COPIES = 4
 PSEUDOCOUNT = 0.5  # an empty class would make the divergence infinite
 
 
 def load() -> tuple[Array, Integers]:
-    """1,797 images of 8 x 8 pixels in [-1, 1], shape (1797, 64), and their digits."""
+    """Load 1,797 images of 8 x 8 pixels in [-1, 1], shape (1797, 64), and their digits."""
     digits = load_digits()
     return digits.data / 8.0 - 1.0, digits.target
 
 
 def memorised() -> GaussianMixture:
-    """The exact diffusion model of the digits: one component on each image."""
+    """The exact diffusion model of the digits: a mixture with one component on each image."""
     images, digit = load()
     return GaussianMixture.from_points(images, BANDWIDTH, digit)
 
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A support vector machine that saw one half of the digits, and was tested on the other.
+    """A support vector machine, trained on one half of the digits and tested on the other.
 
-    Samples of the model carry the noise of its bandwidth, so both halves do too.
+    Samples of the model have the noise of its bandwidth, so it is added to both halves too.
     """
 
     machine: SVC
@@ -54,7 +54,7 @@ class Classifier:
 
 
 def classifier(forbidden: int, seed: int) -> Classifier:
-    """Train and test; false alarms and misses are those of the forbidden digit."""
+    """Train and test a classifier; false alarms and misses are those of the forbidden digit."""
     rng = np.random.default_rng(seed)
     images, digit = load()
     train, test = train_test_split(
@@ -80,12 +80,12 @@ def classifier(forbidden: int, seed: int) -> Classifier:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """One digit to forget: the model, what should remain of it, and how far images are from that.
+    """The task of forgetting one digit: the model, the target, and distances from the target.
 
     KL(ideal || histogram) is the paper's, with an ideal that is uniform over the nine remembered
     digits (their shares of the data differ from that by a KL of 1e-4).  The Frechet distance is of
-    pixels, from the exact mean and covariance of the remembered mixture: the reference has no
-    sampling error.
+    pixels, from the exact mean and covariance of the remembered mixture, so that the reference has
+    no sampling error.
     """
 
     digit: int
@@ -102,7 +102,7 @@ class Forgetting:
 
     @cached_property
     def remembered(self) -> GaussianMixture:
-        """The mixture without them."""
+        """The mixture without the forbidden components."""
         rest = np.setdiff1d(np.arange(self.mixture.n_components), self.forbidden)
         return self.mixture.restrict(rest)
 
@@ -119,11 +119,11 @@ class Forgetting:
 
     @property
     def ideal(self) -> Array:
-        """Class shares, shape (10,)."""
+        """Ideal class shares, shape (10,)."""
         return np.where(np.arange(CLASSES) == self.digit, 0.0, 1.0 / (CLASSES - 1))
 
     def kl(self, judged: Integers) -> float:
-        """KL(ideal || histogram) in nats, of the classifier's answers."""
+        """KL(ideal || histogram of the classifier's answers), in nats."""
         counts = np.bincount(judged, minlength=CLASSES)
         return kl_categorical(self.ideal, counts, PSEUDOCOUNT)
 
@@ -131,7 +131,7 @@ class Forgetting:
         return frechet_distance(images, self.moments)
 
     def perfect(self, n: int, share: float, rng: np.random.Generator) -> Array:
-        """Images (n, 64) drawn from the model itself, a given share of them the digit."""
+        """Images (n, 64) drawn from the model directly; a given share of them is the digit."""
         of_digit = round(share * n)
         parts = [self.remembered.sample(n - of_digit, rng)]
         if of_digit:

@@ -1,11 +1,11 @@
-"""What each guidance does to a distribution whose target is known exactly.
+"""The effect of each guidance in one dimension, where the target is known exactly.
 
-All have scale 1, as in the paper.  There CFG towards everything that is allowed and DNG with the
-exact posterior are one rule: s + (s_allowed - s) = s - p/(1-p) (s_c - s), and the second leads to
+All guidance scales are 1, as in the paper.  CFG towards everything that is allowed and DNG with the
+exact posterior are then the same rule: s + (s_allowed - s) = s - p/(1-p) (s_c - s).  DNG reaches
 the target without a model of what is allowed.
 
-Every panel runs the same particles with the same noise, so a line has the same start everywhere
-and its colour says where it would have ended without guidance.
+Every panel runs the same particles with the same noise, so a line starts at the same point
+everywhere, and its colour says where it would have ended without guidance.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from dng_math.distances import (
     ks_statistic,
     wasserstein1,
 )
-from dng_math.guidance import Rule
-from dng_models.progress import progress
+from dng_math.rules import Rule
+from dng_models.support.progress import progress_bar
 from figures import style
 
 Array = NDArray[np.float64]
@@ -45,7 +45,7 @@ Array = NDArray[np.float64]
 PAPER = "Fig. 1"
 TITLE = "Guidance in one dimension: trajectories, densities over time and final histograms"
 
-# Also the mixture of the figures on posteriors and trackers.
+# The figures on posteriors and trackers use this mixture too.
 MEANS = (-3.0, -1.0, 1.0, 3.0)
 DEVIATION = 0.2
 MIXTURE = GaussianMixture([0.25] * 4, np.array(MEANS)[:, None], [DEVIATION**2] * 4)
@@ -71,7 +71,7 @@ CHUNK = 10_000  # particles whose whole trajectories are in memory at once
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One method; T rows of time, X bins, L lines."""
+    """Results of one method; T rows of time, X bins, L lines."""
 
     title: str
     method: style.Method
@@ -85,7 +85,7 @@ class Panel:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """All panels, and what they share."""
+    """All panels, and the data that they share."""
 
     panels: tuple[Panel, ...]
     time: Array  # (T,), from 1 to 0
@@ -131,7 +131,7 @@ def compute(quick: bool, seed: int) -> Data:
     edges = np.linspace(X_MIN, X_MAX, round((X_MAX - X_MIN) / BIN) + 1)
     target = guided_density(MIXTURE, [FORBIDDEN], 1.0)
     panels = []
-    for title, method, rule in progress(METHODS, "guidance_1d", unit="chain", leave=False):
+    for title, method, rule in progress_bar(METHODS, "guidance_1d", unit="chain", leave=False):
         density, lines, samples = _run(rule, n, seed, edges)
         if isinstance(rule, Unguided):
             density = _exact_density(0.5 * (edges[1:] + edges[:-1]))
@@ -164,7 +164,7 @@ def compute(quick: bool, seed: int) -> Data:
 
 
 def _exact_density(x: Array) -> Array:
-    """The marginal of the forward process, which the unguided chain has, on the rows of time."""
+    """The forward process's marginal, which is the unguided chain's too, on the rows of time."""
     schedule = NoiseSchedule.linear(STEPS)
     levels = zip(schedule.alpha[::-STRIDE], schedule.sigma[::-STRIDE], strict=True)
     return np.array(

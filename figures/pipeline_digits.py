@@ -1,8 +1,8 @@
 """DNG in a Stable Diffusion pipeline whose network is the exact diffusion model of the digits.
 
-The pipeline, its scheduler and its loop are those of diffusers; only the network is a mixture on
+The pipeline, its scheduler and its loop are those of diffusers.  Only the network is a mixture on
 scikit-learn's digits, which answers the prompt "a digit" and the negative prompt "a 0" without
-error.  So what is seen is what guidance does, image by image and step by step, and nothing else.
+error.  All differences between the images are therefore effects of guidance.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from dng_math import DynamicNegativeGuidance, NegativePrompting, Unguided
-from dng_math.guidance import Rule
-from dng_models.progress import progress
-from dng_models.threads import torch_threads
+from dng_math.rules import Rule
+from dng_models.support.progress import progress_bar
+from dng_models.support.threads import torch_threads
 from figures import digits, style
 
 Array = NDArray[np.float64]
@@ -30,9 +30,9 @@ NEEDS = ("torch", "diffusers", "transformers")
 FORBIDDEN = 0
 STEPS = 50
 SCALE, PRIOR = 1.0, 0.1
-CONSTANT = 0.5  # of negative prompting: half of what already leaves no 0
-SHOWN = {True: 3, False: 7}  # images that would be a 0, and that would not
-CHANGED = 0.3  # root mean square difference from which on a pixel's change is seen, of [-1, 1]
+CONSTANT = 0.5  # scale of negative prompting: half of one that leaves no 0
+SHOWN = {True: 3, False: 7}  # number of images that are a 0 without guidance, and that are not
+CHANGED = 0.3  # smallest visible root mean square difference of pixels in [-1, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,24 +47,24 @@ class Data:
 
     @property
     def changed(self) -> NDArray[np.bool_]:
-        """Which images of each method are not those without guidance, (M, N)."""
+        """Which images of each method differ visibly from the unguided ones, (M, N)."""
         distance = np.sqrt(np.mean((self.images - self.images[:1]) ** 2, axis=-1))
         return distance > CHANGED
 
     @property
     def columns(self) -> NDArray[np.int64]:
-        """Images to show: those that would be a 0 first."""
+        """Images to show, first those that are a 0 without guidance."""
         kinds = [np.flatnonzero(self.forbidden[0] == kind)[:n] for kind, n in SHOWN.items()]
         return np.concatenate(kinds)
 
 
 def compute(quick: bool = False, seed: int = 0) -> Data:
-    """The same seeds without guidance, with a constant scale, and with DNG."""
+    """Draw the same seeds without guidance, with a constant scale, and with DNG."""
     import torch
     from diffusers import DDPMScheduler
 
     from dng_models import apply_guidance
-    from dng_models.exact import mixture_pipeline
+    from dng_models.pipelines.mixture_pipelines import mixture_pipeline
 
     n = 32 if quick else 64
     mixture = digits.memorised()
@@ -78,7 +78,7 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
         "DNG": DynamicNegativeGuidance.tracked(SCALE, PRIOR, tracker="log-odds"),
     }
     images, forbidden, traces = [], [], []
-    for rule in progress(rules.values(), "pipeline_digits", unit="run", leave=False):
+    for rule in progress_bar(rules.values(), "pipeline_digits", unit="run", leave=False):
         generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(n)]
         work = n * digits.SIDE**2 * mixture.n_components
         with torch_threads(work=work), apply_guidance(pipe, rule) as trace:
@@ -99,7 +99,7 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
 
 @style.applied
 def draw(data: Data) -> dict[str, Figure]:
-    """One figure: a column an image, a row a method, and DNG's scale below."""
+    """Plot a column for each image and a row for each method, and DNG's scale below."""
     columns = data.columns
     methods = len(data.labels)
     figure = Figure(figsize=(style.WIDTH, 3.7), layout="constrained")
@@ -143,7 +143,7 @@ def _show(panel: Any, image: Array, forbidden: bool) -> None:
 
 
 def summary(data: Data) -> str:
-    """What was left of the forbidden digit, and what became of the others."""
+    """How many forbidden digits were left, and how many other images changed."""
     others = ~data.forbidden[0]
     lines = [
         f"{data.images.shape[1]} images, {STEPS} steps; scale {CONSTANT:g} for negative prompting, "

@@ -1,6 +1,6 @@
-"""How well the trackers follow the posterior, and what they leave of the forbidden mode.
+"""How well the trackers follow the posterior, and how much of the forbidden mode they leave.
 
-The lines are unguided chains, on which the tracked posterior can be held against the exact one.
+The lines are unguided chains, on which the tracked posterior is compared with the exact one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dng_math import (
     sample,
 )
 from dng_math.distances import forbidden_mass, guided_density
-from dng_models.progress import progress
+from dng_models.support.progress import progress_bar
 from figures import style
 from figures.guidance_1d import DEVIATION, MEANS, MIXTURE
 
@@ -33,7 +33,7 @@ TITLE = "Posteriors tracked against exact over time, and the densities sampled w
 
 FORBIDDEN = 0
 STEPS = 1000
-LINES = 4  # of either kind
+LINES = 4  # lines that end allowed, and as many that end forbidden
 TRACKERS: tuple[tuple[str, style.Method, PaperTracker | LogOddsTracker], ...] = (
     ("paper's tracker", style.DNG_PAPER, PaperTracker()),
     ("log-odds tracker", style.DNG_LOG_ODDS, LogOddsTracker()),
@@ -45,7 +45,7 @@ TRACKED: dict[str, Any] = {"lw": 0.8, "ls": (0, (3, 1))}
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One tracker; S steps, L lines, N samples."""
+    """Results of one tracker; S steps, L lines, N samples."""
 
     name: str
     method: style.Method
@@ -72,7 +72,7 @@ def compute(quick: bool, seed: int) -> Data:
     n = 20_000 if quick else 100_000
     schedule = NoiseSchedule.linear(STEPS)
     panels = []
-    trackers = progress(TRACKERS, "posterior_tracking", unit="tracker", leave=False)
+    trackers = progress_bar(TRACKERS, "posterior_tracking", unit="tracker", leave=False)
     for name, method, tracker in trackers:
         unguided = sample(
             MIXTURE,
@@ -85,7 +85,7 @@ def compute(quick: bool, seed: int) -> Data:
         )
         assert unguided.tracked is not None and unguided.exact is not None
         tracked, exact = np.exp(unguided.tracked[:, 0]), np.exp(unguided.exact[:, 0])
-        # The first ones of either kind, so that none is picked.
+        # The first chains of either kind, so that the choice is not selective.
         allowed = np.flatnonzero(exact[-1] < 0.5)[:LINES]
         forbidden = np.flatnonzero(exact[-1] >= 0.5)[:LINES]
         shown = np.concatenate([allowed, forbidden])

@@ -1,14 +1,14 @@
-"""How far a tracked posterior can be trusted with each scheduler of diffusers.
+"""Error of the tracked posterior with each scheduler of diffusers.
 
-The network is an exact mixture in eight dimensions inside real pipelines, so that every error is
-the scheduler's or the tracker's: steps that are finite, of some order, with the noise of the DDPM
-posterior or less.  With that noise (the first column) more steps help, whatever the scheduler.
-With less they do not (the second), unless the divergence that the tracker lacks is estimated (the
-third).  What many steps leave with Stable Diffusion's betas was there at the start: they keep some
-signal at T, so that p(c|x_T) is not the prior.  Flow matching, and betas that are rescaled to no
-signal at T, start from noise alone.
+The network is an exact mixture in eight dimensions inside real pipelines, so that every error comes
+from the scheduler or the tracker.  With the noise of the DDPM posterior (first column) the error
+falls with the number of steps, whatever the scheduler.  With less noise (second column) it does
+not, unless the divergence that the tracker lacks is estimated (third column).  With Stable
+Diffusion's betas some error remains at any number of steps: they keep some signal at T, so that
+p(c|x_T) is not the prior.  Flow matching, and betas rescaled to no signal at T, start from noise
+alone.
 
-Drawn is the paper's tracker; the table that is printed has the log-odds one too.
+The figure shows the paper's tracker; the printed table has the log-odds tracker too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from dng_math import DynamicNegativeGuidance, GaussianMixture
 from dng_math.distances import forbidden_mass
-from dng_models.progress import progress
-from dng_models.threads import torch_threads
+from dng_models.support.progress import progress_bar
+from dng_models.support.threads import torch_threads
 from figures import style
 
 Array = NDArray[np.float64]
@@ -43,7 +43,7 @@ MIXTURE = GaussianMixture(
     [0.25] * 4, np.random.default_rng(0).normal(size=(4, DIMENSIONS)), [0.25] * 4
 )
 FORBIDDEN = [0]
-# Stable Diffusion's, and the spacing with which a run of any length begins at the noisy end.
+# Stable Diffusion's betas, with the spacing that starts runs of any length at the noisy end.
 BETAS: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -58,23 +58,23 @@ TRACKERS: tuple[tuple[Literal["paper", "log-odds"], style.Method], ...] = (
     ("paper", style.DNG_PAPER),
     ("log-odds", style.DNG_LOG_ODDS),
 )
-DRAWN = 0  # of TRACKERS
+DRAWN = 0  # index into TRACKERS
 
 
 @dataclass(frozen=True)
 class Row:
-    """A scheduler of diffusers, or of ours, and how it is used."""
+    """A scheduler of diffusers or of this project, and its settings."""
 
     label: str
     scheduler: str
     options: dict[str, Any]
-    eta: float = 0.0  # of the pipeline's call, for DDIM
+    eta: float = 0.0  # argument of the pipeline's call, for DDIM
     probes: int = 0
     most_steps: int = 200
 
     @property
     def pure(self) -> bool:
-        """Whether it starts from noise alone, with no signal left at T."""
+        """Whether it starts from noise alone, without signal at T."""
         return "Flow" in self.scheduler or "rescale_betas_zero_snr" in self.options
 
 
@@ -114,8 +114,8 @@ GROUPS: dict[str, tuple[Row, ...]] = {
     ),
 }
 ROWS = tuple(row for rows in GROUPS.values() for row in rows)
-# What is written beside the curves of a group, for those of one start; curves of one start are
-# close to each other in each group.
+# Text beside the curves, by group and by whether they start from noise alone; such curves are close
+# to each other.
 NAMES: dict[tuple[int, bool], str] = {
     (0, False): "DDPM,\nEuler ancestral,\nSDE-DPM-Solver++",
     (0, True): "flow,\nposterior step",
@@ -137,42 +137,42 @@ STARTS = {
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Axes: row, tracker, number of steps; not a number where a row is not run with so many."""
+    """Axes: row, tracker, number of steps; NaN where a row is not run with so many steps."""
 
     steps: tuple[int, ...]
     error: Array  # mean |tracked - exact p(c|x)| before the last step, unguided
-    correlation: Array  # of the two over the images
+    correlation: Array  # correlation of tracked and exact p over the images
     mass: Array  # forbidden mass left at g = 1
     prior_error: float  # mean |prior - p(c|x_T)| with Stable Diffusion's betas
     n: int
 
 
 def scheduler_of(row: Row) -> Any:
-    """A new scheduler of a row."""
+    """Make the scheduler of a row."""
     import diffusers
 
-    from dng_models import schedulers
+    from dng_models.pipelines import schedulers
 
     kind = getattr(schedulers, row.scheduler, None) or getattr(diffusers, row.scheduler)
     return kind(**row.options, **({} if "Flow" in row.scheduler else BETAS))
 
 
 def compute(quick: bool = False, seed: int = 0) -> Data:
-    """Unguided and guided runs of every row with both trackers."""
+    """Run every row with both trackers, unguided and guided."""
     n, steps = (256, QUICK_STEPS) if quick else (1024, STEPS)
     with torch_threads(work=n * DIMENSIONS * MIXTURE.n_components):
         return _compute(n, steps, seed)
 
 
 def _compute(n: int, steps: tuple[int, ...], seed: int) -> Data:
-    from dng_models.exact import mixture_pipeline, run_mixture
+    from dng_models.pipelines.mixture_pipelines import mixture_pipeline, run_mixture
 
     shape = (len(ROWS), len(TRACKERS), len(steps))
     error, correlation, mass = (np.full(shape, np.nan) for _ in range(3))
     runs_of = [at for at in np.ndindex(shape) if steps[at[2]] <= ROWS[at[0]].most_steps]
-    # The longest first, so that the time left is not thought too short.
+    # The longest first, so that the remaining time is not underestimated.
     runs_of.sort(key=lambda at: -steps[at[2]])
-    for i, j, k in progress(runs_of, "schedulers", unit="run", leave=False):
+    for i, j, k in progress_bar(runs_of, "schedulers", unit="run", leave=False):
         row, tracker = ROWS[i], TRACKERS[j][0]
         pipe = mixture_pipeline(MIXTURE, [FORBIDDEN], SHAPE, scheduler_of(row))
         runs = []
@@ -210,7 +210,7 @@ def _prior_error(seed: int) -> float:
 
 @style.applied
 def draw(data: Data) -> dict[str, Figure]:
-    """Error and forbidden mass left over the number of steps, a column for each group."""
+    """Plot error and remaining forbidden mass over the number of steps, a column per group."""
     figure = Figure(figsize=(style.WIDTH, 5.0), layout="constrained")
     panels = figure.subplots(2, len(GROUPS), sharex=True, sharey="row")
     for line, values in enumerate((data.error, data.mass)):
@@ -256,8 +256,8 @@ def draw(data: Data) -> dict[str, Figure]:
 def _curves(
     axes: Axes, steps: tuple[int, ...], rows: tuple[Row, ...], values: Array, group: int
 ) -> None:
-    """The curves of a group, and beside those of one start what they are."""
-    ends: dict[bool, tuple[float, float]] = {}  # of the curves of one start
+    """Draw the curves of a group, and their names beside their ends."""
+    ends: dict[bool, tuple[float, float]] = {}  # where the curves end, by kind of start
     for pure, (color, marker, _) in STARTS.items():
         last = []
         for row, value in zip(rows, values, strict=True):
@@ -272,7 +272,7 @@ def _curves(
             height = np.exp(np.mean([np.log(y) for _, y in last]))
             ends[pure] = max(x for x, _ in last), float(height)
     for pure, at in ends.items():
-        above = at[1] >= max(height for _, height in ends.values())  # so that they keep apart
+        above = at[1] >= max(height for _, height in ends.values())  # keeps the names apart
         axes.annotate(
             NAMES[group, pure],
             at,
@@ -291,7 +291,7 @@ def _curves(
 
 
 def summary(data: Data) -> str:
-    """Everything that is drawn, as a table."""
+    """The results of both trackers as a table."""
     lines = ["mean error of p (correlation) -> forbidden mass left at g = 1"]
     width = max(len(style.plain(row.label)) for row in ROWS)
     at = 0

@@ -1,4 +1,4 @@
-"""Where each guidance pushes, seen as vector fields at one noise level."""
+"""The guidance of each rule as vector fields at one noise level."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dng_math import (
     NoiseSchedule,
     predict,
 )
-from dng_math.guidance import Rule
+from dng_math.rules import Rule
 from figures import style
 
 Array = NDArray[np.float64]
@@ -159,7 +159,7 @@ def _draw_field(panel: Axes, data: Data, vectors: Array, norm: LogNorm) -> None:
     cell = data.points[0, 1, 0] - data.points[0, 0, 0]
     size = np.linalg.norm(vectors, axis=-1)
     seen = size >= LOWEST
-    # The length grows by equal parts per decade; the colour tells the magnitude.
+    # The length grows with the logarithm of the magnitude, which the colour shows.
     decades = np.log(size[seen] / LOWEST) / np.log(HIGHEST / LOWEST)
     length = cell * (0.25 + 0.7 * np.clip(decades, 0.0, 1.0))
     panel.quiver(
@@ -184,7 +184,7 @@ def _draw_field(panel: Axes, data: Data, vectors: Array, norm: LogNorm) -> None:
 
 
 def _draw_key(panels: Sequence[Axes], figure: Figure, data: Data, norm: LogNorm) -> None:
-    """What the colours and signs of all panels mean, in the place of two panels."""
+    """Draw the legend and the colour bar of all panels, in the place of two panels."""
     for panel in panels:
         panel.set_axis_off()
     key = panels[0].legend(
@@ -204,7 +204,7 @@ def _draw_key(panels: Sequence[Axes], figure: Figure, data: Data, norm: LogNorm)
         loc="upper left",
         bbox_to_anchor=(0.1, 1.0),
     )
-    key.set_in_layout(False)  # it and the bar reach into the next panel's place
+    key.set_in_layout(False)  # the legend and the bar are wider than one panel
     place = panels[0].inset_axes((0.15, 0.2, 1.9, 0.07))
     place.set_in_layout(False)
     bar = figure.colorbar(

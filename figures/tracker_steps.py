@@ -1,10 +1,10 @@
-"""What the trackers lose with fewer steps and with less noise, and what the divergence gives back.
+"""Error of the trackers with fewer steps and less noise, with and without the divergence.
 
-Both trackers take every step to be the DDPM transition, eta = 1.  With less noise they miss a
-term in the divergence of the scores, which more steps do not make smaller.  With it, what many
-steps leave comes from the start: the schedule keeps some signal at T, so that p(c|x_T) is not
-quite the prior, and a chain without noise never forgets the difference.  The forbidden mode is
-once the outer one of four in a row and once an inner one, which is harder.
+Both trackers assume that every step is the DDPM transition, eta = 1.  With less noise they lack a
+term with the divergence of the scores, which does not shrink with more steps.  With that term, the
+error that remains at many steps comes from the start: the schedule keeps some signal at T, so that
+p(c|x_T) is not quite the prior, and a chain without noise never forgets the difference.  The
+forbidden mode is an outer one of four in a row, or an inner one, which is harder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dng_math import (
     sample,
 )
 from dng_math.distances import forbidden_mass
-from dng_models.progress import progress
+from dng_models.support.progress import progress_bar
 from figures import style
 from figures.guidance_1d import MIXTURE
 
@@ -52,7 +52,7 @@ POSTERIORS: tuple[tuple[str, style.Method, Posterior], ...] = (
 )
 START: dict[str, Any] = {"color": style.GREY, "lw": 1.0, "ls": ":"}
 NONE_LEFT = "#E8E8E8"
-# Factors of the number of steps at which they are drawn: where they agree one would hide the other.
+# Factors by which markers are shifted along the axis of steps, so that equal ones stay visible.
 BESIDE = {style.DNG_PAPER: 0.95, style.DNG_LOG_ODDS: 1.05}
 
 
@@ -72,7 +72,7 @@ def compute(quick: bool, seed: int) -> Data:
     steps = QUICK_STEPS if quick else STEPS
     shape = (len(PLACES), len(ETAS), len(POSTERIORS), len(steps))
     error, mass = np.zeros(shape), np.zeros(shape)
-    # That the trackers are wrong with eta < 1 is what the figure shows.
+    # The warning says that trackers are wrong for eta < 1, which the figure shows.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the sampler adds", UserWarning)
         _fill(error, mass, steps, n, seed)
@@ -80,9 +80,11 @@ def compute(quick: bool, seed: int) -> Data:
 
 
 def _fill(error: Array, mass: Array, steps: tuple[int, ...], n: int, seed: int) -> None:
-    """Run every chain, and write what it leaves into (places, etas, posteriors, steps)."""
+    """Run every chain, and write its error and mass into (places, etas, posteriors, steps)."""
     shape = error.shape
-    runs = progress(np.ndindex(shape), "tracker_steps", total=error.size, unit="run", leave=False)
+    runs = progress_bar(
+        np.ndindex(shape), "tracker_steps", total=error.size, unit="run", leave=False
+    )
     for i, j, k, m in runs:
         eta, posterior = ETAS[j], POSTERIORS[k][2]
         if _same_as_uncorrected(eta, posterior):
@@ -129,7 +131,7 @@ def _prior_error(n: int, seed: int) -> Array:
 
 
 def _same_as_uncorrected(eta: float, posterior: Posterior) -> bool:
-    """Whether a divergence correction is nil: the trackers are made for eta = 1."""
+    """Whether a divergence correction is zero, as for eta = 1."""
     return eta == 1.0 and getattr(posterior, "divergence", False)
 
 

@@ -1,9 +1,10 @@
-"""Which steps raise the tracked posterior: one real step of a coarse run, in two dimensions.
+"""Which steps raise the tracked posterior: one step of a coarse run, in two dimensions.
 
 The paper's tracker asks whether x_s is nearer to the forbidden mean mu_c than to the base mean
 mu; the log-odds tracker asks whether it is nearer to mu_c than to the mean of all the rest,
 mu_rest = mu - o d with d = mu_c - mu and o = p/(1-p).  Both boundaries are perpendicular
-bisectors.  At twenty steps the means are far enough apart, against the noise, to be seen.
+bisectors.  The run has only twenty steps, so that the distances of the means are visible beside
+the noise.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _change(
     gap: Array,
     variance: float,
 ) -> Array:
-    """What a tracker adds to log p(c|x) on the step to each point (N, 2)."""
+    """Change of a tracker's log p(c|x) for a step to each point (N, 2)."""
     residual = points - mean
     before = np.full(len(points), state)
     gap_sq = np.full(len(points), gap @ gap)

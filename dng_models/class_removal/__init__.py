@@ -1,1 +1,1 @@
-"""The paper's class removal with networks: ``python -m dng_models.class_removal --help``."""
+"""The paper's class-removal experiment: ``python -m dng_models.class_removal --help``."""

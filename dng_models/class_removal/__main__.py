@@ -1,36 +1,27 @@
 """Class removal from the command line: ``python -m dng_models.class_removal COMMAND``.
 
-Nothing heavy is imported before the arguments are known to be right, so that ``--help`` answers
-at once.
+Nothing heavy is imported before the arguments are parsed, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dng_math.schedules import TRACKER_VARIANCES
-from dng_models import command_line
 from dng_models.class_removal.config import (
     CALIBRATION_PATHS,
-    DEFAULT_METHODS,
     FEWER_FOR_DIGITS,
-    HYPERPARAMETERS,
-    LADDERS,
-    METHODS,
-    NETWORKS,
-    PAPER,
     PRECISIONS,
     RULES,
-    TRACKERS,
     TRAINING_PRECISIONS,
-    TUNED,
     Config,
 )
+from dng_models.class_removal.methods import DEFAULT_METHODS, LADDERS, METHODS, TUNED
+from dng_models.class_removal.training_config import TrainConfig
+from dng_models.support import command_line, options
 
 PROGRAM = "python -m dng_models.class_removal"
 PARTS = ("base", "class", "conditional", "classifier")
@@ -75,132 +66,33 @@ examples:
   %(prog)s run --quick                     shipped digits, 3 minutes on two cores
   %(prog)s run                             digits, trained here: 15 minutes
   %(prog)s train --dataset mnist --forget 0
-  %(prog)s sweep --dataset mnist --forget 0 --rules none np dng-paper --scale 0.5 1 2
+  %(prog)s sweep --dataset mnist --forget 0 --rules none np dng-paper --guidance-scale 0.5 1 2
 """
 
 
 # ---------------------------------------------------------------------- options
 
 
-def _default(name: str) -> str:
-    """Of a field of the configuration, in words."""
-    value = {field.name: field.default for field in dataclasses.fields(Config)}[name]
-    if isinstance(value, tuple):
-        value = " ".join(value)
-    return f" (default: {value})" if value not in (None, "") else ""
-
-
-def _field(group: Any, flag: str, text: str, default: str | None = None, **options: Any) -> None:
-    """An option that is a field of the configuration; absent where it is not given."""
-    name = options.pop("dest", flag.removeprefix("--").replace("-", "_"))
-    shown = _default(name) if default is None else f" (default: {default})" if default else ""
-    group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text + shown, **options)
-
-
 def _data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    _field(
-        group,
-        "--dataset",
-        "digits (8x8, with scikit-learn), mnist, cifar10, a hub name, a parquet file, or a folder "
-        "with a sub-folder of images for each class",
-        metavar="NAME_OR_PATH",
-    )
-    _field(
-        group,
-        "--image-column",
-        "column of the images (default: the only one of that type)",
-        metavar="NAME",
-    )
-    _field(
-        group,
-        "--label-column",
-        "column of the labels (default: the only one, or the one of a usual name)",
-        metavar="NAME",
-    )
-    _field(group, "--split", "of a data set on the hub", metavar="NAME")
-    _field(group, "--held-out", "share that no network is trained on", metavar="SHARE", type=float)
-    _field(
-        group,
-        "--image-size",
-        "cut and resize the images to this side (default: as they are)",
-        metavar="PIXELS",
-        type=int,
-    )
-    _field(
-        group,
-        "--channels",
-        "make the images grey (1) or coloured (3) (default: as they are)",
-        type=int,
-        choices=(1, 3),
-    )
-    _field(
-        group,
-        "--like",
-        "which built-in data set a file or folder holds: the paper's settings for it are used",
-        choices=tuple(PAPER),
-    )
+    options.add(group, Config, "dataset", "image_column", "label_column", "split", "held_out")
+    options.add(group, Config, "image_size")
+    options.add(group, Config, "channels", choices=(1, 3), metavar=None)
+    options.add(group, Config, "like")
 
 
 def _forget_option(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("what is forgotten, and by which networks")
-    _field(
-        group,
-        "--forget",
-        "names or numbers of classes",
-        "0 of digits and mnist; to be given for other data",
-        metavar="CLASS",
-        nargs="+",
-    )
+    options.add(group, Config, "forget", shown="0 of digits and mnist; to be given for other data")
     return group
 
 
 def _network_options(group: Any) -> None:
-    _field(
-        group,
-        "--networks",
-        "the paper's two networks, or one conditional network with label dropout, which forgets "
-        "any class without another training",
-        choices=NETWORKS,
-    )
-    _field(
-        group,
-        "--base",
-        "base (or conditional) network: a folder, or a DDPM pipeline by its name on the hub, such "
-        "as google/ddpm-cifar10-32 (default: that of the run)",
-        metavar="NAME_OR_DIR",
-    )
-    _field(
-        group,
-        "--forgetful",
-        "network of what is forgotten: one for all, or one for each class (default: the run's)",
-        metavar="NAME_OR_DIR",
-        nargs="+",
-    )
-    _field(group, "--positive", "network to guide towards", metavar="NAME_OR_DIR")
-    _field(
-        group,
-        "--toward",
-        "class to guide towards, for rules cfg, cg, fbg and perp-neg",
-        metavar="CLASS",
-    )
+    options.add(group, Config, "networks", "base", "unwanted", "positive", "toward")
 
 
 def _judge_options(group: Any) -> None:
-    _field(
-        group,
-        "--classifier",
-        "judge of the images: a folder, or any image classifier of the Hugging Face hub with the "
-        "classes of the data (default: that of the run)",
-        metavar="NAME_OR_DIR",
-    )
-    _field(
-        group,
-        "--fid",
-        "measure FID too, with Inception, against the data with and without the class",
-        "",
-        action="store_true",
-    )
+    options.add(group, Config, "classifier", "fid")
     group.add_argument(
         "--inception",
         type=Path,
@@ -218,64 +110,21 @@ def _rule_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
         )
         _methods_option(group, DEFAULT_METHODS)
         group.add_argument(
-            "--scale",
-            dest="scales",
+            "--guidance-scale",
+            dest="guidance_scales",
             nargs="+",
             type=float,
             metavar="G",
             help=f"guidance scales of every method (default: {ladders})",
         )
     else:
-        _field(group, "--rule", "how predictions are combined", choices=RULES)
-        _field(group, "--scale", "guidance scale g", metavar="G", type=float)
-    _field(group, "--tracker", "how DNG tracks the posterior", choices=tuple(TRACKERS))
-    _field(
-        group,
-        "--hyperparameters",
-        "of the tracker: the paper's for the data set, those of the calibration (with a "
-        "temperature that varies over time, or with one), or those given here",
-        choices=HYPERPARAMETERS,
-    )
-    _field(
-        group,
-        "--calibration",
-        "use that of another class, or one in a file (default: that of the first forgotten class)",
-        "",
-        metavar="CLASS_OR_FILE",
-    )
-    for flag, text in (
-        ("--prior", "own p(c) at the noisy end (default: share of the class in the data)"),
-        ("--temperature", "own factor of the log likelihood ratio (default: 1)"),
-        ("--offset", "own offset as in the paper, offset/(2 v) a step (default: 0)"),
-        ("--offset-nats", "own offset of the whole run, for any number of steps (default: 0)"),
-        ("--p-min", "least posterior (default: 1e-6)"),
-        ("--p-max", "largest posterior, which caps the scale at g p/(1 - p) (default: 0.99)"),
-    ):
-        _field(group, flag, text, "", type=float, metavar="X")
-    _field(
-        group,
-        "--tracker-variance",
-        "variance that the tracker divides by; 'published' with --variance large is the published "
-        "implementation",
-        choices=TRACKER_VARIANCES,
-    )
-    _field(group, "--threshold", "of SLD's gate", type=float, metavar="X")
-    _field(group, "--gate", "of SLD", choices=("signed", "absolute"))
-    _field(group, "--slope", "SLD's s_s", type=float, metavar="X")
-    _field(group, "--momentum", "SLD's s_m", type=float, metavar="X")
-    _field(group, "--momentum-decay", "SLD's beta_m", type=float, metavar="X")
-    _field(group, "--warmup-steps", "SLD's", type=int, metavar="N")
-    _field(group, "--contrast", "tau of contrastive CFG (ccfg)", type=float, metavar="X")
-    _field(group, "--pi", "of feedback guidance (fbg)", type=float, metavar="X")
-    _field(group, "--lambda-max", "of feedback guidance", type=float, metavar="X")
-    _field(group, "--positive-scale", "of Perp-Neg", type=float, metavar="X")
-    group.add_argument(
-        "--interval",
-        nargs=2,
-        type=float,
-        metavar=("LO", "HI"),
-        help="guide only at these diffusion times; 1 is the noisy end (default: 0 1)",
-    )
+        options.add(group, Config, "rule", "guidance_scale")
+    options.add(group, Config, "tracker", "hyperparameters", "calibration")
+    options.add(group, Config, "prior", "temperature", "offset", "offset_nats", "p_min", "p_max")
+    options.add(group, Config, "tracker_variance", "threshold", "gate", "slope", "momentum")
+    options.add(group, Config, "momentum_decay", "warmup_steps", "contrast", "pi", "lambda_max")
+    options.add(group, Config, "positive_scale")
+    options.add_interval(group, "--interval")
 
 
 def _methods_option(group: Any, default: Sequence[str]) -> None:
@@ -311,44 +160,16 @@ def _shipped_option(group: Any) -> None:
 
 def _chain_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images")
-    _field(
-        group,
-        "--steps",
-        "of the chain, respaced from 1000",
-        STEPS,
-        type=int,
-        metavar="N",
-    )
-    _field(group, "--num-images", "to draw; can be raised later", type=int, metavar="N")
-    _field(group, "--seed", "image i is a function of it and of i", type=int, metavar="N")
-    _field(
-        group,
-        "--batch-size",
-        "images that the networks see at once",
-        BATCH_SIZES,
-        type=int,
-        metavar="N",
-    )
-    _field(group, "--variance", "of the noise of a step", choices=("small", "large"))
-    _field(
-        group,
-        "--clip",
-        "bound of the predicted |x0| (default: none, as in the paper)",
-        type=float,
-        metavar="X",
-    )
+    options.add(group, Config, "steps", shown=STEPS)
+    options.add(group, Config, "num_images", "seed")
+    options.add(group, Config, "batch_size", shown=BATCH_SIZES)
+    options.add(group, Config, "variance", "clip")
 
 
 def _run_options(
     parser: argparse.ArgumentParser, precisions: Sequence[str] = tuple(PRECISIONS)
 ) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME of the data)"
-    )
-    group.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)"
-    )
+    group = options.run_group(parser, "runs/NAME of the data")
     group.add_argument(
         "--mixed-precision",
         choices=precisions,
@@ -375,29 +196,25 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "training", "Defaults depend on the size of the images and on the network."
     )
-    group.add_argument("--train-steps", type=int, metavar="N", help="updates of the weights")
-    group.add_argument("--train-batch-size", type=int, metavar="N", help="images an update")
-    group.add_argument("--learning-rate", type=float, metavar="X", help="at its height")
-    group.add_argument("--train-seed", type=int, metavar="N", help="(default: 0)")
-    group.add_argument(
-        "--size",
-        choices=("small", "paper"),
-        help="of the networks: for a laptop, or for a GPU (default: small up to 28 pixels)",
-    )
-    group.add_argument("--flip", action="store_true", default=None, help="mirror images at random")
-    group.add_argument(
-        "--checkpoint-every", type=int, metavar="N", help="updates between states on the disk"
-    )
-    group.add_argument(
-        "--keep-state", action="store_true", default=None, help="keep the state of a finished one"
-    )
+
+    def add(name: str, dest: str | None = None, shown: str | None = "") -> None:
+        options.add(group, TrainConfig, name, shown=shown, dest=dest or name, default=None)
+
+    add("steps", "train_steps")
+    add("batch_size", "train_batch_size")
+    add("learning_rate")
+    add("seed", "train_seed", shown=None)
+    add("size", shown=None)
+    add("flip")
+    add("checkpoint_every")
+    add("keep_state")
 
 
 # ---------------------------------------------------------------------- the parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser, command = command_line.commands_of(PROGRAM, DESCRIPTION, EPILOG)
     run = command(
         "run",
@@ -423,7 +240,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="train one conditional network too, and draw with it beside the pair (default: of "
         "digits only)",
     )
-    _field(group, "--base", "base network: a folder or a hub name", metavar="NAME_OR_DIR")
+    options.add(group, Config, "base", help="base network: a folder or a hub name", shown="")
     _judge_options(group)
     _chain_options(run)
     _train_options(run)
@@ -441,7 +258,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _data_options(train)
     group = _forget_option(train)
-    _field(group, "--networks", "decides what --only is by default", choices=NETWORKS)
+    options.add(group, Config, "networks", help="decides what --only is by default")
     group.add_argument(
         "--only",
         nargs="+",
@@ -481,14 +298,13 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--path-steps", type=int, default=100, metavar="N", help="(default: %(default)s)"
     )
-    _field(group, "--seed", "of the noise", type=int, metavar="N")
-    _field(
+    options.add(group, Config, "seed", help="seed of the noise")
+    options.add(
         group,
-        "--batch-size",
-        "paths that the networks see at once",
-        BATCH_SIZES,
-        type=int,
-        metavar="N",
+        Config,
+        "batch_size",
+        help="paths that the networks see at once",
+        shown=BATCH_SIZES,
     )
     _run_options(calibrate)
     _plan_option(calibrate)
@@ -497,7 +313,8 @@ def make_parser() -> argparse.ArgumentParser:
         "sample",
         "Draw images of one setting, into DIR/samples/KEY: images.safetensors, config.json and\n"
         "grid.png.  More images of the same setting continue the ones that are there.",
-        "--forget 0 --rule dng --scale 2 --num-images 64\n--rule np --scale 0.4 --steps 50\n"
+        "--forget 0 --rule dng --guidance-scale 2 --num-images 64\n"
+        "--rule np --guidance-scale 0.4 --steps 50\n"
         "--rule dng --hyperparameters calibrated --trajectories 6",
     )
     _data_options(sample)
@@ -538,7 +355,8 @@ def make_parser() -> argparse.ArgumentParser:
         "Rows that are there are not made again.  Killed and started again, the sweep leaves the\n"
         "table that an undisturbed one leaves, and several processes change no byte of it.",
         "\n--dataset mnist --forget 0 1 2 3 --each --num-images 10240 --batch-size 1024\n"
-        "--rules dng --tracker log-odds --hyperparameters own --temperature 0.1 --scale 1 2",
+        "--rules dng --tracker log-odds --hyperparameters own --temperature 0.1 "
+        "--guidance-scale 1 2",
     )
     _data_options(sweep)
     group = _forget_option(sweep)
@@ -604,7 +422,7 @@ def make_parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--shipped", action="store_true", help="draw the calibrations that come with the package"
     )
-    _field(plot, "--dataset", "names the folder where --out does not", metavar="NAME_OR_PATH")
+    options.add(plot, Config, "dataset", help="names the folder where --out does not")
     plot.add_argument("--out", type=Path, metavar="DIR", help="folder of the run")
     _common_options(plot)
 
@@ -643,7 +461,13 @@ def _each_option(group: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Words after the program's name.  Default: those of this process.
+    """
     return command_line.run(PROGRAM, make_parser(), "dng_models.class_removal.commands", arguments)
 
 

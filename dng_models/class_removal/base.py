@@ -1,14 +1,15 @@
-"""Whether a base network draws the data at all, before anything that guides it is believed.
+"""Check that a base network draws the data at all, before results of guiding it are trusted.
 
-A network that was trained for too short a time draws blanks or noise.  A classifier has no class
-for these and calls them all one of its classes, so that forbidden shares, and what guidance does to
-them, mean nothing.  So unguided images are compared with held-out ones, which no network has seen.
+A network that was trained too briefly draws blanks or noise.  A classifier has no class for these
+and assigns them to one of its classes, so forbidden shares, and the effect of guidance on them,
+mean nothing.  The check therefore compares unguided images with held-out ones, which no network
+has seen.
 
-Both sets, of the same size m, have a Frechet distance to the training data, F(unguided) and
-F(held out); what small samples add to such a distance they add to both.  The data without the
-forgotten classes have one too, F(without), of all of them: forgetting changes that much.  The base
-is good where F(unguided) - F(held out) <= F(without), in features of the classifier and in pixels,
-and bad where the lower end of F(unguided)'s 95% interval is above that in either: a base that is
+F is the Frechet distance of a set of images to the training data.  The unguided and the held-out
+set have the same size m, so small samples bias F(unguided) and F(held out) alike.  F(without), of
+all data without the forgotten classes, measures how much forgetting changes.  The base is good if
+F(unguided) - F(held out) <= F(without), both in features of the classifier and in pixels.  It is
+bad if this fails in either even with the lower end of F(unguided)'s 95% interval: a base that is
 farther from the data than forgetting is hides what forgetting does.
 """
 
@@ -23,35 +24,43 @@ import torch
 from numpy.typing import NDArray
 
 from dng_math.distances import frechet_distance
-from dng_models import metrics
 from dng_models.class_removal.config import Config
-from dng_models.class_removal.evaluate import pixels_of
-from dng_models.class_removal.generate import Materials, generate
-from dng_models.metrics import Moments
+from dng_models.class_removal.evaluation import pixels_of
+from dng_models.class_removal.generation import generate
+from dng_models.class_removal.materials import Materials
+from dng_models.support import metrics
+from dng_models.support.metrics import Moments
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dng_models.class_removal.classifier import Judge
     from dng_models.class_removal.data import Dataset
+    from dng_models.class_removal.judge import Judge
 
 Array = NDArray[np.float64]
 
-CHECKED = 256  # images of either kind, at most
-FEWEST = 32  # of fewer nothing can be told
+CHECKED = 256  # at most so many unguided, and as many held-out, images are compared
+FEWEST = 32  # with fewer images nothing can be concluded
 GOOD, UNSURE, BAD, UNCHECKED = "good", "unsure", "bad", "unchecked"
-SUBSETS = 8  # of the held-out images, over which their distance is averaged
+SUBSETS = 8  # random subsets of the held-out images, over which their distance is averaged
 QUANTITIES = {"frechet": "features", "frechet_pixels": "pixels"}
 
 
 def checked(config: Config, materials: Materials) -> dict[str, Any] | None:
-    """What :func:`check` says of the base of a setting; every process calls it.
+    """Check the base network of a setting with :func:`check`; every process calls this.
+
+    Parameters
+    ----------
+    config : Config
+        Any setting that uses the base; the images of :func:`unguided` are drawn for it.
+    materials : Materials
 
     Returns
     -------
     dict, or None in processes other than the main one
-        With the ``key`` of the setting that was looked at (:func:`unguided`).  Of fewer than 32
-        images, or held-out ones, the ``verdict`` is "unchecked", and nothing was measured.
+        The result of :func:`check`, with the ``key`` of the setting of :func:`unguided`.  With
+        fewer than 32 images or held-out images the ``verdict`` is "unchecked", and nothing was
+        measured.
     """
     dataset = materials.dataset(config)
     few = unguided(config, materials)
@@ -67,7 +76,7 @@ def checked(config: Config, materials: Materials) -> dict[str, Any] | None:
 
 
 def unguided(config: Config, materials: Materials) -> Config:
-    """The setting whose images are looked at for another: its base alone, and not many images."""
+    """The setting that is drawn to check the base of another: no guidance, and few images."""
     held_out = len(materials.dataset(config).held_out)
     names = (
         *("networks", "base", "dataset", "image_column", "label_column", "split", "held_out"),
@@ -76,13 +85,16 @@ def unguided(config: Config, materials: Materials) -> Config:
     )
     kept = {name: getattr(config, name) for name in names}
     return Config(
-        rule="none", scale=0.0, num_images=min(CHECKED, held_out, config.num_images), **kept
+        rule="none",
+        guidance_scale=0.0,
+        num_images=min(CHECKED, held_out, config.num_images),
+        **kept,
     )
 
 
 @dataclass(frozen=True)
 class _Space:
-    """Images as vectors: those of training, by class, and the held-out ones."""
+    """The training, held-out and unguided images as vectors: features or pixels."""
 
     train: Array
     held_out: Array
@@ -99,19 +111,20 @@ def check(
     images : Tensor, shape (N, C, H, W)
         In [-1, 1]; N >= 4.
     dataset : Dataset
-        With the images that are held out.
+        All data, with its training and held-out parts.
     judge : Judge
     forget : tuple of str
         The forgotten classes.
 
     Returns
     -------
-    dict of str to int, float or bool
-        ``num_images``, m; ``frechet`` (of the judge's features) and ``frechet_pixels``, of m
-        unguided images, each with its 95% interval, ``_low`` to ``_high``, and with ``_held_out``
-        and ``_without``, the distances of as many held-out images and of the data without the
-        forgotten classes; ``forbidden`` and ``forbidden_held_out``, the shares that the judge calls
-        forbidden; ``verdict``, "good", "unsure" or "bad".
+    dict of str to int, float or str
+        ``num_images``, the number m that was compared; ``frechet`` (of the judge's features) and
+        ``frechet_pixels``, the distances of m unguided images.  Each has a 95% interval, ``_low``
+        to ``_high``, and for comparison ``_held_out``, the distance of m held-out images, and
+        ``_without``, that of the data without the forgotten classes.  ``forbidden`` and
+        ``forbidden_held_out`` are the shares of the unguided and of all held-out images that the
+        judge calls forbidden; ``verdict`` is "good", "unsure" or "bad".
     """
     train, held_out = dataset.train, dataset.held_out
     count = min(len(images), len(held_out), CHECKED)
@@ -147,14 +160,14 @@ def check(
 
 
 def _subsets(rows: Array, count: int) -> list[Array]:
-    """Some of the rows, several times; all of them, once, where there are no more."""
+    """Random subsets of ``count`` rows; all rows, once, if there are only ``count``."""
     rng = np.random.default_rng(0)
     times = 1 if count == len(rows) else SUBSETS
     return [rows[rng.permutation(len(rows))[:count]] for _ in range(times)]
 
 
 def warning(told: Mapping[str, Any], config: Config) -> str:
-    """What is wrong with a base that is not known to be good, and what to do."""
+    """The message that says why a base is not known to be good, and what to do about it."""
     network = config.base or ("conditional" if config.networks == "conditional" else "base")
     verdict = told["verdict"]
     if verdict == UNCHECKED:

@@ -16,34 +16,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dng_math import NoiseSchedule, _checks
-from dng_models import foreign, metrics
-from dng_models.class_removal import compare, files, plan
-from dng_models.class_removal.calibrate import calibrate, collect, report_table
-from dng_models.class_removal.classifier import ClassifierConfig, classifier_files, train_classifier
+from dng_math import NoiseSchedule, checks
+from dng_models.class_removal import compare, plan
+from dng_models.class_removal.calibration import calibrate, report_table
+from dng_models.class_removal.classifier import ClassifierConfig, train_classifier
 from dng_models.class_removal.config import (
     CALIBRATED,
     FEWER_FOR_DIGITS,
-    METHODS,
     PRECISIONS,
-    SHIPPED,
     TRACKERS,
     Config,
     Networks,
-    RunFolder,
-    settings,
 )
-from dng_models.class_removal.data import Dataset, first_size, held_out_rows, read_image
-from dng_models.class_removal.evaluate import evaluate
-from dng_models.class_removal.generate import (
-    Materials,
-    generate,
-    piece_count,
-    same_schedule,
-    trajectories,
+from dng_models.class_removal.data import (
+    SPLIT_NAMES,
+    Dataset,
+    first_size,
+    held_out_rows,
+    read_image,
 )
+from dng_models.class_removal.evaluation import evaluate
+from dng_models.class_removal.evidence import collect
+from dng_models.class_removal.generation import generate, piece_count, trajectories
+from dng_models.class_removal.judge import classifier_files
+from dng_models.class_removal.materials import Materials, same_schedule
+from dng_models.class_removal.methods import METHODS, settings
 from dng_models.class_removal.networks import Size, is_there
-from dng_models.class_removal.sweep import (
+from dng_models.class_removal.run_folder import SHIPPED, RunFolder
+from dng_models.class_removal.sweeps import (
     Row,
     keep_samples,
     label,
@@ -51,17 +51,18 @@ from dng_models.class_removal.sweep import (
     sweep,
     without_broken,
 )
-from dng_models.class_removal.train import (
+from dng_models.class_removal.train import train_diffusion
+from dng_models.class_removal.training_config import (
     SCHEDULE_STEPS,
     Kind,
     TrainConfig,
     default_config,
-    train_diffusion,
 )
-from dng_models.class_removal.tune import expected, tune
-from dng_models.progress import Progress
+from dng_models.class_removal.tuning import expected, tune
+from dng_models.support import files, foreign, metrics
+from dng_models.support.progress import Progress
 
-# How what takes long could be shorter.
+# What the plan suggests when a command would take long.
 _FEWER = "--num-images and --steps are fewer images and steps"
 _SMALLER = (
     "--image-size and --size small make smaller networks, --train-steps trains them for less long"
@@ -70,11 +71,11 @@ SHORTER = {
     "run": f"--quick shows in minutes that everything works; {_SMALLER}; {_FEWER}; or a GPU",
     "train": f"{_SMALLER}; or a GPU",
     "calibrate": "--paths and --path-steps; or a GPU",
-    "sweep": f"{_FEWER}; --rules and --scale name fewer settings; or a GPU",
+    "sweep": f"{_FEWER}; --rules and --guidance-scale name fewer settings; or a GPU",
 }
 
-# What a whole run draws: kind of networks, method, scales.  A setting of 1,024 digits takes half a
-# minute, and all of it, with the training, a quarter of an hour.
+# What a whole run draws: kind of networks, method, guidance scales.  A setting of 1,024 digits
+# takes half a minute; the whole run, with training, a quarter of an hour.
 Plan = Sequence[tuple[Networks, str, tuple[float, ...]]]
 FULL: Plan = (
     ("pair", "none", (0.0,)),
@@ -92,21 +93,21 @@ QUICK: Plan = (
     ("pair", "dng-calibrated", (3.0, 8.0)),
 )
 QUICK_IMAGES = 256
-PATHS, PATH_STEPS = 2, 100  # noisings of an image that a run calibrates on, and their steps
-# Of a quick run on data without shipped networks.  The number of updates is such that they take
-# minutes on two cores: their time goes with the number of pixels.
-QUICK_SIDE, QUICK_SMALLER = 28, 16  # images of more pixels are made smaller
+PATHS, PATH_STEPS = 2, 100  # a run calibrates on so many noising paths of each image
+# A quick run on data without shipped networks.  Time per update is proportional to the number of
+# pixels; the numbers of updates are chosen to take minutes on two cores.
+QUICK_SIDE, QUICK_SMALLER = 28, 16  # images of a side above the first are resized to the second
 QUICK_FIELDS: dict[str, Any] = {"num_images": 64, "steps": 50, "batch_size": 64}
 QUICK_UPDATES, QUICK_PIXEL_UPDATES, QUICK_JUDGE_UPDATES = 1500, 256_000, 300
 QUICK_PATHS, QUICK_PATH_STEPS, QUICK_HELD_OUT = 1, 50, 128
-FOLLOWED = 6  # images whose way through time a run draws
+FOLLOWED = 6  # images whose trajectories a run draws
 
 
 # ---------------------------------------------------------------------- from arguments
 
 
 def _config(given: argparse.Namespace, **fields: Any) -> Config:
-    """The configuration that the arguments describe; ``fields`` where they say nothing."""
+    """The configuration that the arguments describe; ``fields`` are defaults."""
     names = {field.name for field in dataclasses.fields(Config)}
     told = {name: value for name, value in vars(given).items() if name in names}
     if told.get("dataset", fields.get("dataset", Config.dataset)) == "digits":
@@ -119,24 +120,24 @@ def _config(given: argparse.Namespace, **fields: Any) -> Config:
 
 
 def _folder(given: argparse.Namespace, dataset: str, suffix: str = "") -> Path:
-    """The folder of the run."""
+    """The folder of the run: ``--out``, or one in ``runs`` named after the data set."""
     if given.out is not None:
         return Path(given.out)
     path = Path(dataset)
     name = path.resolve().name
     if path.is_file():
-        name = path.resolve().parent.name if path.stem in ("train", "data") else path.stem
+        name = path.resolve().parent.name if path.stem in SPLIT_NAMES else path.stem
     return Path("runs", name + suffix)
 
 
 def _materials(given: argparse.Namespace, config: Config, *, forgets: bool = True) -> Materials:
-    """Folder and device of the run; ``forgets``: whether the command needs the forgotten classes.
+    """The materials of a run: its folder, its device and what it loads.
 
     Raises
     ------
     ValueError
-        If it does, they are not given, and the data are not digits: no class of one's own data
-        is forgotten because it comes first in the alphabet.
+        If ``forgets`` (the command needs the forgotten classes) and they are not given, unless the
+        data are digits.  For other data there is no sensible default.
     """
     folder = RunFolder(_folder(given, config.dataset))
     if getattr(given, "shipped", False):
@@ -164,7 +165,7 @@ def _with(given: argparse.Namespace, folder: RunFolder) -> Materials:
 
 
 def _one_by_one(config: Config, materials: Materials, each: bool) -> list[Config]:
-    """A configuration for all forgotten classes together, or one for each."""
+    """One configuration for all forgotten classes together, or (``each``) one per class."""
     config = materials.resolved(config)
     if not each:
         return [config]
@@ -172,7 +173,7 @@ def _one_by_one(config: Config, materials: Materials, each: bool) -> list[Config
 
 
 def _shows(given: argparse.Namespace, materials: Materials) -> bool:
-    """Whether this process has progress bars."""
+    """Whether this process shows progress bars."""
     return not given.quiet and materials.processes.is_main_process
 
 
@@ -180,7 +181,7 @@ def _shows(given: argparse.Namespace, materials: Materials) -> bool:
 
 
 def train_command(given: argparse.Namespace) -> None:
-    """Train networks."""
+    """Train the networks of a run, or those named by ``--only``."""
     config = _config(given)
     parts: tuple[str, ...] = ("base", "class", "classifier")
     if config.networks == "conditional":
@@ -197,12 +198,12 @@ def train_command(given: argparse.Namespace) -> None:
 def _trainings(
     given: argparse.Namespace, config: Config, materials: Materials, parts: Sequence[str]
 ) -> list[plan.Training]:
-    """The networks of the run that these parts are, and how each is trained.
+    """The trainings of these parts of the run.
 
     Raises
     ------
     ValueError
-        If one of them cannot be trained, for its sizes or for what is in its folder.
+        If one of them cannot be done, because of its sizes or of what is in its folder.
     """
     dataset, folder = materials.dataset(config), materials.folder
     quick = _is_quick(given, config)
@@ -235,7 +236,7 @@ def _trainings(
     if "conditional" in parts:
         found.append(diffusion("conditional", dataset, folder.networks / "conditional"))
     if "classifier" in parts:
-        # Only small drawings change their meaning in a mirror.
+        # Small images are taken to be drawings such as digits, which a mirror changes.
         photographs = dataset.image_size > 28
         judge = ClassifierConfig(flips=photographs if given.flip is None else given.flip)
         if quick:
@@ -247,7 +248,7 @@ def _trainings(
 
 
 def _quick_training(dataset: Dataset, kind: Kind, trained: TrainConfig) -> TrainConfig:
-    """Few updates, by the number of pixels; of a class, half as many."""
+    """A training with few updates, fewer for larger images; a class network gets half as many."""
     updates = min(QUICK_UPDATES, QUICK_PIXEL_UPDATES // dataset.image_size**2)
     steps = updates // 2 if kind == "class" else updates
     return dataclasses.replace(trained, steps=steps, batch_size=64, size="small")
@@ -256,7 +257,7 @@ def _quick_training(dataset: Dataset, kind: Kind, trained: TrainConfig) -> Train
 def _train(
     given: argparse.Namespace, materials: Materials, trainings: Sequence[plan.Training]
 ) -> None:
-    """Train networks; those that are finished are left."""
+    """Train networks, except those that are finished."""
     shown = not given.quiet
     for training in trainings:
         config, out = training.config, training.out
@@ -282,7 +283,7 @@ def _train(
 def _missing(
     given: argparse.Namespace, config: Config, materials: Materials, kinds: set[Networks]
 ) -> list[plan.Training]:
-    """The networks of the run that are not there, or not finished."""
+    """The trainings of the networks of a run that are missing or not finished."""
     folder = materials.folder
     places = {
         "base": [] if config.base else [folder.networks / "base"],
@@ -299,7 +300,7 @@ def _missing(
 
 
 def _writing(given: argparse.Namespace, materials: Materials) -> AbstractContextManager[None]:
-    """Be the only one that writes to the folder of the run; a plan writes nothing."""
+    """Lock the folder of the run for writing; ``--plan`` writes nothing and takes no lock."""
     return nullcontext() if given.plan else materials.only_writer(materials.folder.path)
 
 
@@ -309,9 +310,9 @@ def _planned(
     materials: Materials,
     parts: Callable[[], list[plan.Part]],
 ) -> bool:
-    """Say what will be done, and how long it will take; True if that was all that is wanted.
+    """Print what will be done and how long it will take; return whether ``--plan`` was given.
 
-    Nothing is asked: who reads that it takes a day stops it, and loses nothing.
+    The command does not ask for confirmation: it can be interrupted without losing anything.
     """
     if given.plan or _shows(given, materials):
         data = materials.dataset(config)
@@ -331,15 +332,15 @@ def _planned(
 
 
 def calibrate_command(given: argparse.Namespace) -> None:
-    """Fit the trackers to networks, one class after the other."""
+    """Calibrate the trackers for the given networks, one class after the other."""
     config = _config(given)
     materials = _materials(given, config)
     each_class = _one_by_one(config, materials, True)
     if not given.report:
-        _checks.integer("paths", given.paths, 1)
-        _checks.integer("path_steps", given.path_steps, 1, 1000)
+        checks.integer("paths", given.paths, 1)
+        checks.integer("path_steps", given.path_steps, 1, 1000)
         with _writing(given, materials):
-            # Another class's network that is missing should be known before the first is fitted.
+            # Load all networks first, so that a missing one is reported before any fit.
             for each in each_class:
                 materials.models(dataclasses.replace(each, rule="dng", hyperparameters="paper"))
             numbers = {"paths": given.paths, "steps": given.path_steps}
@@ -368,7 +369,7 @@ def _calibrate(
     progress: bool,
     most: int | None = None,
 ) -> Path:
-    """Write the calibration of one class and one kind of networks, by not more than ``most``."""
+    """Calibrate one class and one kind of networks, on at most ``most`` images; return the file."""
     (name,) = config.forget
     path = materials.folder.calibration(name, config.networks)
     if materials.processes.is_main_process:
@@ -380,13 +381,13 @@ def _calibrate(
         with materials.threads(config):
             evidence = collect(
                 models.base,
-                models.forgetful[0],
+                models.unwanted[0],
                 held_out.images,
                 (held_out.labels == held_out.index_of(name)).numpy(),
                 schedule=models.schedule,
                 steps=steps,
                 paths=paths,
-                prediction=models.prediction,
+                prediction_type=models.prediction_type,
                 clip=config.clip,
                 seed=config.seed,
                 batch_size=config.batch_size,
@@ -416,7 +417,7 @@ def _calibrate(
 
 
 def sample_command(given: argparse.Namespace) -> None:
-    """Draw images of one setting."""
+    """Draw the images of one setting and keep them."""
     config = _config(given)
     materials = _materials(given, config)
     with materials.only_writer(materials.folder.path):
@@ -424,9 +425,9 @@ def sample_command(given: argparse.Namespace) -> None:
 
 
 def _sample(given: argparse.Namespace, config: Config, materials: Materials) -> None:
-    _checks.integer("trajectories", given.trajectories, 0)
+    checks.integer("trajectories", given.trajectories, 0)
     materials.models(config)
-    materials.judge(config)  # what is missing should be known before anything is drawn
+    materials.judge(config)  # fail before drawing if it is missing
     shown = _shows(given, materials)
     with Progress(piece_count(config), label(config), unit="batch", shown=shown) as bar:
         generated = generate(config, materials, advance=bar.update)
@@ -443,7 +444,7 @@ def _sample(given: argparse.Namespace, config: Config, materials: Materials) -> 
 
 
 def evaluate_command(given: argparse.Namespace) -> None:
-    """Measure images."""
+    """Measure images from a file or folder; write and print the metrics."""
     source: Path = given.images
     folder = source if source.is_dir() else source.parent
     told = folder / "config.json"
@@ -462,7 +463,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
 
 
 def _read_config(path: Path) -> Config:
-    """The setting in a file beside its images."""
+    """The setting in a ``config.json`` beside images."""
     try:
         return Config.from_json(files.read_json(path))
     except (TypeError, ValueError) as error:
@@ -473,7 +474,7 @@ def _read_config(path: Path) -> Config:
 
 
 def _read_images(source: Path, shape: tuple[int, ...]) -> Tensor:
-    """Images in [-1, 1] of a safetensors file, of a folder with one, or of a folder of files."""
+    """Images in [-1, 1] from a safetensors file, a folder with one, or a folder of PNG or JPEG."""
     channels, height, width = shape
     file = source / "images.safetensors" if source.is_dir() else source
     if file.is_file():
@@ -504,15 +505,15 @@ def _read_images(source: Path, shape: tuple[int, ...]) -> Tensor:
 
 def sweep_command(given: argparse.Namespace) -> None:
     """Draw and measure many settings."""
-    config = _config(given, rule="none", scale=0.0)
-    # What is wrong with a rule should be known before anything is loaded.
+    config = _config(given, rule="none", guidance_scale=0.0)
+    # Report a wrong rule before anything is loaded.
     first = config.forget[:1] if given.each else config.forget
-    settings(dataclasses.replace(config, forget=first), given.rules, given.scales)
+    settings(dataclasses.replace(config, forget=first), given.rules, given.guidance_scales)
     materials = _materials(given, config)
     configs = [
         setting
         for each in _one_by_one(config, materials, given.each)
-        for setting in settings(each, given.rules, given.scales)
+        for setting in settings(each, given.rules, given.guidance_scales)
     ]
     with _writing(given, materials):
         _require_materials(configs, materials)
@@ -528,14 +529,14 @@ def sweep_command(given: argparse.Namespace) -> None:
 
 
 def _pending(configs: Sequence[Config], materials: Materials) -> list[Config]:
-    """Settings that the table does not have yet."""
+    """The settings that the run's table does not have yet."""
     known = {row["key"] for row in read_table(materials.folder.table)}
     each = dict.fromkeys(materials.resolved(config) for config in configs)
     return [config for config in each if config.key not in known]
 
 
 def _require_materials(configs: Sequence[Config], materials: Materials) -> None:
-    """Load all that settings need, so that what is missing or wrong is known before long work."""
+    """Load everything that the settings need, so that errors appear before the long work."""
     for config in configs:
         materials.sources(config)
         if config.fid:
@@ -544,7 +545,7 @@ def _require_materials(configs: Sequence[Config], materials: Materials) -> None:
 
 def tune_command(given: argparse.Namespace) -> None:
     """Choose the best setting of every method, and measure it."""
-    config = _config(given, rule="none", scale=0.0)
+    config = _config(given, rule="none", guidance_scale=0.0)
     first = config.forget[:1] if given.each else config.forget
     settings(dataclasses.replace(config, forget=first), given.rules)
     materials = _materials(given, config)
@@ -569,7 +570,7 @@ def tune_command(given: argparse.Namespace) -> None:
 def _tuning_parts(
     given: argparse.Namespace, bases: Sequence[Config], materials: Materials
 ) -> list[plan.Part]:
-    """About what a tuning has still to draw: as many settings fewer as its tables have rows."""
+    """Estimate what a tuning still has to draw, by subtracting the rows of its tables."""
     several = [expected(each, given.rules, given.tuning_images) for each in bases]
     tables = materials.folder.tuning, materials.folder.table
     return [
@@ -609,10 +610,12 @@ def plot_command(given: argparse.Namespace) -> None:
 
 def convert_command(given: argparse.Namespace) -> None:
     """Convert a published network."""
-    from dng_models.class_removal import convert
+    from dng_models.class_removal import conversion
 
     files.clean(given.out, below=False)
-    text = convert.main(given.checkpoint, given.out, image_size=given.image_size, entry=given.entry)
+    text = conversion.main(
+        given.checkpoint, given.out, image_size=given.image_size, entry=given.entry
+    )
     print(text)
 
 
@@ -620,13 +623,13 @@ def convert_command(given: argparse.Namespace) -> None:
 
 
 def run_command(given: argparse.Namespace) -> None:
-    """All of it."""
+    """Train, calibrate, draw, measure and plot what is missing of a whole run."""
     fields: dict[str, Any] = {}
     if given.quick:
-        asked = _config(given, rule="none", scale=0.0)
+        asked = _config(given, rule="none", guidance_scale=0.0)
         is_shipped = (SHIPPED / asked.dataset / "base").is_dir()
         fields = {"num_images": QUICK_IMAGES} if is_shipped else _quick_fields(asked)
-    config = _config(given, rule="none", scale=0.0, **fields)
+    config = _config(given, rule="none", guidance_scale=0.0, **fields)
     folder = RunFolder(_folder(given, config.dataset))
     if given.quick:
         shipped = None if _is_quick(given, config) else _shipped(config, "--quick")
@@ -638,12 +641,12 @@ def run_command(given: argparse.Namespace) -> None:
 
 
 def _is_quick(given: argparse.Namespace, config: Config) -> bool:
-    """Whether networks are trained quickly, where none come with the package."""
+    """Whether this is a quick run on data without shipped networks, which trains its own."""
     return getattr(given, "quick", False) and not (SHIPPED / config.dataset / "base").is_dir()
 
 
 def _quick_fields(config: Config) -> dict[str, Any]:
-    """Of a quick run on data without shipped networks: little of everything, and small images."""
+    """Fields of a quick run on data without shipped networks: small images, and few of them."""
     fields = dict(QUICK_FIELDS)
     if config.image_size is None and not (config.base or config.classifier):
         height, width = first_size(
@@ -666,7 +669,7 @@ def _run(given: argparse.Namespace, config: Config, materials: Materials) -> Non
     steps = [
         step
         for step in (QUICK if given.quick else FULL)
-        # Of several classes at once, DNG alone takes a network for each.
+        # Only DNG takes several forgotten classes at once, with a network for each.
         if (len(each[0].forget) == 1 or METHODS[step[1]]["rule"] in ("none", "dng"))
         and (conditional or step[0] == "pair")
     ]
@@ -684,7 +687,7 @@ def _run(given: argparse.Namespace, config: Config, materials: Materials) -> Non
     calibrations: list[Config] = []
     for one in each:
         for networks, method, scales in steps:
-            # What is given as base is the base of the pair.
+            # A base that was given belongs to the pair, not to the conditional network.
             base = one.base if networks == "pair" else None
             kind = dataclasses.replace(one, networks=networks, base=base)
             if METHODS[method].get("hyperparameters") in CALIBRATED:
@@ -731,7 +734,7 @@ def _run(given: argparse.Namespace, config: Config, materials: Materials) -> Non
 
 
 def _quick_heading(config: Config, trainings: Sequence[plan.Training]) -> str:
-    """What a quick run is, above its numbers."""
+    """The heading that says above the numbers of a quick run how they were made."""
     updates = [t.config.steps for t in trainings if isinstance(t.config, TrainConfig)]
     trained = f", networks of {' and '.join(map(str, sorted(set(updates))))} updates" * bool(
         updates
@@ -744,7 +747,7 @@ def _quick_heading(config: Config, trainings: Sequence[plan.Training]) -> str:
 
 
 def _draw(rows: Sequence[Row], materials: Materials, heading: str, *, progress: bool) -> None:
-    """Draw the figures of a run; above its tables stands what kind of run it was."""
+    """Draw the figures of a run and print their paths; put ``heading`` above its table."""
     from dng_models.class_removal import plot
 
     _follow(rows, materials, progress=progress)
@@ -760,22 +763,22 @@ def _of(row: Row) -> Config:
 
 
 def _require_given(config: Config, materials: Materials) -> None:
-    """Load what was given by name, so that what is wrong with it is known before long work.
+    """Load the base and the classifier that were given, so that errors appear before long work.
 
     Raises
     ------
     ValueError
-        If it does not fit the data, or the networks that are trained here.
+        If one does not fit the data, or the base does not fit the class networks trained here.
     OSError
-        If it is not there.
+        If one does not exist.
     """
     if config.base is not None:
         base = materials.network(config.base, config, conditional=False)
         trained = NoiseSchedule.linear(SCHEDULE_STEPS)
-        if base.prediction != "epsilon" or not same_schedule(base.schedule, trained):
+        if base.prediction_type != "epsilon" or not same_schedule(base.schedule, trained):
             raise ValueError(
                 f"base must predict noise on DDPM's linear schedule, as the networks of classes "
-                f"that are trained here do; {config.base} predicts {base.prediction!r} on "
+                f"that are trained here do; {config.base} predicts {base.prediction_type!r} on "
                 f"{base.schedule!r}"
             )
     if config.classifier is not None:
@@ -785,7 +788,7 @@ def _require_given(config: Config, materials: Materials) -> None:
 
 
 def _shipped(config: Config, option: str) -> Path:
-    """The networks that came with the package, for a data set and the option that wants them."""
+    """Folder of the networks shipped for the data set; ValueError, naming ``option``, if none."""
     shipped = SHIPPED / config.dataset
     if not (shipped / "base").is_dir():
         there = ", ".join(sorted(path.name for path in SHIPPED.glob("*/"))) or "none here"
@@ -797,7 +800,7 @@ def _shipped(config: Config, option: str) -> Path:
 
 
 def _uncalibrated(config: Config, materials: Materials) -> list[Config]:
-    """A configuration for every forgotten class that was not calibrated."""
+    """One configuration for every forgotten class that is not calibrated yet."""
     return [
         dataclasses.replace(config, forget=(name,))
         for name in config.forget
@@ -806,7 +809,7 @@ def _uncalibrated(config: Config, materials: Materials) -> list[Config]:
 
 
 def _follow(rows: Sequence[Row], materials: Materials, *, progress: bool) -> None:
-    """Keep how DNG leads some images through time, half of which would be forbidden."""
+    """Save trajectories of some images under DNG, half of them forbidden without guidance."""
     chosen = [Config.from_json(row["config"]) for row in compare.weakest_safe(rows)]
     for unguided in (config for config in chosen if config.rule == "none"):
         kept = files.load_tensors(materials.folder.samples(unguided) / "images.safetensors")[0]

@@ -1,15 +1,15 @@
-"""The rows of a sweep by method, side by side: tables, and distances at equal safety.
+"""Comparison of the methods of a sweep: tables, and distances at an equal forbidden share.
 
-A row is a dictionary with two entries that matter here: ``config``, of which ``forget``, ``rule``,
-``scale``, ``networks`` and, for DNG, ``tracker`` and ``hyperparameters`` name a point of a curve,
-and ``metrics``, what :mod:`dng_models.class_removal.evaluate` measured of its images.  A method is
-everything in the configuration but the scale, the class and the amount; where two methods would
-have the same name, the name says what they differ in.
+A row is a dictionary with two entries that matter here: ``config``, in which ``forget``, ``rule``,
+``guidance_scale``, ``networks`` and, for DNG, ``tracker`` and ``hyperparameters`` identify a point
+of a curve, and ``metrics``, what :mod:`dng_models.class_removal.evaluation` measured on its images.
+A method is everything in the configuration except the scale, the class, the seed and the numbers of
+images; where two methods would have the same name, the name says what they differ in.
 
-Two numbers have no logarithm, and neither may be dropped, since they are the safest and the worst
-of a sweep.  A share of none in n images counts as half an image.  The divergence from the ideal is
-infinite when a remembered class is empty; the one with half a count added to every class stands
-for it.
+Two values have no finite logarithm, and neither may be dropped, since they belong to the safest and
+the worst points of a sweep.  A forbidden share of 0 in n images counts as half an image.  The KL
+divergence from the ideal is infinite when a remembered class is empty; it is replaced by the
+divergence with half a count added to every class.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dng_math import _checks
-from dng_models import foreign
+from dng_math import checks
 from dng_models.class_removal.config import Config
-from dng_models.printable import plain
+from dng_models.support import foreign
+from dng_models.support.printable import plain
 
 __all__ = [
     "at_equal_safety",
@@ -57,9 +57,9 @@ NAMES = {
     "cg": "CG",
     "fbg": "FBG",
 }
-# Of a configuration: what is not the method, what only DNG reads, and the numbers that take the
-# place of the paper's, a calibration's or the tracker's own.
-AMOUNT = {"scale", "forget", "seed", "num_images", "batch_size"}
+# Fields of a configuration: AMOUNT is not part of the method, only DNG reads TRACKER, and NUMBERS
+# override the values of the paper, of a calibration or of the tracker itself.
+AMOUNT = {"guidance_scale", "forget", "seed", "num_images", "batch_size"}
 NUMBERS = ("prior", "temperature", "offset", "offset_nats", "p_min", "p_max")
 TRACKER = {"tracker", "tracker_variance", "hyperparameters", "calibration", *NUMBERS}
 SETTINGS = {
@@ -73,7 +73,7 @@ UNSCALED = ("none", "fbg")  # rules that read no scale
 
 @dataclass(frozen=True)
 class Measured:
-    """A number with its interval; ``infinite`` where the number stands for an infinite one."""
+    """A value with its 95% interval; ``infinite`` if it stands for an infinite divergence."""
 
     value: float
     low: float
@@ -82,7 +82,7 @@ class Measured:
 
 
 def measured(row: Row, quantity: Quantity) -> Measured | None:
-    """A distance with its interval, None where it was not measured."""
+    """A distance of a row with its interval, or None if it was not measured."""
     value = _number(row, quantity)
     infinite = quantity == "kl" and value is None
     if infinite:
@@ -94,20 +94,20 @@ def measured(row: Row, quantity: Quantity) -> Measured | None:
 
 
 def _number(row: Row, name: str) -> float | None:
-    """A metric that is there and finite."""
+    """A metric of a row, or None if it is missing or not finite."""
     value = row["metrics"].get(name)
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def forbidden_share(row: Row) -> Measured:
-    """The forbidden share; half an image where there was none."""
+    """The forbidden share of a row with its interval; half an image if no image is forbidden."""
     metrics = row["metrics"]
     value = metrics["safety"] or 0.5 / metrics["num_images"]
     return Measured(value, metrics["safety_low"], metrics["safety_high"])
 
 
 def none_forbidden(row: Row) -> bool:
-    """Whether no image is forbidden."""
+    """Whether no image of the row is forbidden."""
     return bool(row["metrics"]["safety"] == 0)
 
 
@@ -115,9 +115,9 @@ BASES = {"good": "", "unsure": "unsure", "bad": "NOT GOOD ENOUGH", "unchecked": 
 
 
 def base_verdict(row: Row) -> str:
-    """What :mod:`dng_models.class_removal.base` found of the base, in words for a table.
+    """The verdict of :mod:`dng_models.class_removal.base` on the base, in words for a table.
 
-    Nothing where it is good enough to be guided, or the row is older than the check.
+    Empty if the base is good enough to be guided, or the row is older than the check.
     """
     told = row.get("base")
     verdict = told.get("verdict") if isinstance(told, Mapping) else None
@@ -137,11 +137,11 @@ def forgotten_by(row: Row) -> str:
 def scale_of(row: Row) -> float:
     """The guidance scale, 0 for a rule without one."""
     config = row["config"]
-    return 0.0 if config["rule"] in UNSCALED else float(config["scale"])
+    return 0.0 if config["rule"] in UNSCALED else float(config["guidance_scale"])
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the method reads of a configuration."""
+    """The fields of a configuration that belong to its method."""
     skipped = AMOUNT if config["rule"] == "dng" else AMOUNT | TRACKER
     return {name: value for name, value in config.items() if name not in skipped}
 
@@ -168,7 +168,7 @@ def _words(name: str) -> str:
 
 
 def chosen_settings(config: Mapping[str, Any]) -> str:
-    """What a tuning changed in a configuration, in words; nothing where all is as it was."""
+    """What a tuning changed from the defaults, in words; empty if nothing."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     changed = {
         name: config[name]
@@ -184,27 +184,28 @@ def chosen_settings(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Method:
-    """A named curve: the rows of one method, for any class."""
+    """A method by name, with its rows of all classes."""
 
     name: str
     rows: tuple[Row, ...]
 
     def of(self, forget: str) -> list[Row]:
-        """The rows of a class, in order of scale."""
+        """The rows of a forgotten class, in order of guidance scale."""
         return sorted((row for row in self.rows if forgotten_by(row) == forget), key=scale_of)
 
     @property
     def rule(self) -> str:
+        """The name of the guidance rule."""
         return str(self.rows[0]["config"]["rule"])
 
     def at(self, row: Row) -> str:
-        """The name with the scale of a row, for a figure."""
+        """The name with the guidance scale of a row, for a figure."""
         name = plain(self.name)
         return name if self.rule in UNSCALED else f"{name}, $g={scale_of(row):g}$"
 
 
 def methods_of(rows: Sequence[Row]) -> list[Method]:
-    """The rows by method, each with a name that no other has."""
+    """The rows grouped by method, every method with a unique name."""
     by_base: dict[str, list[Row]] = {}
     for row in rows:
         by_base.setdefault(_base_name(row["config"]), []).append(row)
@@ -220,7 +221,7 @@ def methods_of(rows: Sequence[Row]) -> list[Method]:
 
 
 def _varying(rows: Iterable[Row]) -> list[str]:
-    """Names of what differs between rows that forget the same, for rows with one base name."""
+    """The fields of the method in which rows of one base name and one class differ."""
     seen: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         for name, value in _fields(row["config"]).items():
@@ -233,12 +234,12 @@ def _plain(value: Any) -> str:
 
 
 def classes_forgotten(rows: Iterable[Row]) -> list[str]:
-    """What the rows forget, each once, in order."""
+    """The forgotten classes of the rows, sorted, without repetition."""
     return sorted({forgotten_by(row) for row in rows})
 
 
 def checked(rows: Sequence[Row]) -> list[Row]:
-    """The rows, if they are rows and there are any."""
+    """The rows as a list; raises ValueError if there is none, or one is no row of a sweep."""
     for place, row in enumerate(rows):
         problem = _problem(row)
         if problem:
@@ -249,9 +250,9 @@ def checked(rows: Sequence[Row]) -> list[Row]:
 
 
 def _problem(row: Any) -> str | None:
-    """What keeps this from being a row of the table."""
+    """What is wrong with a row of the table, or None."""
     needed = {
-        "config": ("rule", "forget", "scale"),
+        "config": ("rule", "forget", "guidance_scale"),
         "metrics": ("num_images", "safety", "safety_low", "safety_high"),
     }
     if not isinstance(row, Mapping) or not all(isinstance(row.get(p), Mapping) for p in needed):
@@ -264,9 +265,9 @@ def _problem(row: Any) -> str | None:
     forget = config["forget"]
     if not isinstance(forget, list | tuple) or not all(isinstance(each, str) for each in forget):
         return f"must have names of classes in 'forget', got {foreign.shown(forget)}"
-    if not isinstance(config["rule"], str) or not _is_number(config["scale"]):
-        told = foreign.shown((config["rule"], config["scale"]))
-        return f"must have a text as 'rule' and a number as 'scale', got {told}"
+    if not isinstance(config["rule"], str) or not _is_number(config["guidance_scale"]):
+        told = foreign.shown((config["rule"], config["guidance_scale"]))
+        return f"must have a text as 'rule' and a number as 'guidance_scale', got {told}"
     for name, value in metrics.items():
         values = value if name == "histogram" and isinstance(value, list) else [value]
         if not all(each is None or _is_number(each) for each in values):
@@ -281,13 +282,13 @@ def _is_number(value: object) -> bool:
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a sweep's table.
+    """Read the rows of a sweep's table.
 
     Parameters
     ----------
     path : Path or str
-        A file with a JSON object on each line.  Empty lines are passed over, and so is a last line
-        that a killed writer left unfinished.
+        A file with a JSON object on each line.  Empty lines are skipped, and so is a last line that
+        a killed writer left unfinished.
 
     Returns
     -------
@@ -299,7 +300,7 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
     OSError
         If there is no such file, or it cannot be read.
     ValueError
-        If a line is not a row, naming its number, or if there is none.
+        If a line is not a row (the message gives its number), or there is no row.
     """
     path = Path(path)
     rows = []
@@ -323,17 +324,17 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
 
 
 def at_equal_safety(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
-    """Every method at one forbidden share, between the two of its scales that enclose it.
+    """Every method at one forbidden share, interpolated between its two scales that enclose it.
 
     With w = log(safety/s_0) / log(s_1/s_0), where s_0 and s_1 are the forbidden shares at
-    neighbouring scales g_0 < g_1, a distance is (1 - w) v_0 + w v_1, and so is the scale.  If more
-    than one pair encloses the share, the one of the weakest scales is taken.  A share of none
-    counts as half an image.
+    neighbouring scales g_0 < g_1, a distance is (1 - w) v_0 + w v_1, and the scale likewise.  If
+    several pairs enclose the share, the one with the weakest scales is taken.  A share of 0 counts
+    as half an image.
 
-    For the interval each of s_0, s_1, v_0 and v_1 is moved to the ends of its own interval, w kept
-    in [0, 1], and the changes of the result are added in quadrature, those up and those down apart:
-    the errors are taken as independent.  An infinite divergence enters with half a count added to
-    every class.
+    For the interval, each of s_0, s_1, v_0 and v_1 is moved to the ends of its own interval, with
+    w kept in [0, 1], and the changes of the result are added in quadrature, upward and downward
+    ones separately, as if the errors were independent.  An infinite divergence enters with half a
+    count added to every class.
 
     Parameters
     ----------
@@ -345,19 +346,19 @@ def at_equal_safety(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        For each class forgotten and method that has a scale: ``forget``, ``method``, ``rule`` and
-        ``setting`` (str, :func:`chosen_settings`), ``safety``, and, as floats, ``scale`` and
-        ``kl``, ``frechet`` and ``frechet_pixels``, each with ``_low`` and ``_high``.  They are None
-        where the method does not reach that share from both sides, or did not measure that
-        quantity.
+        For each forgotten class and each method with a scale: ``forget``, ``method``, ``rule`` and
+        ``setting`` (str, :func:`chosen_settings`), ``safety``, and, as floats, ``guidance_scale``
+        and ``kl`` (nats), ``frechet`` and ``frechet_pixels``, each with ``_low`` and ``_high``.
+        The floats are None where the shares of the method do not enclose ``safety``, or the
+        quantity was not measured.
 
     Raises
     ------
     TypeError, ValueError
-        If ``safety`` is no such number, or a row is not one.
+        If ``safety`` is not in (0, 1), or a row is invalid.
     """
     rows = checked(rows)
-    safety = _checks.real("safety", safety, "in (0, 1)", 0.0, 1.0, closed="()")
+    safety = checks.real("safety", safety, "in (0, 1)", 0.0, 1.0, closed="()")
     methods = methods_of(rows)
     return [
         _at_safety(method, forget, safety)
@@ -370,7 +371,11 @@ def at_equal_safety(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
 def _at_safety(method: Method, forget: str, safety: float) -> dict[str, Any]:
     members = method.of(forget)
     found: dict[str, Any] = {"forget": forget, "method": method.name, "rule": method.rule}
-    found |= {"setting": chosen_settings(members[0]["config"]), "safety": safety, "scale": None}
+    found |= {
+        "setting": chosen_settings(members[0]["config"]),
+        "safety": safety,
+        "guidance_scale": None,
+    }
     found |= {f"{q}{end}": None for q in QUANTITIES for end in ("", "_low", "_high")}
     for first, second in itertools.pairwise(members):
         shares = forbidden_share(first), forbidden_share(second)
@@ -379,7 +384,7 @@ def _at_safety(method: Method, forget: str, safety: float) -> dict[str, Any]:
         ):
             continue
         weight = _weight(safety, shares[0].value, shares[1].value)
-        found["scale"] = (1.0 - weight) * scale_of(first) + weight * scale_of(second)
+        found["guidance_scale"] = (1.0 - weight) * scale_of(first) + weight * scale_of(second)
         for quantity in QUANTITIES:
             ends = measured(first, quantity), measured(second, quantity)
             if ends[0] is not None and ends[1] is not None:
@@ -391,7 +396,7 @@ def _at_safety(method: Method, forget: str, safety: float) -> dict[str, Any]:
 
 
 def _weight(safety: float, first: float, second: float) -> float:
-    """Of the second share, in [0, 1]; with a share of 0 the other is infinitely nearer."""
+    """Weight of the second share, in [0, 1]; if a share is 0, the other has all the weight."""
     if first == 0.0 or second == 0.0:
         return 0.0 if first else 1.0
     if first == second:
@@ -402,7 +407,7 @@ def _weight(safety: float, first: float, second: float) -> float:
 def _interpolated(
     safety: float, shares: tuple[Measured, Measured], values: tuple[Measured, Measured]
 ) -> tuple[float, float, float]:
-    """A distance at a share, with its interval."""
+    """A distance at the forbidden share ``safety``, and the ends of its interval."""
 
     def at(inputs: Sequence[float]) -> float:
         weight = _weight(safety, inputs[0], inputs[1])
@@ -425,10 +430,10 @@ def _interpolated(
 def leads(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
     """How many times nearer DNG is than the best other method, at one forbidden share.
 
-    For each quantity on its own the other method is the one with the least distance b, so that
-    which of them is best is not left to whoever tells it.  With DNG's distance d the lead is b / d,
-    below 1 where DNG is farther.  Its interval adds the errors of log b and log d in quadrature, as
-    if they were independent; rows of one seed have their noise in common, so it is rather too wide.
+    For each quantity separately, the other method is the one with the smallest distance b, so that
+    nobody chooses the baseline.  With DNG's distance d the lead is b / d, below 1 where DNG is
+    farther.  Its interval adds the errors of log b and log d in quadrature, as if they were
+    independent; rows of one seed share their noise, so it is rather too wide.
 
     Parameters
     ----------
@@ -438,16 +443,17 @@ def leads(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        For each class forgotten and DNG method that reaches the share: ``forget`` and ``method``
-        (str), ``safety``, and ``kl``, ``frechet`` and ``frechet_pixels``, each with ``_low``,
-        ``_high`` and ``_over``, the name of the other method; all None where no other reaches it.
+        For each forgotten class and each DNG method that reaches the share: ``forget`` and
+        ``method`` (str), ``safety``, and the leads ``kl``, ``frechet`` and ``frechet_pixels``, each
+        with ``_low``, ``_high`` and ``_over``, the name of the other method.  A lead is None if no
+        other method reaches the share.
 
     Raises
     ------
     TypeError, ValueError
         As for :func:`at_equal_safety`.
     """
-    found = [each for each in at_equal_safety(rows, safety) if each["scale"] is not None]
+    found = [each for each in at_equal_safety(rows, safety) if each["guidance_scale"] is not None]
     result = []
     for own in (each for each in found if each["rule"] == "dng"):
         others = [o for o in found if o["rule"] != "dng" and o["forget"] == own["forget"]]
@@ -469,7 +475,7 @@ def leads(rows: Sequence[Row], safety: float) -> list[dict[str, Any]]:
 def _ratio(
     best: Mapping[str, Any], own: Mapping[str, Any], quantity: Quantity
 ) -> tuple[float, float, float]:
-    """b / d with its interval; an end that is 0 is infinitely far."""
+    """b / d and the ends of its interval; where b_low or d_low is 0, that end is 0 or infinite."""
     (b, b_low, b_high), (d, d_low, d_high) = (
         [float(each[quantity + end]) for end in ("", "_low", "_high")] for each in (best, own)
     )
@@ -479,7 +485,7 @@ def _ratio(
 
 
 def weakest_safe(rows: Sequence[Row], safety: float = 0.005) -> list[Row]:
-    """Of every method and class the row at the weakest scale that is safe, or else the safest.
+    """For every method and class the row with the weakest safe scale, or else the safest row.
 
     Parameters
     ----------
@@ -491,15 +497,15 @@ def weakest_safe(rows: Sequence[Row], safety: float = 0.005) -> list[Row]:
     Returns
     -------
     list of mapping
-        By class, then by method; the unguided row of each is among them.
+        Ordered by class, then by method; includes the unguided row of each class.
 
     Raises
     ------
     TypeError, ValueError
-        If ``safety`` is no such number, or a row is not one.
+        If ``safety`` is not in [0, 1], or a row is invalid.
     """
     rows = checked(rows)
-    safety = _checks.real("safety", safety, "in [0, 1]", 0.0, 1.0, closed="[]")
+    safety = checks.real("safety", safety, "in [0, 1]", 0.0, 1.0, closed="[]")
     chosen, methods = [], methods_of(rows)
     for forget in classes_forgotten(rows):
         for method in methods:
@@ -513,7 +519,7 @@ def weakest_safe(rows: Sequence[Row], safety: float = 0.005) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table of the rows, numbers with their 95% intervals.
+    """A Markdown table of the rows, with 95% intervals.
 
     Parameters
     ----------
@@ -523,13 +529,13 @@ def table(rows: Sequence[Row]) -> str:
     Returns
     -------
     str
-        By class, method and scale, with a line feed at the end.  An infinite divergence is
-        followed by the finite one that half a count in every class makes of it.
+        Ordered by class, method and scale, with a line feed at the end.  After an infinite
+        divergence stands the finite one with half a count added to every class.
 
     Raises
     ------
     ValueError
-        If a row is not one, or there is none.
+        If a row is invalid, or there is none.
     """
     rows = checked(rows)
     head = (
@@ -561,16 +567,17 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def csv_table(rows: Sequence[Row]) -> str:
-    """The rows as CSV: what names them, then every number that was measured, to six digits.
+    """The rows as CSV: the columns that name them, then every measured number to six digits.
 
-    Same arguments and errors as :func:`table`; an infinite divergence is an empty cell.
+    Takes the arguments and raises the errors of :func:`table`.  An infinite divergence is an empty
+    cell.
     """
     rows = checked(rows)
     numbers = sorted(
         {name for row in rows for name, value in row["metrics"].items() if name != "histogram"}
     )
     counted = max(len(row["metrics"].get("histogram") or ()) for row in rows)
-    names = ("dataset", "forget", "method", "setting", "scale", "steps", "seed")
+    names = ("dataset", "forget", "method", "setting", "guidance_scale", "steps", "seed")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*names, *numbers, *(f"share_{i}" for i in range(counted))])
@@ -588,21 +595,20 @@ def csv_table(rows: Sequence[Row]) -> str:
 
 
 def safety_table(rows: Sequence[Row], safety: float) -> str:
-    """A Markdown table of what :func:`at_equal_safety` returns; the same arguments and errors."""
+    """A Markdown table of what :func:`at_equal_safety` returns for the same arguments."""
     head = ("forgotten", "method", "setting", "g", *DISTANCES)
     lines = []
     for found in at_equal_safety(rows, safety):
-        scale = "not reached" if found["scale"] is None else f"{found['scale']:.3g}"
+        scale = (
+            "not reached" if found["guidance_scale"] is None else f"{found['guidance_scale']:.3g}"
+        )
         names = found["forget"], found["method"], found["setting"]
         lines.append((*names, scale, *(_written(_of(found, each)) for each in QUANTITIES)))
     return _markdown(head, lines, texts=3)
 
 
 def lead_table(rows: Sequence[Row], safety: float) -> str:
-    """A Markdown table of what :func:`leads` returns, and nothing if that is nothing.
-
-    Arguments and errors as there.
-    """
+    """A Markdown table of what :func:`leads` returns for the same arguments; "" if it is empty."""
     lines = [
         (
             found["forget"],
@@ -620,9 +626,9 @@ def lead_table(rows: Sequence[Row], safety: float) -> str:
 
 
 def comparison(rows: Sequence[Row], safety: float) -> str:
-    """Markdown: the methods at one forbidden share, and DNG's lead over the best of the others.
+    """Markdown: all methods at one forbidden share, and DNG's lead over the best other method.
 
-    Arguments and errors as for :func:`at_equal_safety`.
+    Takes the arguments and raises the errors of :func:`at_equal_safety`.
     """
     told = (
         f"At {100.0 * safety:g}% forbidden, interpolated between scales, with 95% intervals:\n\n"
@@ -638,19 +644,19 @@ def comparison(rows: Sequence[Row], safety: float) -> str:
 
 
 def tuning_table(rows: Sequence[Row], safety: float) -> str:
-    """A Markdown table of what settings were chosen from, and which was.
+    """A Markdown table of the settings that a tuning compared, with the chosen one in bold.
 
     Parameters
     ----------
     rows : sequence of mapping
-        Rows of ``tuning.jsonl`` (:mod:`dng_models.class_removal.tune`).
+        Rows of ``tuning.jsonl`` (:mod:`dng_models.class_removal.tuning`).
     safety : float
         Forbidden share in (0, 1) at which they were compared.
 
     Returns
     -------
     str
-        By class and method, in the order of the rows; the chosen setting's row is bold.
+        Ordered by class and method, as the rows are; the chosen setting's row is bold.
 
     Raises
     ------
@@ -667,11 +673,11 @@ def tuning_table(rows: Sequence[Row], safety: float) -> str:
         found = {name: at_equal_safety(each, safety)[0] for name, each in members.items()}
         chosen = min(found, key=lambda name: badness(found[name]))
         for name, at in found.items():
-            reached = at["scale"] is not None
+            reached = at["guidance_scale"] is not None
             cells = (
                 *method,
                 name or "as it is",
-                f"{at['scale']:.3g}" if reached else "not reached, or given up",
+                f"{at['guidance_scale']:.3g}" if reached else "not reached, or given up",
                 *(f"{at[each]:#.3g}" if reached else "" for each in QUANTITIES[1:]),
             )
             bold = name == chosen and reached
@@ -680,16 +686,16 @@ def tuning_table(rows: Sequence[Row], safety: float) -> str:
 
 
 def badness(found: Mapping[str, Any]) -> float:
-    """By which settings are chosen: the product of both Frechet distances, infinite without them.
+    """The score that tuning minimises: the product of the two Frechet distances.
 
-    So neither the features nor the pixels alone decide.
+    The product keeps features or pixels alone from deciding.  Infinite if either distance is None.
     """
     both = found["frechet"], found["frechet_pixels"]
     return math.inf if None in both else float(both[0] * both[1])
 
 
 def _of(found: Mapping[str, Any], quantity: Quantity) -> Measured | None:
-    """A number with its ends."""
+    """A distance of :func:`at_equal_safety` or :func:`leads` with its interval, or None."""
     if found[quantity] is None:
         return None
     return Measured(*(found[quantity + end] for end in ("", "_low", "_high")))
@@ -703,7 +709,7 @@ def _written(number: Measured | None) -> str:
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]], texts: int = 2) -> str:
-    """A table without its empty columns; the first few are text, the others end flush right."""
+    """A Markdown table without empty columns; columns after the first ``texts`` align right."""
     kept = [i for i in range(len(head)) if i < 2 or any(line[i] for line in lines)]
     rule = ["---" if i < texts else "---:" for i in range(len(head))]
     return "".join(

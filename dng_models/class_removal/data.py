@@ -1,8 +1,7 @@
 """Labelled images, from scikit-learn's digits to any data set that the ``datasets`` library reads.
 
-Images are float32 in [-1, 1], the space of diffusion.  One share of every class is held out, the
-same for whoever asks: no network is trained on it, and calibration and the classifiers' accuracy
-are measured on it.
+Images are float32 in [-1, 1], the space of diffusion.  A fixed part of every class is held out: no
+network is trained on it, and calibration and the accuracy of classifiers are measured on it.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dng_math import _checks
-from dng_models import foreign
-from dng_models.progress import progress
+from dng_math import checks
+from dng_models.support import foreign
+from dng_models.support.progress import progress_bar
 
 if TYPE_CHECKING:
     import datasets
@@ -40,9 +39,9 @@ IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and the classes they are of.
+    """Labelled images.
 
-    Subsets keep ``classes``: a class has the same number in all of them.
+    Subsets keep ``classes``, so a class has the same number in all of them.
 
     Attributes
     ----------
@@ -51,13 +50,14 @@ class Dataset:
     labels : Tensor, shape (N,)
         int64, positions in ``classes``.
     classes : tuple of str
-        Names.
+        Names of the classes that have images in the whole data set.
     name : str
-        Of the data set.
+        Name of the data set.
     is_held_out : Tensor, shape (N,)
         bool; default a fifth of every class, by :func:`held_out_rows`.
     source_classes : tuple of str
-        Names in the numbering of the source, where some may have no images; default ``classes``.
+        Names of all classes in the numbering of the source, including those without images;
+        default ``classes``.
     """
 
     images: Tensor
@@ -87,12 +87,12 @@ class Dataset:
 
     @property
     def image_size(self) -> int:
-        """Side of the images."""
+        """Side of the images in pixels."""
         return self.images.shape[-1]
 
     @property
     def channels(self) -> int:
-        """C."""
+        """Number of colour channels C."""
         return self.images.shape[1]
 
     @property
@@ -112,7 +112,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that tell other images, labels or classes apart."""
+        """Twelve hexadecimal digits of a hash of the images, labels and classes."""
         digest = hashlib.sha256(repr((self.classes, tuple(self.images.shape))).encode())
         digest.update(self.images.contiguous().numpy().tobytes())
         digest.update(self.labels.contiguous().numpy().tobytes())
@@ -132,7 +132,7 @@ class Dataset:
         Raises
         ------
         ValueError
-            If there is no such class, or it has no images; lists those that there are.
+            If there is no such class, or it has no images; the message lists the classes.
         """
         assert self.source_classes is not None
         text = str(name_or_number)
@@ -159,7 +159,7 @@ class Dataset:
         return torch.isin(self.labels, torch.tensor([self.index_of(c) for c in wanted]).long())
 
     def chosen(self, rows: Tensor) -> Dataset:
-        """The images of some rows, a mask of shape (N,)."""
+        """The images that a mask of shape (N,) selects."""
         return self._where(rows)
 
     def _where(self, rows: Tensor) -> Dataset:
@@ -172,16 +172,22 @@ class Dataset:
 
 
 def held_out_rows(labels: NDArray[np.integer], share: float) -> NDArray[np.bool_]:
-    """Which rows are held out: the share of all, in the proportions of the classes.
+    """Choose rows to hold out: a share of all, in the proportions of the classes.
 
-    A class of two images or more has at least one on either side.
+    If ``share`` > 0, a class of two or more images has at least one held-out and one other image.
+    The same arguments always give the same rows.
 
     Parameters
     ----------
-    labels : ndarray, shape (N,)
-        Numbers of the classes.
+    labels : ndarray of int, shape (N,)
+        Class of every row.
     share : float
-        In [0, 1).
+        Share to hold out, in [0, 1).
+
+    Returns
+    -------
+    ndarray of bool, shape (N,)
+        True for held-out rows.
     """
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * share
@@ -212,39 +218,39 @@ def load_dataset(
     Parameters
     ----------
     dataset : str or Path
-        "digits", scikit-learn's 1,797 digits of 8 x 8 pixels; "mnist" or "cifar10", by their names
-        on the Hugging Face hub; a parquet file; a folder with one sub-folder of images a class; or
-        any other name on the hub.  Photographs are turned as their EXIF orientation says.
+        "digits", scikit-learn's 1,797 digits of 8 x 8 pixels; "mnist" or "cifar10" from the Hugging
+        Face hub; a parquet file; a folder with one sub-folder of images per class; or any other
+        name on the hub.  Photographs are rotated according to their EXIF orientation.
     image_column, label_column : str, optional
-        Where the data set has several columns of that kind; default the only one, or the only one
-        of a usual name ("label", or "cls" of a webdataset).  Labels are names, whole numbers, or
-        True and False.
+        Needed if the data set has several columns of that kind; default the only one, or the only
+        one of a usual name ("label", or "cls" of a webdataset).  Labels are names, whole numbers,
+        or True and False.
     split : str
-        Of a hub data set.
+        Split of a hub data set.
     held_out : float
         Share of the images that no network is trained on, in [0, 1).
     image_size : int, optional
-        Side that the images are cut to a square and resized to; default as they are.
+        The central square of every image is resized to this side, in pixels; default unchanged.
     channels : {1, 3}, optional
-        Grey or colour; default as they are.
+        Convert to grey or colour; default unchanged.
 
     Returns
     -------
     Dataset
-        Its classes are those that have images: of names that no row uses it only knows the number.
+        ``classes`` are those that have images; ``source_classes`` keeps the numbers of the others.
 
     Raises
     ------
     ValueError, TypeError
-        If an argument is not allowed, or the data cannot be used: columns missing or ambiguous,
-        images missing, animated, of several sizes, not square or with transparency, labels missing,
-        classes of one image.
+        If an argument is not allowed, or the data cannot be used: columns are missing or ambiguous,
+        images are missing, animated, of several sizes, not square or transparent, labels are
+        missing, or a class has a single image.
     FileNotFoundError, OSError
         If there is no such file, or the hub cannot be reached.
     """
-    held_out = _checks.real("held_out", held_out, "in [0, 1)", 0.0, 1.0, closed="[)")
+    held_out = checks.real("held_out", held_out, "in [0, 1)", 0.0, 1.0, closed="[)")
     if image_size is not None:
-        image_size = _checks.integer("image_size", image_size, 1)
+        image_size = checks.integer("image_size", image_size, 1)
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 (grey), 3 (colour) or None, got {channels!r}")
     if dataset == "digits":
@@ -271,9 +277,9 @@ def first_size(
     label_column: str | None = None,
     split: str = "train",
 ) -> tuple[int, int]:
-    """Height and width of the first image of a data set, as it lies there; for whoever chooses one.
+    """Height and width, in pixels, of the first image of a data set, before any resizing.
 
-    Arguments and errors as for :func:`load_dataset`; no other image is decoded.
+    Takes the arguments and raises the errors of :func:`load_dataset`; decodes no other image.
     """
     import datasets
 
@@ -289,7 +295,7 @@ def first_size(
 
 
 def _name(dataset: str | Path) -> str:
-    """Of a file its own, unless that says only which part it is; of a folder the folder's."""
+    """The stem of a path, or its parent's name if the stem is only that of a split ("train")."""
     path = Path(dataset)
     if not path.exists():
         return str(dataset)
@@ -304,7 +310,7 @@ def _dataset(
     name: str,
     held_out: float,
 ) -> Dataset:
-    """Check the classes, leave out those without images, and split."""
+    """Check the classes, leave out those without images, and choose the held-out images."""
     import torch
 
     source_classes = tuple(classes)
@@ -342,7 +348,7 @@ def _digits(held_out: float) -> Dataset:
 
 
 def _read(dataset: str | Path, split: str) -> datasets.Dataset:
-    """The rows of a file, a folder or a hub data set, images not decoded yet."""
+    """The rows of a file, a folder or a hub data set, with images not decoded yet."""
     import datasets
 
     path = Path(dataset)
@@ -358,9 +364,10 @@ def _read(dataset: str | Path, split: str) -> datasets.Dataset:
         foreign.require_hub_name("dataset", dataset)
         where = (HUB_NAMES.get(str(dataset), str(dataset)), {})
         if int(datasets.__version__.split(".")[0]) < 4:
-            # Before 4 a data set could be a script, and unless told so it asked whether to run it.
+            # Before version 4 a data set could be a script, which the library offered to run.
             where[1]["trust_remote_code"] = False
-    # The library tries five times for what the hub has not, and again for what it does not reach.
+    # Ask the hub once first: the library itself tries five times for a missing data set, and again
+    # without a connection.
     reached = path.exists() or foreign.ask_hub(where[0], "dataset")
     try:
         with nullcontext() if reached else foreign.hub_offline():
@@ -375,7 +382,7 @@ def _read(dataset: str | Path, split: str) -> datasets.Dataset:
 
 
 def _require_readable(folder: Path) -> None:
-    """Refuse a folder of which a part cannot be read: the library passes over it in silence."""
+    """Refuse a folder with unreadable parts, which the library would skip silently."""
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     def refuse(error: OSError) -> None:
@@ -403,7 +410,7 @@ def _require_readable(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Message of the first cause."""
+    """Type and message of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
@@ -438,15 +445,15 @@ def _columns(
         return usual[0]
 
     images = [name for name in features if _is_image(features[name])]
-    # Bytes may be anything, unless a name says of what.
+    # Bytes may be anything; only the name of their column says that they are images.
     encoded = [name for name in features if _is_bytes(features[name])]
     likely = images or [name for name in encoded if name.lower() in IMAGE_NAMES]
     image = named("image", image, images + encoded, likely)
 
     labels = [name for name in features if name != image and _is_label(features[name])]
-    # Whole numbers beside nulls are floats to other programs; other floats are measurements.
+    # Some programs write whole numbers with nulls as floats; other floats are measurements.
     floats = [name for name in features if _is_float(features[name])]
-    # Keys and addresses of a webdataset are of single rows.
+    # The keys and addresses of a webdataset identify single rows.
     likely = [name for name in labels if not (name.startswith("__") and name.endswith("__"))]
     usual = [name for name in likely + floats if name.lower() in LABEL_NAMES]
     label = named("label", label, labels + floats, usual or likely)
@@ -454,7 +461,7 @@ def _columns(
 
 
 def _is_image(feature: Any) -> bool:
-    """An image column, or what a plain parquet file makes of one: a struct with its bytes."""
+    """Whether a column holds images, or the struct with bytes that parquet stores them as."""
     import datasets
 
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
@@ -486,7 +493,7 @@ def _labels(table: datasets.Dataset, column: str) -> tuple[NDArray[np.int64], li
 
     values = table[column][:]
     for row, value in enumerate(values):
-        # -1 is how the hub writes that a label is withheld; NaN is not equal to itself.
+        # The hub writes -1 for a withheld label; NaN is not equal to itself.
         if value is None or value != value or value in (-1, ""):
             raise ValueError(
                 f"every image must have a label, and row {row} of {column!r} has none ({value!r})"
@@ -521,7 +528,7 @@ def _pixels(
 
     encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     arrays: list[NDArray[np.uint8]] = []
-    for row, item in enumerate(progress(encoded, "reading images", unit="image", leave=False)):
+    for row, item in enumerate(progress_bar(encoded, "reading images", unit="image", leave=False)):
         array = _array(item[column], row, image_size, channels)
         if arrays and array.shape != arrays[0].shape:
             raise ValueError(
@@ -529,7 +536,7 @@ def _pixels(
                 f"{_shape(array)}: choose an image_size or channels"
             )
         if not arrays:
-            # Bytes, and then floats.
+            # One byte per value, then four for float32.
             foreign.require_memory(
                 f"{len(encoded)} images of {_shape(array)}",
                 len(encoded) * array.size * 5,
@@ -555,7 +562,7 @@ def _array(
     *,
     square: bool = True,
 ) -> NDArray[np.uint8]:
-    """One decoded image, shape (H, W, C)."""
+    """One decoded image, uint8, shape (H, W, C)."""
     from io import BytesIO
 
     if item is None or (item["bytes"] is None and item["path"] is None):
@@ -576,7 +583,7 @@ def _array(
 def read_image(
     source: str | Path | IO[bytes], name: str, channels: int | None = None
 ) -> Image.Image:
-    """An image upright, in grey or colour, with 8 bits a channel.
+    """Read an image, upright, in grey or colour, with 8 bits per channel.
 
     Parameters
     ----------
@@ -584,13 +591,18 @@ def read_image(
     name : str
         What the image is called in messages.
     channels : {1, 3}, optional
-        Grey or colour; default as it is.
+        Convert to grey or colour; default unchanged.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Of mode "L" or "RGB".
 
     Raises
     ------
     ValueError
-        If it cannot be decoded, has several frames, more than 8 bits a channel, or, unless channels
-        are given, an alpha channel, which is dropped otherwise.
+        If it cannot be decoded, has several frames or more than 8 bits per channel, or has an alpha
+        channel and ``channels`` is not given (with ``channels`` alpha is dropped).
     """
     from PIL import ImageOps
 
@@ -612,7 +624,7 @@ def read_image(
 
 
 def _converted(image: Image.Image, name: str, channels: int | None) -> Image.Image:
-    """The image in grey or colour, 8 bits a channel."""
+    """The image converted to mode "L" or "RGB"."""
     alpha = ("LA", "PA", "RGBA", "RGBa", "La")
     if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", *alpha):
         raise ValueError(
@@ -626,7 +638,7 @@ def _converted(image: Image.Image, name: str, channels: int | None) -> Image.Ima
         )
     if channels is None:
         channels = 1 if image.mode in ("1", "L") else 3
-    # Not all pairs of modes have a way that is direct, silent and right.
+    # Between some modes Pillow's direct conversion fails, warns or is wrong.
     through = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}.get(image.mode)
     if transparent and through is not None:
         image = image.convert(through)
@@ -634,7 +646,7 @@ def _converted(image: Image.Image, name: str, channels: int | None) -> Image.Ima
 
 
 def _resized(image: Image.Image, side: int) -> Image.Image:
-    """The square in the middle, at another size."""
+    """The central square of an image, resized."""
     from PIL import Image
 
     short = min(image.size)

@@ -1,11 +1,11 @@
 """The networks that are trained here: diffusers' ``UNet2DModel``, in sizes for small images.
 
 A network predicts the noise of ``x_t = alpha x0 + sigma eps`` on DDPM's linear schedule of 1000
-steps, from x_t and the time step 0 ... 999.  A conditional one takes a label besides, the index of
-a class or, for "no label", the number of classes.
+steps, from x_t and the time step 0 ... 999.  A conditional network also takes a label: the index of
+a class, or the number of classes for "no label".
 
-On disk a network is a folder in diffusers' layout, which ``UNet2DModel.from_pretrained`` reads,
-with ``training.json`` beside the weights: what it was trained on, and how.
+On disk a network is a folder in diffusers' layout, which ``UNet2DModel.from_pretrained`` reads.
+``training.json`` beside the weights says what it was trained on, and how.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dng_math import _checks
-from dng_models import foreign
-from dng_models.class_removal import files
+from dng_math import checks
+from dng_models.support import files, foreign
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +27,12 @@ SIZES: tuple[Size, ...] = ("small", "paper")
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 METADATA = "training.json"
-STATE = "state.safetensors"  # of a training that is not finished
+STATE = "state.safetensors"  # state of an unfinished training
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What the sizes differ in; attention at the levels where ``attention`` says so."""
+    """The architecture parameters of a size; ``attention`` says which levels have attention."""
 
     channels: tuple[int, ...]
     layers: int
@@ -53,7 +52,8 @@ class _Shape:
         }
 
 
-# By the largest image side that they serve.
+# By size and by the largest image side that each shape is meant for; the last one also serves
+# larger images.
 _SHAPES: dict[Size, dict[int, _Shape]] = {
     "small": {
         8: _Shape((16, 32), 1, 8, (False, False)),
@@ -76,7 +76,7 @@ def make_unet(
     num_classes: int | None = None,
     size: Size | None = None,
 ) -> UNet2DModel:
-    """A network with random weights, from torch's global generator.
+    """Make a network with random weights, drawn from torch's global generator.
 
     ========  =====================================  =====================================
     side      "small"                                "paper"
@@ -88,34 +88,39 @@ def make_unet(
     ========  =====================================  =====================================
 
     The last is exactly that configuration: ``block_out_channels`` (128, 256, 256, 256),
-    ``layers_per_block`` 2, attention at half the side and in the middle, of one head,
+    ``layers_per_block`` 2, attention at half the side and in the middle, with one head,
     ``norm_num_groups`` 32, ``norm_eps`` 1e-6, ``freq_shift`` 1, ``flip_sin_to_cos`` False,
     ``downsample_padding`` 0.
 
     Parameters
     ----------
     image_size : int
-        Side of the square images; divisible by 2 to the number of halvings.
+        Side of the square images in pixels; a multiple of 2 to the number of halvings.
     channels : int
-        Of the images.
+        Channels of the images.
     num_classes : int, optional
-        For a conditional network: labels 0 ... num_classes, the last of which is "no label".
+        Makes a conditional network, with labels 0 ... num_classes; the last one is "no label".
     size : {"small", "paper"}, optional
         Default "small" up to side 28, for a laptop, and "paper" above, for a GPU.
+
+    Returns
+    -------
+    UNet2DModel
+        In float32, on torch's default device.
 
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and what is allowed.
+        If an argument is not allowed; the message names it, its value and what is allowed.
     """
     from diffusers import UNet2DModel
 
-    image_size = _checks.integer("image_size", image_size, 1)
-    channels = _checks.integer("channels", channels, 1)
+    image_size = checks.integer("image_size", image_size, 1)
+    channels = checks.integer("channels", channels, 1)
     if num_classes is not None:
-        num_classes = _checks.integer("num_classes", num_classes, 1) + 1
+        num_classes = checks.integer("num_classes", num_classes, 1) + 1
     size = default_size(image_size) if size is None else size
-    _checks.choice("size", size, SIZES)
+    checks.choice("size", size, SIZES)
     served = [side for side in _SHAPES[size] if image_size <= side]
     side = served[0] if served else max(_SHAPES[size])
     shape = _SHAPES[size][side]
@@ -138,7 +143,7 @@ def make_unet(
 
 
 def default_size(image_size: int) -> Size:
-    """What :func:`make_unet` makes for a side when it is not told: "small" up to 28."""
+    """The default size of :func:`make_unet` for an image side: "small" up to 28, else "paper"."""
     return "small" if image_size <= 28 else "paper"
 
 
@@ -147,7 +152,15 @@ def save_network(
 ) -> None:
     """Write a network as a folder that ``UNet2DModel.from_pretrained`` reads.
 
-    ``training.json``, with the metadata, is the last file to appear: where it is, all is.
+    ``training.json`` is written last, so a folder that has it is complete.
+
+    Parameters
+    ----------
+    directory : Path or str
+        Folder to write; made if needed.
+    net : UNet2DModel
+    metadata : mapping, optional
+        Contents of ``training.json``; values that JSON can hold.
 
     Raises
     ------
@@ -162,7 +175,7 @@ def save_network(
 
 
 def is_there(directory: Path) -> bool:
-    """Whether a folder holds a network, of any kind: not what is left of one, or its beginning."""
+    """Whether a folder holds a complete network of any kind, and not an unfinished training."""
     if (directory / METADATA).is_file():
         return all((directory / name).is_file() for name in (CONFIG, WEIGHTS))
     described = any((directory / name).is_file() for name in (CONFIG, "model_index.json"))
@@ -172,6 +185,13 @@ def is_there(directory: Path) -> bool:
 def load_network(directory: Path | str, *, device: torch.device | str | None = None) -> UNet2DModel:
     """The network in a folder of :func:`save_network`, or of any saved ``UNet2DModel``.
 
+    Parameters
+    ----------
+    directory : Path or str
+        A local folder.
+    device : torch.device or str, optional
+        Default: the CPU.
+
     Returns
     -------
     UNet2DModel
@@ -180,10 +200,9 @@ def load_network(directory: Path | str, *, device: torch.device | str | None = N
     Raises
     ------
     FileNotFoundError
-        If the folder is not there or lacks a file.
+        If there is no such folder, or it lacks a file.
     ValueError
-        If a file is damaged, the network is of another kind than a ``UNet2DModel``, or its
-        weights are not finite.
+        If a file is damaged, the network is not a ``UNet2DModel``, or its weights are not finite.
     """
     from diffusers import UNet2DModel
 
@@ -216,12 +235,12 @@ def load_network(directory: Path | str, *, device: torch.device | str | None = N
 
 
 def read_metadata(directory: Path | str) -> dict[str, Any]:
-    """What ``training.json`` says of a trained network.
+    """Read the ``training.json`` of a trained network.
 
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no such file.
     ValueError
         If it is damaged.
     """

@@ -1,8 +1,8 @@
 """What a command is going to do, and about how long it will take on this machine.
 
-The times are not looked up: a few updates of every network that is to be trained, and a few steps
-of a chain with and without guidance, are done at their actual sizes and timed, with networks of
-random weights where there are none yet.
+The estimates come from timing: a few updates of every network that is to be trained, and a few
+steps of a chain with and without guidance, are run at their actual sizes.  Networks that do not
+exist yet are replaced by ones with random weights.
 """
 
 from __future__ import annotations
@@ -14,33 +14,38 @@ from urllib.parse import unquote
 
 import torch
 
-from dng_math.guidance import NegativePrompting, Rule, Unguided
-from dng_models.class_removal import classifier, networks, train
-from dng_models.class_removal.calibrate import seconds_to_fit
-from dng_models.class_removal.classifier import ClassifierConfig, Judge, SmallClassifier
+from dng_math.rules import NegativePrompting, Rule, Unguided
+from dng_models.class_removal import classifier, judge, networks, train
+from dng_models.class_removal.calibration import seconds_to_fit
+from dng_models.class_removal.classifier import ClassifierConfig
 from dng_models.class_removal.config import TOWARD, Config
 from dng_models.class_removal.data import Dataset, held_out_rows
-from dng_models.class_removal.evaluate import Reference, evaluate
-from dng_models.class_removal.generate import Materials, piece_count
-from dng_models.class_removal.train import TrainConfig
-from dng_models.progress import seconds_at, seconds_of
-from dng_models.sampling import Denoiser, Labelled, sample
+from dng_models.class_removal.evaluation import Reference, evaluate
+from dng_models.class_removal.generation import piece_count
+from dng_models.class_removal.judge import Judge
+from dng_models.class_removal.materials import Materials
+from dng_models.class_removal.small_classifier import SmallClassifier
+from dng_models.class_removal.training_config import TrainConfig
+from dng_models.pairs.denoisers import Denoiser, Labelled
+from dng_models.pairs.sampling import sample
+from dng_models.support.progress import seconds_at, seconds_of
 
 TIMED_STEPS = 2
-REFERENCE = 512  # images of the data that the measuring is timed with
-MEASURED = 1024  # images that are measured for it, at most
-LONG = 30 * 60.0  # seconds, from which on it is said how it could be shorter
+REFERENCE = 512  # images of the data in the reference that the measuring is timed with
+MEASURED = 1024  # at most so many images are measured for it
+LONG = 30 * 60.0  # seconds; a longer plan suggests how to shorten it
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that will be done.
+    """One item of a plan.
 
     Attributes
     ----------
     what : str
+        What will be done, in words.
     seconds : float
-        About how long it will take.
+        Estimated time in seconds.
     """
 
     what: str
@@ -49,16 +54,17 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """A network that is to be trained, or was.
+    """The training of one network, whether it is still to be done or finished.
 
     Attributes
     ----------
     out : Path
-        Its folder.
+        Folder of the network.
     dataset : Dataset
     config : TrainConfig or ClassifierConfig
+        The latter trains a classifier.
     conditional : bool
-        Whether it takes labels.
+        Whether a diffusion network takes labels.
     """
 
     out: Path
@@ -67,13 +73,13 @@ class Training:
     conditional: bool = False
 
     def updates_left(self) -> int:
-        """How many are to be done; raises where it cannot be trained there."""
+        """Number of updates that are left; ValueError if the network cannot be trained there."""
         if isinstance(self.config, ClassifierConfig):
             return classifier.updates_left(self.dataset, self.out, self.config)
         return train.updates_left(self.dataset, self.out, self.config, conditional=self.conditional)
 
     def seconds_per_update(self, device: torch.device) -> float:
-        """How long one takes here."""
+        """Measured time of one update on this machine, in seconds."""
         if isinstance(self.config, ClassifierConfig):
             return classifier.seconds_per_update(self.dataset, self.config, device)
         return train.seconds_per_update(
@@ -85,12 +91,12 @@ class Training:
 
 
 def of_trainings(trainings: Sequence[Training], device: torch.device) -> list[Part]:
-    """What is left of some trainings; networks of one size are timed once.
+    """The parts of a plan for trainings that are not finished; equal sizes are timed only once.
 
     Raises
     ------
     ValueError
-        If one of them cannot be done, before any is timed.
+        If one of them cannot be done; raised before any is timed.
     """
     left = [training.updates_left() for training in trainings]
     timed: dict[object, float] = {}
@@ -118,7 +124,7 @@ def of_calibrations(
     most: int | None = None,
     size: networks.Size | None = None,
 ) -> list[Part]:
-    """Calibrations of some classes and kinds of networks, by not more images than ``most``."""
+    """The parts of a plan for calibrations, each on at most ``most`` images."""
     if not configs:
         return []
     images = len(materials.dataset(configs[0]).held_out)
@@ -127,7 +133,7 @@ def of_calibrations(
     parts = []
     for config in configs:
         batches = -(-images * paths // config.batch_size)
-        guided = replace(config, rule="np", scale=1.0, forget=config.forget[:1])
+        guided = replace(config, rule="np", guidance_scale=1.0, forget=config.forget[:1])
         each = seconds_per_step(guided, materials, size)
         parts.append(
             Part(
@@ -142,7 +148,7 @@ def of_calibrations(
 def of_settings(
     configs: Sequence[Config], materials: Materials, size: networks.Size | None = None
 ) -> list[Part]:
-    """Settings that are drawn and measured, those of as many networks together."""
+    """The parts of a plan for settings that are drawn and measured, grouped by equal cost."""
     if not configs:
         return []
     measuring = seconds_to_measure(configs[0], materials)
@@ -167,10 +173,10 @@ def of_settings(
 
 
 def _calls(config: Config) -> int:
-    """Predictions of networks that a step needs."""
+    """Number of network predictions per step."""
     if config.rule == "none":
         return 1
-    several = 0 if config.rule in TOWARD else len(config.forgetful) or len(config.forget)
+    several = 0 if config.rule in TOWARD else len(config.unwanted) or len(config.forget)
     positive = config.toward is not None or config.positive is not None
     return 1 + several + positive
 
@@ -178,7 +184,10 @@ def _calls(config: Config) -> int:
 def seconds_per_step(
     config: Config, materials: Materials, size: networks.Size | None = None
 ) -> float:
-    """How long a step of a chain takes for a batch; every guidance takes about the same."""
+    """Measured time of one step for one batch, in seconds; all guidance rules cost about the same.
+
+    With guidance, two networks are timed and the time is scaled to the number of predictions.
+    """
     calls = _calls(config)
     rule: Rule = Unguided() if calls == 1 else NegativePrompting(1.0)
     net, labels = _network(config, materials, size)
@@ -206,14 +215,14 @@ def seconds_per_step(
             return seconds_of(draw) / TIMED_STEPS
 
     found = seconds_at(config.batch_size, seconds)
-    # A rule of several classes has a network for each of them.
+    # A rule for several classes needs a prediction for each of them.
     return found * max(1.0, calls / 2) if calls > 1 else found
 
 
 def _network(
     config: Config, materials: Materials, size: networks.Size | None
 ) -> tuple[torch.nn.Module, int | None]:
-    """The base of a setting, or one of that size; and the label for none, where it takes labels."""
+    """The base network (or a random one of its size) and its "no label", None without labels."""
     dataset = materials.dataset(config)
     conditional = config.networks == "conditional"
     labels = len(dataset.classes) if conditional else None
@@ -228,7 +237,7 @@ def _network(
 
 
 def seconds_to_measure(config: Config, materials: Materials) -> float:
-    """How long the metrics of a setting take, but for FID."""
+    """Estimated time of a setting's metrics without FID, in seconds."""
     train_images, count = materials.dataset(config).train, min(config.num_images, MEASURED)
     share = min(0.5, REFERENCE / len(train_images))
     rows = torch.from_numpy(held_out_rows(train_images.labels.numpy(), share))
@@ -244,9 +253,9 @@ def seconds_to_measure(config: Config, materials: Materials) -> float:
 
 
 def _judge(config: Config, materials: Materials) -> Judge:
-    """The classifier, or one of that size."""
+    """The classifier of a setting, or a random one of its size if there is none yet."""
     where = config.classifier or materials.folder.networks / "classifier"
-    if not isinstance(where, Path) or len(classifier.classifier_files(where)) > 1:
+    if not isinstance(where, Path) or len(judge.classifier_files(where)) > 1:
         return materials.judge(config)
     dataset = materials.dataset(config)
     shape = dataset.images.shape[1:]
@@ -259,7 +268,7 @@ def _judge(config: Config, materials: Materials) -> Judge:
 
 
 def duration(seconds: float) -> str:
-    """About how long: to a digit or two, for more is not known."""
+    """A duration in words, to one or two digits, since it is only an estimate."""
     if seconds < 1.5:
         return "1 s"
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
@@ -270,7 +279,7 @@ def duration(seconds: float) -> str:
 
 
 def told(parts: Iterable[Part], about: str, shorter: str = "") -> str:
-    """The plan, a part a line, with the sum; ``shorter`` is said where that is long."""
+    """The text of a plan: a line per part, then the total, then ``shorter`` if that is long."""
     parts = list(parts)
     if not parts:
         return f"plan: {about}: everything is there, nothing is left to do"

@@ -1,33 +1,30 @@
-"""What a sweep came to, in figures like the paper's.
+"""Figures of a sweep, like those of the paper.
 
-Every function takes data that somebody else computed, rows of the table ``sweep.jsonl`` above all
-(:mod:`dng_models.class_removal.compare`), and returns a Matplotlib figure; :func:`draw_all` reads a
-run's folder and writes them.
+Every function takes computed data, mostly rows of the table ``sweep.jsonl``
+(:mod:`dng_models.class_removal.compare`), and returns a Matplotlib figure.  :func:`draw_all` reads
+a run's folder and writes all figures.
 
-Two numbers of a row can be off a logarithmic axis, and neither is dropped, since they are the
-safest and the worst of a sweep: a share of none in n images is drawn at half an image, and a
+Two values of a row cannot lie on a logarithmic axis, and neither is dropped, since they belong to
+the safest and the worst points of a sweep.  A share of 0 in n images is drawn at half an image.  A
 divergence that is infinite, because a remembered class is empty, is drawn with half a count added
-to every class.  Both are hollow points with an arrow to where the number is.
+to every class.  Both are hollow points with an arrow towards the actual value.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from dng_math import _checks
 from dng_math.distances import binomial_interval
-from dng_models import foreign
 from dng_models.class_removal.compare import (
     QUANTITIES,
     UNSCALED,
@@ -52,23 +49,37 @@ from dng_models.class_removal.compare import (
     tuning_table,
     weakest_safe,
 )
-from dng_models.class_removal.config import BUILT_IN, TRACKERS
-from dng_models.class_removal.files import load_tensors, read_json, write_atomically, write_text
-from dng_models.printable import drawable, plain
+from dng_models.class_removal.config import TRACKERS
+from dng_models.support import extras, foreign, style
+from dng_models.support.files import load_tensors, read_json, write_text
+from dng_models.support.printable import plain
+from dng_models.support.style import (
+    BLACK,
+    BLUE,
+    DASHED,
+    DOTTED,
+    GREEN,
+    GREY,
+    MIXED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    SOLID,
+    VERMILLION,
+    WIDTH,
+    YELLOW,
+)
 
-try:
-    import matplotlib
+with extras.needed_by("dng_models.class_removal.plot"):
     from matplotlib.axes import Axes
+    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch, Rectangle
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.patches import Patch
     from matplotlib.transforms import ScaledTranslation
-except ImportError as error:
-    raise ImportError(
-        "dng_models.class_removal.plot needs Matplotlib: pip install 'dng-toolkit[figures]'"
-    ) from error
+from dng_models.class_removal.plot_pictures import grid, is_ink, trajectories
+from dng_models.class_removal.plot_reliability import reliability
 
 __all__ = [
     "at_equal_safety",
@@ -78,59 +89,12 @@ __all__ = [
     "histogram",
     "read_rows",
     "reliability",
-    "save",
     "table",
     "trajectories",
     "weakest_safe",
 ]
 
 Array = NDArray[np.float64]
-
-BLACK = "#000000"
-GREY = "#7F7F7F"
-ORANGE = "#E69F00"
-SKY = "#56B4E9"
-GREEN = "#009E73"
-YELLOW = "#F0E442"
-BLUE = "#0072B2"
-VERMILLION = "#D55E00"
-PURPLE = "#CC79A7"
-
-WIDTH = 7.2  # inches: the text width of a page
-DPI = 200
-FEWEST_TICKS, MOST_TICKS = 3, 8  # of a logarithmic axis
-RC: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.labelsize": 8,
-    "axes.linewidth": 0.6,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 8,
-    "figure.titlesize": 9,
-    "font.size": 8,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "xtick.labelsize": 7,
-    "xtick.major.width": 0.6,
-    "ytick.labelsize": 7,
-    "ytick.major.width": 0.6,
-}
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: run a function in this style, and leave Matplotlib's settings as they were."""
-
-    @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
-        with matplotlib.rc_context(RC):
-            return draw(*args, **kwargs)
-
-    return styled
 
 
 @dataclass(frozen=True)
@@ -142,7 +106,6 @@ class _Look:
     marker: str
 
 
-SOLID, DASHED, DOTTED, MIXED = "-", (0, (4, 2)), (0, (1, 1)), "-."
 LOOKS: dict[tuple[str, ...], _Look] = {
     ("none",): _Look(GREY, "none", "v"),
     ("np",): _Look(ORANGE, MIXED, "^"),
@@ -158,7 +121,7 @@ LOOKS: dict[tuple[str, ...], _Look] = {
     ("dng", "log-odds", "paper"): _Look(SKY, SOLID, "D"),
     ("dng", "log-odds", "calibrated"): _Look(BLACK, SOLID, "p"),
 }
-# Of whatever has no look of its own, in this order.
+# Looks of methods that have none in LOOKS, in this order.
 SPARE = tuple(
     _Look(color, line, marker)
     for line, markers in ((DOTTED, "<>*8hdPX"), (MIXED, "Dps^v<>o"))
@@ -166,7 +129,7 @@ SPARE = tuple(
         (VERMILLION, BLUE, BLACK, GREEN, YELLOW, SKY, PURPLE, ORANGE), markers, strict=True
     )
 )
-# A conditional network keeps the colour of its method.
+# A conditional network has its method's colour, but another marker.
 OTHER_MARKER = dict(zip("v^PXh8d*oDsp<", "><XPH*D8*dh8>", strict=True))
 
 LABELS: dict[Quantity, str] = {
@@ -189,23 +152,23 @@ def _look(config: Mapping[str, Any]) -> _Look | None:
 
 
 def _looks(methods: Sequence[Method]) -> dict[str, _Look]:
-    """A look for each method, by name, that no other has."""
+    """A unique look for each method, by its name."""
     looks: dict[str, _Look] = {}
     for method in methods:
         look = _look(method.rows[0]["config"])
         if look is None or look in looks.values():
-            # Beyond them all looks repeat, and no reader could tell that many apart.
+            # After all spares the last one repeats; no reader could tell so many apart anyway.
             look = next((spare for spare in SPARE if spare not in looks.values()), SPARE[-1])
         looks[method.name] = look
     return looks
 
 
-@_styled
+@style.applied
 def curves(rows: Sequence[Row]) -> Figure:
-    """KL and Frechet distances against the share of forbidden images, all methods on one pair.
+    """KL and Frechet distances of all methods against the share of forbidden images.
 
-    A row of panels for each class forgotten, a column for each distance that was measured.  Lines
-    join the scales of a method in their order; bars are the intervals of the rows, in both
+    There is a row of panels for each forgotten class and a column for each measured distance.
+    Lines join the guidance scales of a method in order; bars are the 95% intervals in both
     directions.
 
     Parameters
@@ -216,13 +179,13 @@ def curves(rows: Sequence[Row]) -> Figure:
     Returns
     -------
     Figure
-        With Frechet (1957) distances of the classifier's features and of pixels beside the
-        divergence.
+        Panels of the KL divergence and of the Frechet (1957) distances of the classifier's features
+        and of pixels.
 
     Raises
     ------
     ValueError
-        If a row is not one, or there is none.
+        If a row is invalid, there is no row, or no row has any of these distances.
     """
     rows = checked(rows)
     methods, forgotten = methods_of(rows), classes_forgotten(rows)
@@ -248,7 +211,7 @@ def curves(rows: Sequence[Row]) -> Figure:
             _draw_chance(axes, [row for row in rows if forgotten_by(row) == forget])
         for method in methods:
             _draw_curve(axes, method, looks[method.name], method.of(forget), quantity)
-        _title(axes, _letter(place), f"{_named_class(forget)} forgotten")
+        style.title(axes, style.letter(place), f"{_named_class(forget)} forgotten")
     _mark_bases(figure, rows)
     figure.legend(
         *_legend_of_curves(looks, panels.flat),
@@ -256,7 +219,7 @@ def curves(rows: Sequence[Row]) -> Figure:
         ncols=columns,
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.1)},
     )
-    # The scales are named where there is room, which is known once the layout is, and stays.
+    # Scales are labelled where there is room, so the layout must be computed first and then fixed.
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
@@ -271,14 +234,10 @@ def _named_class(forget: str) -> str:
     return f"{'classes' if ', ' in forget else 'class'} {plain(forget)}"
 
 
-def _title(axes: Axes, letter: str, text: str) -> None:
-    axes.set_title(rf"$\mathbf{{{letter}}}$  {text}", loc="left")
-
-
 def _percent_axis(axes: Axes, rows: Sequence[Row]) -> None:
-    """Logarithmic; where it shows half an image for none, the tick says 0."""
+    """Make a logarithmic x axis in percent; the tick at half an image, drawn for none, says 0."""
     shares = [forbidden_share(row) for row in rows]
-    # A bar that ends near 0 would stretch the axis: it runs into its end.
+    # A bar that ends near 0 would stretch the axis, so the axis cuts it off.
     low = 90.0 * min(max(share.low, 0.5 * share.value) for share in shares)
     high = min(100.0, 115.0 * max(share.high for share in shares))
     axes.set_xscale("log")
@@ -287,59 +246,31 @@ def _percent_axis(axes: Axes, rows: Sequence[Row]) -> None:
     ticks = {100.0 * forbidden_share(row).value: "0" for row in rows if none_forbidden(row)}
     least = max([low, *ticks])  # nothing is less than 0
     usual = [float(f"{m}e{power}") for m in (1, 5, 2) for power in range(-4, 3)]
-    for some in (usual, _log_ticks(low, high)):
+    for some in (usual, style.ticks_between(low, high)):
         for tick in some:
             room = all(abs(math.log10(tick / other)) > apart for other in ticks)
             if least <= tick <= high and room:
                 ticks[tick] = f"{tick:g}"
-        if len(ticks) >= FEWEST_TICKS:
+        if len(ticks) >= style.FEWEST:
             break
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xticks([], minor=True)
 
 
 def _distance_axis(axes: Axes, numbers: Sequence[Measured]) -> None:
-    """Logarithmic, for the numbers: a bar that ends near 0 does not stretch it."""
+    """Make a logarithmic y axis for the values; bars that end near 0 do not stretch it."""
     low = min(max(number.low, 0.5 * number.value) for number in numbers)
     high = max(min(number.high, 2.0 * number.value) for number in numbers)
-    _logarithmic(axes)
+    axes.set_yscale("log")
+    style.log_ticks(axes.yaxis)
     axes.set_ylim(0.8 * low, 1.3 * high)
 
 
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis that can be read, whatever it spans."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(_LogTicks())
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-class _LogTicks(LogLocator):
-    """Ticks of a logarithmic axis, at least three between any limits: all are labelled."""
-
-    def tick_values(self, vmin: float, vmax: float) -> list[float]:
-        """Between two limits."""
-        return _log_ticks(min(vmin, vmax), max(vmin, vmax))
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between two positive numbers, or the fewest more that make three of them."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
-        ticks = [float(f"{m}e{power}") for power in powers for m in mantissas]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= FEWEST_TICKS:
-            return ticks[:: math.ceil(len(ticks) / MOST_TICKS)]
-    # Over less than that a logarithmic axis is nearly a linear one.
-    for count in range(FEWEST_TICKS, 12):
-        ticks = [tick for tick in MaxNLocator(count).tick_values(low, high) if low <= tick <= high]
-        if len(ticks) >= FEWEST_TICKS:
-            break
-    return [float(tick) for tick in ticks]
-
-
 def _draw_chance(axes: Axes, rows: Sequence[Row]) -> None:
-    """The mean divergence of as many images of the ideal: 2 n KL is chi-squared (Wilks 1938)."""
+    """Draw the mean KL of as many ideal images, since 2 n KL is chi-squared (Wilks 1938).
+
+    Nothing is drawn if the rows differ in the number of images or of classes.
+    """
     sizes = {
         (row["metrics"]["num_images"], len(row["metrics"].get("histogram") or ())) for row in rows
     }
@@ -356,7 +287,7 @@ def _draw_chance(axes: Axes, rows: Sequence[Row]) -> None:
 def _draw_curve(
     axes: Axes, method: Method, look: _Look, rows: Sequence[Row], quantity: Quantity
 ) -> None:
-    """The line, the bars and the points of a method; hollow ones with arrows."""
+    """Draw the line, bars and points of a method; values off the axis get hollow points."""
     points = [(row, number) for row in rows if (number := measured(row, quantity))]
     if not points:
         return
@@ -394,7 +325,7 @@ def _draw_curve(
 def _legend_of_curves(
     looks: Mapping[str, _Look], panels: Iterable[Axes]
 ) -> tuple[list[Any], list[str]]:
-    """Handles and labels: the methods, and what the marks mean that are drawn."""
+    """Handles and labels of the legend: the methods, and the special marks that are drawn."""
     drawn = {
         line.get_gid() for axes in panels for line in axes.get_lines() if np.size(line.get_xdata())
     }
@@ -419,7 +350,7 @@ def _legend_of_curves(
 def _name_scales(
     axes: Axes, members: Sequence[tuple[_Look, list[Row]]], quantity: Quantity
 ) -> None:
-    """The scale beside the first and the last point of each method, where there is room."""
+    """Write the scale beside the first and the last point of each method, where there is room."""
     point = axes.figure.dpi / 72.0
     drawn = []
     for look, rows in members:
@@ -480,9 +411,9 @@ def _free_place(
     markers: Array,
     boxes: Sequence[tuple[Array, Array]],
 ) -> Array | None:
-    """The centre beside a point, in pixels, of a text that covers no marker and no other text.
+    """Where to centre a text beside a point, in pixels, so that it covers no marker or other text.
 
-    Of several the one that covers the fewest lines; None if there is no place.
+    Of several places the one that covers the least of the lines; None if there is no place.
     """
     window = axes.get_window_extent().get_points()
     best, least = None, math.inf
@@ -505,18 +436,18 @@ def _free_place(
 
 
 def _darker(color: str) -> tuple[float, ...]:
-    """For text on white."""
-    return tuple(0.7 * part for part in matplotlib.colors.to_rgb(color))
+    """A darker shade of a colour, readable as text on white."""
+    return tuple(0.7 * part for part in to_rgb(color))
 
 
-@_styled
+@style.applied
 def histogram(rows: Sequence[Row], classes: Sequence[str] | None = None) -> Figure:
-    """Shares of the classes, as classified, against the ideal (paper, Fig. 13).
+    """Shares of the predicted classes against the ideal (paper, Fig. 13).
 
     Parameters
     ----------
     rows : sequence of mapping
-        The rows to show, a panel each, for instance those of :func:`weakest_safe`.
+        Rows to show, one panel each, for instance those of :func:`weakest_safe`.
     classes : sequence of str, optional
         Names in the order of the histogram; "0", "1", ... if not given.
 
@@ -524,12 +455,13 @@ def histogram(rows: Sequence[Row], classes: Sequence[str] | None = None) -> Figu
     -------
     Figure
         Bars with exact 95% intervals (Clopper and Pearson 1934), the forbidden classes in another
-        colour, and the ideal: none of the forbidden, and the others alike.
+        colour, and the ideal: no image of a forbidden class, equal shares of the others.
 
     Raises
     ------
     ValueError
-        If a row is not one or lacks a histogram, or a forgotten class is none of ``classes``.
+        If a row is invalid or lacks a histogram, ``classes`` is not as long as the histogram, or a
+        forgotten class is not in ``classes``.
     """
     rows = checked(rows)
     for place, row in enumerate(rows):
@@ -554,14 +486,14 @@ def histogram(rows: Sequence[Row], classes: Sequence[str] | None = None) -> Figu
         text = of[id(row)].at(row)
         if several:
             text = f"{_named_class(forgotten_by(row))} forgotten: {text}"
-        _title(axes, _letter(place), textwrap.fill(text, 40))
+        style.title(axes, style.letter(place), textwrap.fill(text, 40))
         if place % columns == 0:
             axes.set_ylabel("images (%)")
         if place + columns >= len(rows):
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("class, as classified")
     _mark_bases(figure, rows)
-    # Above the highest bar there is room for the numbers.
+    # Leave room above the highest bar for the numbers.
     panels[0, 0].set_ylim(0.0, 1.3 * max(axes.dataLim.y1 for axes in panels.flat))
     figure.legend(
         handles=[
@@ -577,7 +509,7 @@ def histogram(rows: Sequence[Row], classes: Sequence[str] | None = None) -> Figu
 
 
 def _mark_bases(figure: Figure, rows: Sequence[Row]) -> None:
-    """Say above the panels where the base is not good enough for what is shown to mean much."""
+    """Write a warning above the panels if the base of some rows is not good enough."""
     bad = [row for row in rows if base_is_bad(row)]
     if bad:
         some = "all" if len(bad) == len(rows) else f"{len(bad)} of {len(rows)}"
@@ -587,11 +519,6 @@ def _mark_bases(figure: Figure, rows: Sequence[Row]) -> None:
             color=VERMILLION,
             size=8,
         )
-
-
-def _letter(place: int) -> str:
-    """a, b, ... z, aa, ..."""
-    return ("" if place < 26 else _letter(place // 26 - 1)) + chr(ord("a") + place % 26)
 
 
 def _draw_histogram(axes: Axes, row: Row, names: Sequence[str]) -> None:
@@ -624,356 +551,6 @@ def _draw_histogram(axes: Axes, row: Row, names: Sequence[str]) -> None:
     )
 
 
-@_styled
-def grid(
-    images_by_method: Mapping[str, ArrayLike],
-    marks: Mapping[str, ArrayLike] | None = None,
-    *,
-    negative: bool = False,
-) -> Figure:
-    """Images of one noise under every method (paper, Figs. 4 and 10).
-
-    Parameters
-    ----------
-    images_by_method : mapping of str to array_like, shape (n, C, H, W)
-        Images in [-1, 1], values outside are clamped; C = 1 or 3.  A row each, under its name, and
-        the same seed in a column.
-    marks : mapping of str to array_like of bool, shape (n,), optional
-        Which images are judged forbidden: they are framed.  A method may be missing.
-    negative : bool
-        Draw grey images as negatives: digits, which are light on dark, as ink on paper.
-
-    Returns
-    -------
-    Figure
-
-    Raises
-    ------
-    TypeError, ValueError
-        If there are no images, shapes differ, or a mark is of no row.
-    """
-    if not images_by_method:
-        raise ValueError("images_by_method must hold at least one method, got none")
-    rows = {}
-    shape: tuple[int | str, ...] = ("n", "C", "H", "W")
-    for name, images in images_by_method.items():
-        rows[name] = _checks.filled(f"images_by_method[{name!r}]", images, shape)
-        shape = rows[name].shape
-    sheet = np.array(list(rows.values()))
-    if sheet.shape[2] not in (1, 3):
-        raise ValueError(f"images_by_method must have 1 or 3 channels, got {sheet.shape[2]}")
-    flags = {}
-    for name, flag in (marks or {}).items():
-        if name not in rows:
-            raise ValueError(f"marks must be of {', '.join(rows)}; got {name!r}")
-        flags[name] = np.asarray(flag, dtype=bool)
-        if flags[name].shape != sheet.shape[1:2]:
-            raise ValueError(
-                f"marks[{name!r}] must have shape ({sheet.shape[1]},), got {flags[name].shape}"
-            )
-    count, columns = sheet.shape[:2]
-    # Placed by hand: automatic layouts do not see what the fixed aspect does to the texts.
-    texts = [
-        "\n".join(textwrap.fill(line, 32) for line in drawable(name).split("\n")) for name in rows
-    ]
-    text_width, text_height = np.max([_text_size(text) for text in texts], axis=0)
-    left = text_width + 0.15
-    aspect = sheet.shape[3] / sheet.shape[4]
-    cell = max(min(0.6, (WIDTH - left - 0.05) / columns), 1.05 * text_height / aspect)
-    below = 0.22 if any(flag.any() for flag in flags.values()) else 0.05
-    width, height = left + cell * columns + 0.05, 0.05 + cell * aspect * count + below
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes(
-        (left / width, below / height, cell * columns / width, cell * aspect * count / height)
-    )
-    gap = _show(axes, sheet, negative)
-    for row, (name, text) in enumerate(zip(rows, texts, strict=True)):
-        axes.text(-0.1, row + 0.5, text, ha="right", va="center", size=7)
-        for column in np.flatnonzero(flags.get(name, ())):
-            corner = (column + gap[0] / 4, row + gap[1] / 4)
-            size = (1.0 - gap[0] / 2, 1.0 - gap[1] / 2)
-            axes.add_patch(Rectangle(corner, *size, fill=False, ec=VERMILLION, lw=1.4))
-    if below > 0.1:
-        axes.text(
-            0.0,
-            -0.05 / (cell * aspect * count),
-            "framed: judged to be of a forbidden class",
-            transform=axes.transAxes,
-            size=6.5,
-            va="top",
-            color=VERMILLION,
-        )
-    return figure
-
-
-def _text_size(text: str) -> tuple[float, float]:
-    """Width and height, in inches, of the name of a row."""
-    figure = Figure()
-    box = figure.text(0.0, 0.0, text, size=7).get_window_extent()
-    return float(box.width / figure.dpi), float(box.height / figure.dpi)
-
-
-def _show(axes: Axes, images: Array, negative: bool) -> tuple[float, float]:
-    """Rows of images (R, n, C, H, W) in units of an image with its gap; returns the gap's size."""
-    negative = negative and images.shape[2] == 1
-    rows, columns, channels, height, width = images.shape
-    gap = max(1, round(min(height, width) / 16))
-    cell = height + 2 * gap, width + 2 * gap
-    white = -1.0 if negative else 1.0
-    sheet = np.full((rows, cell[0], columns, cell[1], channels), white)
-    inner = np.clip(images, -1.0, 1.0).transpose(0, 3, 1, 4, 2)
-    sheet[:, gap : gap + height, :, gap : gap + width] = inner
-    picture = sheet.reshape(rows * cell[0], columns * cell[1], channels)
-    axes.imshow(
-        picture[:, :, 0] if channels == 1 else 0.5 * (picture + 1.0),
-        cmap="gray_r" if negative else "gray",
-        vmin=-1.0,
-        vmax=1.0,
-        extent=(0.0, columns, rows, 0.0),
-        aspect="auto",
-        interpolation="nearest",
-    )
-    axes.set_axis_off()
-    return gap / cell[1], gap / cell[0]
-
-
-@_styled
-def trajectories(
-    times: ArrayLike,
-    x: ArrayLike,
-    scale: ArrayLike,
-    log_posterior: ArrayLike | None = None,
-    *,
-    labels: Sequence[str] | None = None,
-    snapshots: int = 12,
-    negative: bool = False,
-) -> Figure:
-    """Images on their way through time, with the guidance scale below them (paper, Fig. 5).
-
-    Parameters
-    ----------
-    times : array_like, shape (T,)
-        Diffusion time t/T in [0, 1], decreasing; at least 2.
-    x : array_like, shape (T, n, C, H, W)
-        States, or predictions of the clean image, in [-1, 1]; C = 1 or 3.
-    scale : array_like, shape (T, n)
-        Dynamic scale of each image.
-    log_posterior : array_like, shape (T, n), optional
-        log p(c | x_t), drawn as a probability.
-    labels : sequence of str, optional
-        A title for each image.
-    snapshots : int
-        Images in a strip, each above the time that it was taken at.
-    negative : bool
-        As for :func:`grid`.
-
-    Returns
-    -------
-    Figure
-
-    Raises
-    ------
-    TypeError, ValueError
-        If shapes do not agree, times do not decrease or ``snapshots`` is not positive.
-    """
-    t = _checks.filled("times", times, ("T",))
-    if t.size < 2 or not (np.diff(t) < 0.0).all():
-        raise ValueError(f"times must decrease over at least 2 steps, got {t.size} from {t[0]:g}")
-    images = _checks.filled("x", x, (t.size, "n", "C", "H", "W"))
-    n, channels, height, width = images.shape[1:]
-    if channels not in (1, 3):
-        raise ValueError(f"x must have 1 or 3 channels, got {channels}")
-    strength = _checks.array("scale", scale, (t.size, n))
-    posterior = None
-    if log_posterior is not None:
-        posterior = np.exp(_checks.array("log_posterior", log_posterior, (t.size, n)))
-    if labels is not None and len(labels) != n:
-        raise ValueError(f"labels must be {n}, one for each image, got {len(labels)}")
-    shown = min(_checks.integer("snapshots", snapshots, 1), t.size)
-    centres = t[0] + (np.arange(shown) + 0.5) / shown * (t[-1] - t[0])
-    taken = np.abs(t[:, None] - centres).argmin(axis=0)
-
-    left, right, above, below, plot, space = 0.6, 0.55, 0.05, 0.42, 0.7, 0.12
-    title = 0.0 if labels is None else 0.2
-    strip = (WIDTH - left - right) / shown * height / width
-    block = title + strip + plot + space
-    whole = above + n * block + below
-    figure = Figure(figsize=(WIDTH, whole))
-    inner = (WIDTH - left - right) / WIDTH
-    logarithmic = bool((strength > 0.0).all() and strength.max() > 100.0 * strength.min())
-    for i in range(n):
-        top = whole - above - i * block - title
-        axes = figure.add_axes((left / WIDTH, (top - strip) / whole, inner, strip / whole))
-        _show(axes, images[taken, i][None], negative)
-        if labels is not None:
-            axes.text(0.0, -0.05, drawable(labels[i]), va="bottom", size=7.5)
-        lines = figure.add_axes((left / WIDTH, (top - strip - plot) / whole, inner, plot / whole))
-        lines.plot(t, strength[:, i], color=GREEN, label="dynamic scale")
-        lines.set_ylim(*_limits(strength, logarithmic))
-        if logarithmic:
-            _logarithmic(lines)
-        lines.set_ylabel(r"scale $\lambda$", color=GREEN)
-        lines.set_xlim(t[0], t[-1])
-        if posterior is not None:
-            other = lines.twinx()
-            other.spines["right"].set_visible(True)
-            other.plot(t, posterior[:, i], color=PURPLE, ls=DASHED, label="posterior")
-            other.set_ylim(-0.03, 1.03)
-            other.set_ylabel(r"$p(c\mid x_t)$", color=PURPLE)
-        if i < n - 1:
-            lines.tick_params(labelbottom=False)
-        else:
-            lines.set_xlabel("diffusion time $t/T$")
-    return figure
-
-
-def _limits(values: Array, logarithmic: bool) -> tuple[float, float]:
-    """Of an axis that all the panels share."""
-    low, high = float(values.min()), float(values.max())
-    if logarithmic:
-        return low / 1.5, high * 1.5
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return min(low, 0.0) - margin, high + margin
-
-
-@_styled
-def reliability(calibration: Mapping[str, Any]) -> Figure:
-    """How far a tracked posterior can be trusted, before and after it was calibrated.
-
-    Parameters
-    ----------
-    calibration : mapping
-        ``times`` (T,), diffusion time; ``after``, and if they are known ``before``, ``prior``, for
-        a posterior that stays where it starts, and ``constant``, for a weight that does not vary,
-        each with ``log_loss`` and ``brier`` (T,), and if they are known ``log_loss_low``,
-        ``log_loss_high``, ``brier_low`` and ``brier_high``; ``reliability``, with ``after`` and
-        perhaps ``before``, each with ``confidence``, ``frequency``, ``low``, ``high`` and
-        ``count`` (B,), where bins without a count are left out;
-        ``profile``, the fitted weight of the evidence, with ``times`` and ``values`` (K,), and if
-        they are known ``low`` and ``high``; ``label``, a title, if there is one.
-
-    Returns
-    -------
-    Figure
-        Four panels: reliability diagram, log loss, Brier score, weight.
-
-    Raises
-    ------
-    ValueError
-        If an entry is missing.
-    """
-    for name in ("times", "after", "reliability", "profile"):
-        if name not in calibration:
-            raise ValueError(f"calibration must have {name!r}, got {', '.join(calibration)}")
-    looks = {
-        "prior": ("the prior alone", GREY, DOTTED, "v"),
-        "before": ("before calibration", ORANGE, MIXED, "^"),
-        "constant": ("calibrated, one weight", SKY, DASHED, "D"),
-        "after": ("calibrated", BLUE, SOLID, "s"),
-    }
-    figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
-    panels = figure.subplots(2, 2)
-    if calibration.get("label"):
-        figure.suptitle(drawable(calibration["label"]))
-    axes = panels[0, 0]
-    axes.plot([0.0, 1.0], [0.0, 1.0], color=BLACK, lw=0.6, ls=DASHED)
-    for name, diagram in calibration["reliability"].items():
-        _, color, line, marker = looks[name]
-        _draw_reliability(axes, diagram, color, line, marker)
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("tracked posterior of the class")
-    axes.set_ylabel("share that is of the class")
-    axes.text(0.98, 0.03, "larger: fuller bins", transform=axes.transAxes, size=6.5, ha="right")
-    _title(axes, "a", "reliability")
-    times = np.array(calibration["times"], dtype=np.float64)
-    for axes, letter, quantity, text in (
-        (panels[0, 1], "b", "log_loss", "log loss (nats)"),
-        (panels[1, 0], "c", "brier", "Brier score"),
-    ):
-        drawn = []
-        for name, (label, color, line, _) in looks.items():
-            losses = calibration.get(name)
-            if losses is None or quantity not in losses:
-                continue
-            values = np.array(losses[quantity], dtype=np.float64)
-            drawn.append(values)
-            _band(axes, times, losses, quantity, color)
-            axes.plot(times, values, color=color, ls=line, label=label)
-        every = np.concatenate(drawn)
-        if every.min() > 0.0 and every.max() > 30.0 * every.min():
-            _logarithmic(axes)
-        else:
-            axes.set_ylim(bottom=0.0)
-        axes.set_ylabel(text)
-        _title(axes, letter, text.split(" (")[0] + " through time")
-    axes = panels[1, 1]
-    profile = calibration["profile"]
-    at = np.array(profile["times"], dtype=np.float64)
-    axes.axhline(1.0, color=BLACK, lw=0.6, ls=DASHED)
-    if "low" in profile and "high" in profile:
-        low, high = (np.array(profile[end], dtype=np.float64) for end in ("low", "high"))
-        axes.fill_between(at, low, high, color=GREEN, alpha=0.25, lw=0, label="95% interval")
-    axes.plot(at, np.array(profile["values"], dtype=np.float64), color=GREEN, label="fitted weight")
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.set_ylabel("weight of the evidence")
-    axes.legend(loc="best")
-    _title(axes, "d", "fitted weight")
-    start, end = max(times.max(), at.max()), min(times.min(), at.min(), 0.0)
-    for axes in panels.flat[1:]:
-        axes.set_xlim(start, end)
-        axes.set_xlabel("diffusion time $t/T$")
-    figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
-
-
-def _band(axes: Axes, times: Array, values: Mapping[str, Any], quantity: str, color: str) -> None:
-    """The interval of a curve, where it is known."""
-    if f"{quantity}_low" in values and f"{quantity}_high" in values:
-        low, high = (
-            np.array(values[f"{quantity}_{end}"], dtype=np.float64) for end in ("low", "high")
-        )
-        axes.fill_between(times, low, high, color=color, alpha=0.2, lw=0)
-
-
-def _draw_reliability(
-    axes: Axes, diagram: Mapping[str, Any], color: str, line: Any, marker: str
-) -> None:
-    """Points with bars, as large as their bin is full."""
-    count = np.array(diagram["count"], dtype=np.float64)
-    kept = count > 0
-    x, y, low, high = (
-        np.array(diagram[name], dtype=np.float64)[kept]
-        for name in ("confidence", "frequency", "low", "high")
-    )
-    axes.vlines(x, low, high, color=color, lw=0.6)
-    axes.plot(x, y, color=color, ls=line, lw=0.8)
-    size = 6.0 + 10.0 * np.log10(count[kept])
-    axes.scatter(x, y, s=size, color=color, marker=marker, lw=0, zorder=2.5)
-
-
-@_styled
-def save(figure: Figure, path: Path | str) -> None:
-    """Write a figure in the format that the suffix of the path names.
-
-    Parameters
-    ----------
-    figure : Figure
-    path : Path or str
-        Its folder is made if it is missing.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written; an older file is as it was.
-    ValueError
-        If the suffix names no format.
-    """
-    path = Path(path)
-    kind = path.suffix.removeprefix(".")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=DPI, format=kind))
-
-
 def draw_all(
     out: Path | str,
     *,
@@ -982,38 +559,39 @@ def draw_all(
     data: Path | str | None = None,
     calibrations: Path | str | None = None,
 ) -> list[Path]:
-    """Draw everything that a run's folder has the data for.
+    """Draw all figures and tables for which a run's folder has the data.
 
     Parameters
     ----------
     out : Path or str
-        Where ``figures`` and the tables are written.
+        Folder where ``figures`` and the tables are written.
     classes : sequence of str, optional
         Names in the order of the labels.  If not given, those of the classifier in
-        ``networks/classifier``, or else "0", "1", ...; if these are not the forgotten ones there
-        is no histogram, and no image is framed.
+        ``networks/classifier``, or else "0", "1", ...  If a forgotten class is not among them,
+        there is no histogram and no image is framed.
     safety : float
-        Methods are compared at this forbidden share, in (0, 1).
+        Forbidden share at which the methods are compared, in (0, 1).
     data : Path or str, optional
-        Default: ``out``.  Holds ``sweep.jsonl``, and perhaps ``tuning.jsonl``,
+        Folder with ``sweep.jsonl``, and optionally ``tuning.jsonl``,
         ``samples/KEY/images.safetensors`` with ``images`` and ``labels``, and
-        ``samples/KEY/trajectories.safetensors`` with the arguments of :func:`trajectories`.
+        ``samples/KEY/trajectories.safetensors`` with the arguments of :func:`trajectories`;
+        default: ``out``.
     calibrations : Path or str, optional
-        A folder of files NAME.json as
-        :class:`dng_models.class_removal.calibrate.Calibration` saves them; default:
+        Folder of files NAME.json as
+        :class:`dng_models.class_removal.calibration.Calibration` saves them; default:
         ``calibration`` in ``data``.
 
     Returns
     -------
     list of Path
-        What was written: ``figures/*.png``, ``table.md`` and ``table.csv``.
+        The written files: ``figures/*.png``, ``table.md`` and ``table.csv``.
 
     Raises
     ------
     OSError
         If there is no table, or a file cannot be read or written.
     ValueError
-        If a file is damaged, naming it, and in the table the line.
+        If a file is damaged; the message names it, and the line of a table.
     """
     out = Path(out)
     data = out if data is None else Path(data)
@@ -1023,7 +601,7 @@ def draw_all(
 
     def keep(stem: str, figure: Figure) -> None:
         written.append(out / "figures" / (re.sub(r"[^\w.-]+", "_", stem) + ".png"))
-        save(figure, written[-1])
+        style.save(figure, written[-1])
 
     keep("curves", curves(rows))
     networks = sorted({row["config"].get("networks", "pair") for row in rows})
@@ -1042,7 +620,7 @@ def draw_all(
             keep(f"histogram_{forget}", histogram(chosen, names))
         pictures, marks = _samples(data, chosen, names if known else None)
         if pictures:
-            keep(f"grid_{forget}", grid(pictures, marks, negative=all(map(_is_ink, chosen))))
+            keep(f"grid_{forget}", grid(pictures, marks, negative=all(map(is_ink, chosen))))
     settings = _setting_names(rows)
     for path in sorted(data.glob("samples/*/trajectories.safetensors")):
         key = path.parent.name
@@ -1062,7 +640,7 @@ def draw_all(
 
 
 def _setting_names(rows: Sequence[Row]) -> dict[str, str]:
-    """Class, method and scale of every row by its key, where no other row has the same."""
+    """A name from class, method and scale by the key of each row, if no other row shares it."""
     names = {
         str(row.get("key")): f"{forgotten_by(row)}_{method.name}_g-{scale_of(row):g}"
         for method in methods_of(rows)
@@ -1082,20 +660,13 @@ def _trajectories(path: Path) -> Figure:
         tensors["x"],
         tensors["scale"],
         tensors.get("log_posterior"),
-        negative=config.is_file() and _is_ink({"config": read_json(config)}),
+        negative=config.is_file() and is_ink({"config": read_json(config)}),
     )
 
 
-def _is_ink(row: Row) -> bool:
-    """Whether the images are digits, light on dark; grey photographs are shown as they are."""
-    config = row["config"]
-    named = config.get("like") or BUILT_IN.get(config.get("dataset", ""))
-    return named in ("digits", "mnist")
-
-
 def _calibrations(path: Path) -> dict[str, dict[str, Any]]:
-    """What :func:`reliability` takes, for each tracker of a saved calibration."""
-    from dng_models.class_removal.calibrate import Calibration
+    """The argument of :func:`reliability` for each tracker of a saved calibration."""
+    from dng_models.class_removal.calibration import Calibration
 
     saved = Calibration.load(path)
     fits = {name: asdict(each) for name, each in saved.fits.items()}
@@ -1112,12 +683,12 @@ def _calibration(
     fit = fits[tracker]
     others = [name for name in report if name not in fits and name not in ("prior alone", "time")]
     names = {"prior": "prior alone", "constant": f"{tracker}, constant", "after": tracker}
-    # Of several settings before, those that are the tracker's own.
+    # If there are several uncalibrated settings, prefer the tracker's own.
     own = [name for name in others if name.startswith(f"{tracker},")]
     for before in own[:1] or others[:1]:
         names["before"] = before
     judged = {role: report[name] for role, name in names.items() if name in report}
-    # Beyond its last knot a weight stays as it is.
+    # The weight is constant beyond its last knot.
     weight = {
         "values": [*fit["temperature"], fit["temperature"][-1]],
         "low": [*fit["temperature_low"], fit["temperature_low"][-1]],
@@ -1134,7 +705,7 @@ def _calibration(
 
 
 def _class_names(out: Path) -> list[str] | None:
-    """As the run's own classifier has them."""
+    """The class names of the run's own classifier, or None if it has none."""
     path = out / "networks" / "classifier" / "config.json"
     names = foreign.read_object(path).get("classes") if path.is_file() else None
     if names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names)):
@@ -1145,7 +716,7 @@ def _class_names(out: Path) -> list[str] | None:
 def _samples(
     out: Path, rows: Sequence[Row], classes: Sequence[str] | None, columns: int = 16
 ) -> tuple[dict[str, Array], dict[str, NDArray[np.bool_]]]:
-    """The first images of the rows that kept some, and which are forbidden."""
+    """The first images of the rows that kept some, and masks of those judged forbidden."""
     pictures: dict[str, Array] = {}
     marks: dict[str, NDArray[np.bool_]] = {}
     of = {id(row): method for method in methods_of(rows) for row in method.rows}

@@ -1,12 +1,12 @@
-"""Base networks that others trained: diffusers pipelines, from a directory or the hub.
+"""Load base networks that others trained: diffusers pipelines, from a directory or the hub.
 
-What a sampler has to know besides the network stands in the configuration of the pipeline's
-scheduler: the noise schedule, what is predicted, and whether predicted images are clipped.  Three
-layouts exist: ``unet/`` and ``scheduler/`` beside a ``model_index.json``; the same files all at the
-top, as in ``google/ddpm-cifar10-32``; and a network alone, taken to be on DDPM's schedule.
+The configuration of the pipeline's scheduler has what a sampler must know besides the network: the
+noise schedule, what is predicted, and whether predicted images are clipped.  Three layouts exist:
+``unet/`` and ``scheduler/`` beside a ``model_index.json``; the same files all at the top, as in
+``google/ddpm-cifar10-32``; and a network alone, which is assumed to use DDPM's schedule.
 
-How a scheduler spaces its steps and which noise it adds is the sampler's choice here, not read.
-Whatever would change the images without being a setting of the sampler is refused.
+The scheduler's spacing of steps and its choice of noise are not read; the sampler decides them.
+Options that would change the images but are no setting of the sampler are refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from dng_math import NoiseSchedule, _checks
-from dng_models import foreign
+from dng_math import NoiseSchedule, checks
+from dng_models.support import foreign
 
 if TYPE_CHECKING:
     import torch
@@ -38,28 +38,28 @@ WEIGHTS = "diffusion_pytorch_model"
 
 @dataclass(frozen=True, eq=False)
 class Pretrained:
-    """A network, and what to know to sample from it.
+    """A network with what is needed to sample from it.
 
     Attributes
     ----------
     net : UNet2DModel
         In evaluation mode, without gradients.
     schedule : NoiseSchedule
-        Of its training: index t + 1 belongs to the time step t that the network is shown.
-    prediction : {"epsilon", "v_prediction", "sample"}
+        Schedule of its training; index t + 1 belongs to the time step t that the network is given.
+    prediction_type : {"epsilon", "v_prediction", "sample"}
         What it predicts.
     clip : float or None
-        Its pipeline clips predicted images to [-clip, clip].
+        Its pipeline clips predicted images to [-clip, clip]; None for no clipping.
     shape : tuple of int
-        Of an image: (C, H, W).
+        Shape of an image: (C, H, W).
     num_classes : int or None
-        Labels that it knows, 0 ... num_classes - 1; None for a network without labels.  In the
-        networks that are trained here the last one is "no label".
+        Number of labels that it takes, 0 ... num_classes - 1; None for a network without labels.
+        In the networks that are trained here the last label is "no label".
     """
 
     net: UNet2DModel
     schedule: NoiseSchedule
-    prediction: Prediction
+    prediction_type: Prediction
     clip: float | None
     shape: tuple[int, int, int]
     num_classes: int | None
@@ -75,15 +75,15 @@ def load_denoiser(
 
     Parameters
     ----------
-    name_or_path : path or str
-        A directory, or a name on the Hugging Face hub such as ``"google/ddpm-cifar10-32"``.  A
-        directory of a pipeline or of a bare ``UNet2DModel``; the latter is taken to predict noise
-        on DDPM's linear schedule of 1000 steps, clipped to [-1, 1], unless a scheduler's
+    name_or_path : Path or str
+        A directory, or a name on the Hugging Face hub such as ``"google/ddpm-cifar10-32"``.  It
+        holds a pipeline or a bare ``UNet2DModel``.  The latter is assumed to predict noise on
+        DDPM's linear schedule of 1000 steps, with images clipped to [-1, 1], unless a scheduler's
         configuration lies beside it.
     device : torch.device or str, optional
         Default: the CPU.
     dtype : torch.dtype, optional
-        Of the weights; default float32.
+        Data type of the weights; default float32.
 
     Returns
     -------
@@ -92,15 +92,16 @@ def load_denoiser(
     Raises
     ------
     FileNotFoundError
-        If it is not there, neither as a directory nor on the hub or in the hub's cache, or lacks
-        a file; the message says which files are needed.
+        If it is neither a directory nor on the hub or in the hub's cache, or lacks a file; the
+        message says which files are needed.
     ValueError
-        If it is of another kind, or damaged, its weights are pickles or not finite, or it needs
-        what the sampler has not got.
+        If it is of another kind or damaged, its weights are pickles or not finite, or it needs
+        options that the sampler does not have.
 
     Notes
     -----
-    Weights are safetensors, and nothing in a repository is run: :mod:`dng_models.foreign`.
+    Weights must be safetensors, and no code in a repository is run: see
+    :mod:`dng_models.support.foreign`.
     """
     folder = _folder(name_or_path)
     where = _network_folder(folder)
@@ -115,7 +116,7 @@ def load_denoiser(
 
 
 def _folder(name_or_path: Path | str) -> Path:
-    """A local directory with everything in it, downloaded if it is a name."""
+    """The local directory with all files, downloaded if a hub name is given."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
@@ -129,7 +130,7 @@ def _folder(name_or_path: Path | str) -> Path:
 
 
 def _download(name: str) -> Path:
-    """The snapshot of a repository in the hub's cache: configurations, then weights."""
+    """Download the configurations and then the weights of a repository; return the snapshot."""
     from huggingface_hub import snapshot_download
 
     local = not foreign.ask_hub(name, "model")
@@ -156,7 +157,7 @@ def _download(name: str) -> Path:
 
 
 def _network_folder(folder: Path) -> Path:
-    """Where in a pipeline, or alone, the network is."""
+    """The folder of the network, which is ``unet`` in a pipeline of separate folders."""
     index = folder / INDEX
     where = folder
     if index.is_file():
@@ -177,7 +178,7 @@ def _network_folder(folder: Path) -> Path:
 
 
 def _check(folder: Path, where: Path) -> None:
-    """Whether nothing in the folder is code, and the weights are tensors of a whole file."""
+    """Raise an error if the folder contains code, or the weights are pickles or incomplete."""
     if (folder / INDEX).is_file():
         foreign.check_pipeline(folder, weights=False)
     foreign.check_model(where)
@@ -187,7 +188,7 @@ def _check(folder: Path, where: Path) -> None:
 
 
 def _shape(path: Path) -> tuple[int, int, int]:
-    """Shape of an image, from a network's configuration; refuses other kinds of network."""
+    """Shape (C, H, W) of an image, from a network's configuration; refuses other networks."""
     config = foreign.read_object(path)
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
@@ -225,7 +226,7 @@ def _shape(path: Path) -> tuple[int, int, int]:
 
 
 def _network(where: Path, dtype: torch.dtype | None) -> UNet2DModel:
-    """The network with all its weights."""
+    """Load the network, and check that the weights are complete, matching and finite."""
     from diffusers import UNet2DModel
 
     config = foreign.read_object(where / NETWORK)
@@ -261,7 +262,7 @@ def _network(where: Path, dtype: torch.dtype | None) -> UNet2DModel:
 
 
 def _settings(folder: Path, where: Path) -> tuple[NoiseSchedule, Prediction, float | None]:
-    """Schedule, prediction and clip; DDPM's where there is no scheduler."""
+    """Schedule, prediction type and clip bound; those of DDPM if there is no scheduler."""
     beside = where.parent if where.name == "unet" else folder
     candidates = [folder / "scheduler" / SCHEDULER, folder / SCHEDULER]
     candidates.append(beside / "scheduler" / SCHEDULER)
@@ -283,17 +284,17 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
     Parameters
     ----------
     config : mapping
-        Configuration of a ``DDPMScheduler`` or ``DDIMScheduler``; what is missing has diffusers'
-        default.
+        Configuration of a ``DDPMScheduler`` or ``DDIMScheduler``; missing fields have diffusers'
+        defaults.
 
     Raises
     ------
     ValueError, TypeError
         For another scheduler, an unknown ``beta_schedule``, betas outside (0, 1), or a schedule
-        rescaled to pure noise at its end (``rescale_betas_zero_snr``) where the noise is
-        predicted.
+        rescaled to pure noise at its end (``rescale_betas_zero_snr``) for a network that predicts
+        noise.
     """
-    _checks.choice("_class_name", config.get("_class_name", SCHEDULERS[0]), SCHEDULERS)
+    checks.choice("_class_name", config.get("_class_name", SCHEDULERS[0]), SCHEDULERS)
     steps = config.get("num_train_timesteps", 1000)
     low, high = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     kind = config.get("beta_schedule", "linear")
@@ -306,8 +307,8 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
     elif kind == "squaredcos_cap_v2":
         schedule = NoiseSchedule.cosine(steps)
     else:
-        _checks.choice("beta_schedule", kind, BETA_SCHEDULES)
-        share = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, _checks.integer("steps", steps, 1))))
+        checks.choice("beta_schedule", kind, BETA_SCHEDULES)
+        share = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, checks.integer("steps", steps, 1))))
         schedule = NoiseSchedule.from_betas(share * (high - low) + low)
     if not config.get("rescale_betas_zero_snr", False):
         return schedule
@@ -324,19 +325,25 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def prediction_of(config: Mapping[str, Any]) -> Prediction:
-    """What a network predicts, by its scheduler; ValueError where it is unknown."""
-    old = "epsilon" if config.get("predict_epsilon", True) else "sample"
-    prediction = config.get("prediction_type", old)
-    return cast(Prediction, _checks.choice("prediction_type", prediction, PREDICTIONS))
-
-
-def clip_of(config: Mapping[str, Any]) -> float | None:
-    """Bound of the predicted images, by a network's scheduler, or None.
+    """What a network predicts, from its scheduler's configuration.
 
     Raises
     ------
     ValueError
-        If they are bounded image by image (``thresholding``).
+        If the prediction type is unknown.
+    """
+    old = "epsilon" if config.get("predict_epsilon", True) else "sample"
+    prediction = config.get("prediction_type", old)
+    return cast(Prediction, checks.choice("prediction_type", prediction, PREDICTIONS))
+
+
+def clip_of(config: Mapping[str, Any]) -> float | None:
+    """Bound to which a network's scheduler clips predicted images, or None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If each image has a bound of its own (``thresholding``), or the bound is not positive.
     """
     if config.get("thresholding", False):
         raise ValueError(
@@ -345,4 +352,4 @@ def clip_of(config: Mapping[str, Any]) -> float | None:
         )
     if not config.get("clip_sample", True):
         return None
-    return _checks.positive("clip_sample_range", config.get("clip_sample_range", 1.0))
+    return checks.positive("clip_sample_range", config.get("clip_sample_range", 1.0))

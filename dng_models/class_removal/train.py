@@ -1,10 +1,10 @@
-"""Training of diffusion networks that can be killed anywhere and started again.
+"""Training of diffusion networks that can be killed at any time and resumed.
 
-Nothing of step k is remembered from step k - 1 but the weights: the rows of its batch, their time
-steps, the noise and the labels that are left out come from (seed, k) alone, for the batch of all
-processes together, of which each takes its part.  So a state is weights, averages, moments of Adam
-and a number of steps, in one file; a training that was resumed ends with the same bits as one that
-was not interrupted, and one on several processes differs from it by rounding only.
+The random numbers of step k (rows of the batch, time steps, noise, omitted labels, flips) depend
+only on (seed, k).  They are drawn for the batch of all processes together, of which each takes its
+part.  A saved state therefore needs only weights, averages, moments of Adam, the running loss and
+the number of steps, in one file.  A resumed training ends with the same bits as an uninterrupted
+one, and one on several processes differs from it only by rounding.
 
 The loss is DDPM's (arXiv 2006.11239, Eq. 14), the mean squared error of the predicted noise.  Time
 steps are stratified over a batch: one in each of B equal intervals.
@@ -15,13 +15,11 @@ from __future__ import annotations
 import functools
 import json
 import math
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,23 +27,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dng_kernels import StepPlan, dng_step
-from dng_math import NoiseSchedule, _checks
-from dng_math.guidance import Unguided
-from dng_models import foreign
-from dng_models.class_removal import files, networks
-from dng_models.class_removal.config import TRAINING_PRECISIONS, TrainingPrecision
+from dng_math import NoiseSchedule
+from dng_math.rules import Unguided
+from dng_models.class_removal import networks
 from dng_models.class_removal.data import Dataset
-from dng_models.class_removal.networks import Size
-from dng_models.processes import only_writer
-from dng_models.progress import Progress, seconds_at, seconds_of
+from dng_models.support import files, foreign
+from dng_models.support.processes import only_writer, versions
+from dng_models.support.progress import Progress, seconds_at, seconds_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import UNet2DModel
+from dng_models.class_removal.training_config import (
+    SCHEDULE_STEPS,
+    Kind,
+    TrainConfig,
+    default_config,
+)
 
-Kind = Literal["base", "class", "conditional"]
-KINDS: tuple[Kind, ...] = ("base", "class", "conditional")
-SCHEDULE_STEPS = 1000
 STATE = networks.STATE
 LOSS = "loss.jsonl"
 GRID = "samples.png"
@@ -54,121 +53,8 @@ GRID_STEPS = 50
 LOSS_BINS = 10
 LOSS_COPIES = 256  # in each bin
 
-# What the random numbers of a step are for; also the order of their streams.
+# Purposes of random numbers; each seeds a stream of its own.
 _ROWS, _TIMES, _NOISE, _LABELS, _FLIPS = range(5)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a training depends on besides its data.
-
-    Attributes
-    ----------
-    steps : int
-        Updates of the weights.
-    batch_size : int
-        Images a step, over all processes.
-    learning_rate : float
-        Of Adam, at its height: it rises from 0 over ``warmup_steps`` and falls to 0 as a cosine.
-    warmup_steps : int
-        See above.
-    ema_decay : float
-        Of the average of the weights, which is the result; less in the first steps.
-    grad_clip : float
-        Largest norm of the gradient.
-    label_dropout : float
-        Share of images whose label a conditional network is not told.
-    flip : bool
-        Mirror every other image; for photographs, not for digits.
-    size : {"small", "paper"}, optional
-        Of the network; see :func:`dng_models.class_removal.networks.make_unet`.
-    mixed_precision : {"no", "bf16"}
-        bf16 where the processor has instructions for it.  (fp16's loss scale would be one state
-        more.)
-    seed : int
-        Of the first weights and of every batch.
-    checkpoint_every, log_every : int
-        Steps between states on the disk, and between lines of ``loss.jsonl``.
-    grid_every : int
-        Steps between grids of samples; 0 for one at the end.
-    keep_state : bool
-        Whether the state stays when the training is finished.
-    """
-
-    steps: int = 4000
-    batch_size: int = 64
-    learning_rate: float = 5e-3
-    warmup_steps: int = 100
-    ema_decay: float = 0.995
-    grad_clip: float = 1.0
-    label_dropout: float = 0.1
-    flip: bool = False
-    size: Size | None = None
-    mixed_precision: TrainingPrecision = "no"
-    seed: int = 0
-    checkpoint_every: int = 500
-    log_every: int = 50
-    grid_every: int = 0
-    keep_state: bool = False
-
-    def __post_init__(self) -> None:
-        _checks.integer("steps", self.steps, 1)
-        _checks.integer("batch_size", self.batch_size, 1)
-        _checks.positive("learning_rate", self.learning_rate)
-        _checks.integer("warmup_steps", self.warmup_steps, 0)
-        _checks.real("ema_decay", self.ema_decay, "in [0, 1)", 0.0, 1.0, closed="[)")
-        _checks.positive("grad_clip", self.grad_clip)
-        _checks.real("label_dropout", self.label_dropout, "in [0, 1]", 0.0, 1.0, closed="[]")
-        _checks.boolean("flip", self.flip)
-        if self.size is not None:
-            _checks.choice("size", self.size, networks.SIZES)
-        _checks.choice("mixed_precision", self.mixed_precision, TRAINING_PRECISIONS)
-        _checks.integer("seed", self.seed, 0)
-        _checks.integer("checkpoint_every", self.checkpoint_every, 1)
-        _checks.integer("log_every", self.log_every, 1)
-        _checks.integer("grid_every", self.grid_every, 0)
-        _checks.boolean("keep_state", self.keep_state)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The fields that the finished network depends on."""
-        reports = ("checkpoint_every", "log_every", "grid_every", "keep_state")
-        return {name: value for name, value in asdict(self).items() if name not in reports}
-
-
-_DIGITS = TrainConfig()
-_MNIST = TrainConfig(steps=3000, learning_rate=2e-3, checkpoint_every=250)
-_CIFAR = TrainConfig(
-    steps=60_000,
-    batch_size=128,
-    learning_rate=2e-4,
-    warmup_steps=1000,
-    ema_decay=0.9995,
-    flip=True,
-    checkpoint_every=2000,
-    log_every=100,
-)
-
-
-def default_config(dataset: Dataset, kind: Kind) -> TrainConfig:
-    """A configuration for images of that size.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        Whose image size decides: up to 8 (digits), up to 28 (MNIST) or above (CIFAR-10).
-    kind : {"base", "class", "conditional"}
-        A network of all classes, of one, or one that takes labels.
-    """
-    _checks.choice("kind", kind, KINDS)
-    if dataset.image_size <= 8:
-        steps = {"base": 4000, "class": 2200, "conditional": 5000}
-        return replace(_DIGITS, steps=steps[kind])
-    if dataset.image_size <= 28:
-        steps = {"base": 3000, "class": 1200, "conditional": 3500}
-        return replace(_MNIST, steps=steps[kind])
-    steps = {"base": 60_000, "class": 20_000, "conditional": 80_000}
-    return replace(_CIFAR, steps=steps[kind])
 
 
 # ---------------------------------------------------------------------- randomness
@@ -180,13 +66,13 @@ class Draws(NamedTuple):
     Attributes
     ----------
     rows : ndarray, shape (B,)
-        int64, which images.
+        int64, indices of the images.
     times : ndarray, shape (B,)
         int64, time steps from 0 to 999.
     noise : ndarray, shape (B, C, H, W)
         float32, standard normal.
     unlabelled, flipped : ndarray, shape (B,)
-        bool.
+        bool, images whose label is withheld, and images that are mirrored.
     """
 
     rows: NDArray[np.int64]
@@ -196,7 +82,7 @@ class Draws(NamedTuple):
     flipped: NDArray[np.bool_]
 
     def part(self, index: int, count: int) -> Draws:
-        """What process ``index`` of ``count`` takes; count divides B."""
+        """The part of process ``index`` of ``count`` processes; ``count`` must divide B."""
         size = len(self.rows) // count
         mine = slice(index * size, (index + 1) * size)
         return Draws(
@@ -219,18 +105,23 @@ def _order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 
 def draws(config: TrainConfig, step: int, n: int, shape: tuple[int, int, int]) -> Draws:
-    """The random numbers of a step: a function of the seed and of the step.
+    """The random numbers of a step, which depend only on the seed and the step.
 
     Parameters
     ----------
     config : TrainConfig
-        Its batch size, seed and shares.
+        Its batch size, seed, label dropout and flip are used.
     step : int
-        From 0.
+        Number of the step, from 0.
     n : int
-        Number of images in the data, each visited once an epoch.
+        Number of images in the data, each visited once per epoch.
     shape : tuple of int
-        C, H, W.
+        (C, H, W) of an image.
+
+    Returns
+    -------
+    Draws
+        For the batch of all processes together.
     """
     batch, seed = config.batch_size, config.seed
     position = step * batch + np.arange(batch)
@@ -239,7 +130,7 @@ def draws(config: TrainConfig, step: int, n: int, shape: tuple[int, int, int]) -
     for epoch in np.unique(epochs):
         here = epochs == epoch
         rows[here] = _order(seed, int(epoch), n)[position[here] % n]
-    # The places of the strata in the batch are shuffled: images of one epoch keep an order.
+    # Shuffle the strata, so that a place in the batch has no fixed range of times.
     rng = _rng(seed, _TIMES, step)
     strata = (rng.permutation(batch) + rng.random(batch)) / batch
     times = np.minimum((strata * SCHEDULE_STEPS).astype(np.int64), SCHEDULE_STEPS - 1)
@@ -266,26 +157,27 @@ def train_diffusion(
 ) -> Path:
     """Train a network on the images of a data set that are not held out.
 
-    A training that was stopped goes on from its last state; one that is finished is not done
-    again.  A process that ``accelerate launch`` or ``torchrun`` started is one of several.  (On a
-    CPU ``accelerate launch`` starts one, whatever ``--num_processes`` says: take ``torchrun``.)
+    A stopped training resumes from its last state; a finished one is not repeated.  Under
+    ``accelerate launch`` or ``torchrun`` all processes train one network together.  (On a CPU
+    ``accelerate launch`` starts a single process, whatever ``--num_processes`` says; use
+    ``torchrun``.)
 
     Parameters
     ----------
     dataset : Dataset
-        All classes, or ``dataset.only(name)`` for a network of one.
+        All classes, or ``dataset.only(name)`` for a network of one class.
     out : Path or str
-        Folder of the network, in diffusers' layout; ``training.json``, ``loss.jsonl`` and
-        ``samples.png`` beside it.
+        Folder of the network, in diffusers' layout, with ``training.json``, ``loss.jsonl`` and
+        ``samples.png`` beside the weights.
     config : TrainConfig, optional
         Default :func:`default_config`.
     conditional : bool
-        Whether the network takes labels, with ``len(dataset.classes)`` for none.
+        Whether the network takes labels, with ``len(dataset.classes)`` for "no label".
     device : torch.device or str, optional
-        "cpu" or "cuda"; default what accelerate finds.
+        "cpu" or "cuda"; default the device that accelerate finds.
     progress : bool
-        Whether to show the loss and the time left: a bar, or where there is no terminal a line
-        every half minute.
+        Whether to show the loss and the time left: a bar in a terminal, otherwise a line every half
+        minute.
 
     Returns
     -------
@@ -296,10 +188,9 @@ def train_diffusion(
     ------
     ValueError, TypeError
         If an argument is not allowed, ``out`` holds a state or a network of another configuration
-        (names the field), or a file there is damaged.
+        (the message names the field), a file there is damaged, or the loss is not finite.
     OSError
-        If something cannot be written, or another process trains there; the last state stays as it
-        is.
+        If something cannot be written, or another process trains there; the last state is kept.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"dataset must be a Dataset, got {dataset!r}")
@@ -321,7 +212,7 @@ def train_diffusion(
             f"{accelerator.num_processes}; got {config.batch_size}"
         )
     with only_writer(out, accelerator):
-        # Another process may have finished it until now.
+        # Another process may have finished the training while this one waited for the lock.
         if not _is_finished(out, identity):
             run = _Run(data, out, config, identity, accelerator, conditional)
             run.resume()
@@ -335,7 +226,7 @@ def train_diffusion(
 
 
 def _identity(data: Dataset, config: TrainConfig, conditional: bool) -> dict[str, Any]:
-    """All that the finished network depends on; ``data`` are what it is trained on."""
+    """Everything that the finished network depends on; ``data`` are the training images."""
     present = sorted(set(data.labels.tolist()))
     return {
         **config.identity,
@@ -351,19 +242,19 @@ def _identity(data: Dataset, config: TrainConfig, conditional: bool) -> dict[str
 def updates_left(
     dataset: Dataset, out: Path | str, config: TrainConfig, *, conditional: bool = False
 ) -> int:
-    """How many updates :func:`train_diffusion` would do, which takes the same arguments.
+    """The number of updates that :func:`train_diffusion` would do with the same arguments.
 
     Raises
     ------
     ValueError
-        If it would refuse them: the folder holds a state or network of another configuration, the
-        network cannot have images of this size, or a file is damaged.
+        If it would refuse them: the folder holds a state or network of another configuration, no
+        network exists for images of this size, or a file is damaged.
     """
     out, data = Path(out), dataset.train
     identity = _identity(data, config, conditional)
     if _is_finished(out, identity):
         return 0
-    with torch.device("meta"):  # it says what is wrong with the size
+    with torch.device("meta"):  # raises if the size is not possible, without using memory
         networks.make_unet(
             data.image_size, data.channels, num_classes=len(data.classes), size=config.size
         )
@@ -382,9 +273,9 @@ def seconds_per_update(
     conditional: bool = False,
     device: torch.device | str | None = None,
 ) -> float:
-    """How long an update of :func:`train_diffusion` takes here, found out by doing some.
+    """Seconds that an update of :func:`train_diffusion` takes here, measured on a few updates.
 
-    Of a batch that takes long only a part is done (:func:`dng_models.progress.seconds_at`).
+    Large batches are timed in part (:func:`dng_models.support.progress.seconds_at`).
     """
     accelerator = _accelerator(config, device)
 
@@ -400,7 +291,7 @@ def seconds_per_update(
 
 
 def _is_finished(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether a folder holds the network of this configuration, all of it."""
+    """Whether a folder holds a finished network; ValueError if of another configuration."""
     if not (out / networks.METADATA).is_file():
         return False
     done = networks.read_metadata(out)
@@ -409,7 +300,7 @@ def _is_finished(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def _is_untidy(out: Path) -> bool:
-    """Whether a training was killed after its end, before it had put away its tools."""
+    """Whether a finished training was killed before it removed its lock and state."""
     return (out / files.LOCK).exists() or _has_unkept_state(out)
 
 
@@ -419,7 +310,7 @@ def _has_unkept_state(out: Path) -> bool:
 
 
 def _same(saved: object, wanted: dict[str, Any], path: Path) -> None:
-    """Raise a ValueError that names the first field that differs."""
+    """Raise a ValueError naming the first field in which two configurations differ, if any."""
     if not isinstance(saved, dict):
         raise ValueError(f"{path} does not say how it was trained: choose another folder")
     for name, value in wanted.items():
@@ -438,7 +329,7 @@ def _accelerator(config: TrainConfig, device: torch.device | str | None) -> Acce
     kind = None if wanted is None else wanted.type
     if wanted is not None and kind == "cuda" and wanted.index is not None:
         torch.cuda.set_device(wanted)
-    # The precision is one per process unless it is forgotten; trainings differ in it.
+    # Accelerate keeps one precision per process; reset it, since trainings differ in precision.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=kind == "cpu")
     if kind is not None and accelerator.device.type != kind:
@@ -454,7 +345,7 @@ def _not_a_state(path: Path) -> str:
 
 
 def _told(path: Path, metadata: Mapping[str, str]) -> tuple[int, int, object]:
-    """Of a state: how many steps it has done, losses that are added up, its configuration."""
+    """Step, number of summed losses and configuration, from the metadata of a state."""
     try:
         told = {name: foreign.parse_json(text, path) for name, text in metadata.items()}
         step, count = (foreign.member(told, name, int, path) for name in ("step", "loss_count"))
@@ -464,7 +355,7 @@ def _told(path: Path, metadata: Mapping[str, str]) -> tuple[int, int, object]:
 
 
 class _Run:
-    """One training: the network, its average, Adam, and how far it is."""
+    """One training: the network, its averaged weights, Adam and the current step."""
 
     def __init__(
         self,
@@ -506,7 +397,7 @@ class _Run:
     # The state
 
     def save(self) -> None:
-        """Write the state; every process calls it, the first one writes."""
+        """Save the state; every process calls this, and the main one writes the file."""
         self._gather_loss()
         if not self.accelerator.is_main_process:
             return
@@ -528,7 +419,7 @@ class _Run:
         files.save_tensors(self.out / STATE, tensors, metadata)
 
     def resume(self) -> None:
-        """Go on from the state, if there is one."""
+        """Load the saved state, if there is one, and prepare the network for training."""
         path = self.out / STATE
         if path.is_file():
             self._load(path)
@@ -564,7 +455,7 @@ class _Run:
     # The steps
 
     def train(self, progress: bool) -> None:
-        """All steps that are left."""
+        """Do all remaining steps, with logs, states and grids."""
         config = self.config
         bar = Progress(
             config.steps,
@@ -595,7 +486,7 @@ class _Run:
         )
 
     def update(self) -> Tensor:
-        """One step of the weights and of their average; returns the loss."""
+        """Update the weights and their average by one step; return the loss."""
         config, accelerator = self.config, self.accelerator
         shape = tuple(self.images.shape[1:])
         mine = draws(config, self.step, len(self.images), shape).part(  # type: ignore[arg-type]
@@ -619,18 +510,18 @@ class _Run:
             group["lr"] = self.rate()
         self.adam.step()
         self.adam.zero_grad()
-        # The first weights are forgotten: an average over a share of the steps so far.
+        # Averaging over a share of the steps so far forgets the random initial weights.
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, 1.0 - decay)
         return loss.detach()
 
     def timed_update(self) -> None:
-        """A step, and the wait until the device has done it."""
+        """Do one update and wait until the device has finished it."""
         self.update().item()
 
     def _gather_loss(self) -> None:
-        """The mean over processes of what each has added up; raises where it is not finite."""
+        """Average the summed loss over processes; ValueError if it is not finite."""
         if self.accelerator.num_processes > 1:
             total = self.loss_sum.to(self.device)
             self.loss_sum = self.accelerator.reduce(total, reduction="mean").cpu()
@@ -641,7 +532,7 @@ class _Run:
             )
 
     def _log(self) -> float:
-        """Write the mean loss since the last line, and return it."""
+        """Append the mean loss since the last line to the log, and return it."""
         self._gather_loss()
         loss = float(self.loss_sum) / self.loss_count
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
@@ -654,7 +545,7 @@ class _Run:
 
     @contextmanager
     def _averaged(self) -> Iterator[UNet2DModel]:
-        """The network with the average in place of its weights."""
+        """The network with its averaged weights, for the duration of the context."""
         own = [p.detach().clone() for p in self.parameters]
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.average)
@@ -669,7 +560,7 @@ class _Run:
                 save_grid(net, path)
 
     def finish(self, held_out: Dataset) -> None:
-        """Write the network, and drop the state."""
+        """Write the network with its losses and samples, and delete the state."""
         told: dict[str, Any] = {
             "configuration": self.identity,
             "classes": self.identity["classes"],
@@ -678,7 +569,7 @@ class _Run:
             "steps": self.step,
             "keep_state": self.config.keep_state,
             "loss": _last_loss(self.out / LOSS),
-            "versions": versions(),
+            "versions": versions("accelerate", "diffusers", "numpy", "torch"),
         }
         with self._averaged() as net:
             data = {
@@ -696,14 +587,8 @@ class _Run:
             (self.out / STATE).unlink(missing_ok=True)
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of what a training depends on."""
-    names = ("accelerate", "diffusers", "numpy", "torch")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
 def _truncate_log(path: Path, step: int) -> None:
-    """Drop the lines after the state, and a last line that was cut."""
+    """Drop log lines that are newer than the state, and a torn last line."""
     if not path.is_file():
         return
     kept = []
@@ -735,9 +620,10 @@ def denoising_loss(
     batch_size: int = 512,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Mean squared error of the predicted noise over diffusion time.
+    """Mean squared error of the predicted noise, in bins of diffusion time.
 
-    The draws depend on the seed alone: networks that saw the same images can be compared closely.
+    The noise and the time steps depend only on the seed, so that networks are compared on the same
+    noised images.
 
     Parameters
     ----------
@@ -746,20 +632,20 @@ def denoising_loss(
     images : Tensor, shape (N, C, H, W)
         In [-1, 1].
     labels : Tensor, shape (N,), optional
-        For a conditional network.
+        Class labels, int64; required by a conditional network.
     bins : int
-        Equal intervals of the time steps.
+        Number of equal intervals of the time steps.
     copies : int
-        Noised images in each bin.
+        Number of noised images in each bin.
     batch_size : int
-        Images at once.
+        Number of images per call of the network.
     seed : int
-        Of images, time steps and noise.
+        Seed of the time steps and the noise.
 
     Returns
     -------
-    ndarray, shape (bins,)
-        Cleanest first.
+    ndarray of float64, shape (bins,)
+        Mean squared error per pixel, the cleanest bin first.
     """
     device = next(net.parameters()).device
     schedule = NoiseSchedule.linear(SCHEDULE_STEPS)
@@ -792,7 +678,7 @@ def denoising_loss(
 def save_grid(net: UNet2DModel, path: Path | str, *, seed: int = 0) -> None:
     """Draw 10 x 10 samples of a network as a PNG: 50 steps of DDPM, unguided.
 
-    A conditional network draws one class a column.
+    A conditional network draws one class per column.
     """
     from PIL import Image
 

@@ -1,27 +1,17 @@
 """Text to image from the command line: ``python -m dng_models.text_to_image COMMAND``.
 
-Nothing heavy is imported before the arguments are known to be right, so that ``--help`` answers
-at once.
+Nothing heavy is imported before the arguments are parsed, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from dng_models import command_line
-from dng_models.text_to_image.config import (
-    DEFAULT_CLIP,
-    DTYPES,
-    FRACTIONS,
-    RULES,
-    SCHEDULERS,
-    Config,
-)
+from dng_models.support import command_line, options
+from dng_models.text_to_image.config import DEFAULT_CLIP, Config
 
 PROGRAM = "python -m dng_models.text_to_image"
 BATCH_SIZE = 4
@@ -71,21 +61,6 @@ examples:
 # ---------------------------------------------------------------------- options
 
 
-def _default(name: str) -> str:
-    """Of a field of the configuration, in words."""
-    value = {field.name: field.default for field in dataclasses.fields(Config)}[name]
-    if isinstance(value, tuple):
-        value = " ".join(str(each) for each in value)
-    return f" (default: {value})" if value is not None else ""
-
-
-def _field(group: Any, flag: str, text: str, default: str | None = None, **options: Any) -> None:
-    """An option that is a field of the configuration; absent where it is not given."""
-    name = options.pop("dest", flag.removeprefix("--").replace("-", "_"))
-    shown = _default(name) if default is None else f" (default: {default})" if default else ""
-    group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text + shown, **options)
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part for each in text.split(",") if (part := each.strip()))
 
@@ -98,7 +73,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 class _Joined(argparse.Action):
-    """Values apart, by commas or by spaces, as one tuple."""
+    """Join values that commas or spaces separate into one tuple."""
 
     def __call__(
         self,
@@ -112,27 +87,17 @@ class _Joined(argparse.Action):
 
 def _drawing_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    _field(
-        group,
-        "--model",
-        "any text-to-image pipeline of diffusers: a name on the hub, or a folder. The paper's "
-        "numbers are of Stable Diffusion 2",
-        metavar="NAME_OR_DIR",
-    )
+    options.add(group, Config, "model")
     group.add_argument(
         "--tiny",
         action="store_true",
         help="a tiny random pipeline and a tiny CLIP instead, few steps and images: shows that "
         "everything works, and nothing else",
     )
-    _field(
-        group,
-        "--dtype",
-        "of the networks",
-        "float16 on a GPU, else float32",
-        choices=DTYPES,
+    options.add(group, Config, "dtype", shown="float16 on a GPU, else float32")
+    group = parser.add_argument_group(
+        "what is drawn", "Rules and scales are separated by commas or spaces."
     )
-    group = parser.add_argument_group("what is drawn")
     group.add_argument(
         "--prompts",
         default="paper",
@@ -144,77 +109,17 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--only", nargs="+", metavar="NAME", help="of the prompts, those with these names"
     )
-    _field(
-        group,
-        "--rules",
-        f"of {', '.join(RULES)}; apart by commas or spaces",
-        nargs="+",
-        type=_names,
-        action=_Joined,
-        metavar="RULE",
-    )
+    options.add(group, Config, "rules", type=_names, action=_Joined)
     scales = group.add_mutually_exclusive_group()
-    _field(
-        scales,
-        "--scales",
-        "guidance scales of every rule and prompt",
-        "",
-        nargs="+",
-        type=_numbers,
-        action=_Joined,
-        metavar="G",
+    options.add(scales, Config, "guidance_scales", type=_numbers, action=_Joined)
+    options.add(
+        scales, Config, "fractions", flag="--relative-scales", type=_numbers, action=_Joined
     )
-    _field(
-        scales,
-        "--relative-scales",
-        "the same as fractions of the prompt's own scale (np_scale or dng_scale)",
-        " ".join(f"{each:g}" for each in FRACTIONS),
-        dest="fractions",
-        nargs="+",
-        type=_numbers,
-        action=_Joined,
-        metavar="X",
-    )
-    _field(
-        group, "--num-images", "of every prompt, rule, negative and scale", type=int, metavar="N"
-    )
-    _field(group, "--seed", "of the first image; image i has seed + i", type=int, metavar="N")
-    for side in ("--height", "--width"):
-        text = "of the images (default: the pipeline's)"
-        _field(group, side, text, type=int, metavar="PIXELS")
+    options.add(group, Config, "num_images", "seed", "height", "width")
 
     group = parser.add_argument_group("how it is drawn")
-    _field(
-        group,
-        "--steps",
-        "of the sampler; DNG's offset is added at each of them, so that its hyperparameters belong "
-        "to a number of steps",
-        type=int,
-        metavar="N",
-    )
-    _field(
-        group,
-        "--scheduler",
-        "auto: ddpm, or flow for flow-matching models, whose noise DNG can be tracked with; own: "
-        "what the pipeline comes with",
-        choices=SCHEDULERS,
-    )
-    _field(
-        group,
-        "--cfg-scale",
-        "classifier-free guidance of the positive prompt, guided and unguided (default: its plain "
-        "prediction)",
-        type=float,
-        metavar="W",
-    )
-    group.add_argument(
-        "--guidance-interval",
-        dest="interval",
-        nargs=2,
-        type=float,
-        metavar=("LO", "HI"),
-        help="guide only at these diffusion times; 1 is the noisy end (default: 0 1)",
-    )
+    options.add(group, Config, "steps", "scheduler", "cfg_scale")
+    options.add_interval(group, "--guidance-interval")
     group.add_argument(
         "--negative-prompts",
         choices=("whole", "split"),
@@ -222,44 +127,18 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
         help="split: the concepts between the commas of a negative prompt each have a posterior; "
         "DNG only (default: whole)",
     )
-    _field(
-        group,
-        "--contrast",
-        "temperature of contrastive CFG (ccfg), per squared difference of the predictions",
-        type=float,
-        metavar="X",
-    )
+    options.add(group, Config, "contrast")
 
 
 def _scoring_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is measured")
-    _field(
-        group,
-        "--clip",
-        "CLIP model of the similarities: a name on the hub, or a folder",
-        f"{DEFAULT_CLIP}, or the tiny one of a tiny run",
-        metavar="NAME_OR_DIR",
-    )
-    _field(
-        group,
-        "--detector",
-        "what tells whether the unwanted is in an image, zero-shot: clip (the same model), another "
-        "CLIP model, or none",
-        metavar="NAME_OR_DIR",
-    )
+    options.add(group, Config, "clip", shown=f"{DEFAULT_CLIP}, or the tiny one of a tiny run")
+    options.add(group, Config, "detector")
 
 
 def _run_options(parser: argparse.ArgumentParser, *, networks: bool = True) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the run (default: runs/text_to_image)"
-    )
+    group = options.run_group(parser, "runs/text_to_image", device=networks)
     if networks:
-        group.add_argument(
-            "--device",
-            metavar="NAME",
-            help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)",
-        )
         group.add_argument(
             "--batch-size",
             type=int,
@@ -275,7 +154,7 @@ def _run_options(parser: argparse.ArgumentParser, *, networks: bool = True) -> N
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser, command = command_line.commands_of(PROGRAM, DESCRIPTION, EPILOG)
     run = command(
         "run",
@@ -292,7 +171,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate = command(
         "generate",
         "Draw the images that are not there yet, into DIR/images.",
-        "--tiny\n--only 'dinner table' --rules dng --scales 5 10 20",
+        "--tiny\n--only 'dinner table' --rules dng --guidance-scales 5 10 20",
     )
     _drawing_options(generate)
     _run_options(generate)
@@ -333,7 +212,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Words after the program's name.  Default: those of this process.
+    """
     return command_line.run(PROGRAM, make_parser(), "dng_models.text_to_image.commands", arguments)
 
 

@@ -1,4 +1,4 @@
-"""What the commands do; :mod:`dng_models.text_to_image.__main__` reads their arguments."""
+"""The experiment's commands; :mod:`dng_models.text_to_image.__main__` parses their arguments."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from dng_math import _checks
-from dng_models.class_removal import files
+from dng_math import checks
+from dng_models.support import files
 from dng_models.text_to_image import compare, prompts, store
 from dng_models.text_to_image.config import DEFAULT_CLIP, TINY, Config, prompts_from_json
-from dng_models.text_to_image.generate import Materials, generate, measure
+from dng_models.text_to_image.generation import Materials, generate, measure
 from dng_models.text_to_image.store import RunFolder
 
 MEANINGLESS = "Of tiny random networks: these numbers show that everything works, and nothing else."
-# What --tiny does instead, where nothing else is given.
+# Defaults with --tiny.
 FEWER: dict[str, Any] = {"model": TINY, "clip": TINY, "steps": 6, "num_images": 4}
 
 
 def _config(given: argparse.Namespace) -> Config:
-    """The configuration that the arguments describe."""
+    """Make the configuration from the parsed arguments."""
     names = {field.name for field in dataclasses.fields(Config)}
     told = {
         name: value
@@ -43,7 +43,7 @@ def _config(given: argparse.Namespace) -> Config:
     if given.only:
         by_name = {prompt.name: prompt for prompt in chosen}
         for name in given.only:
-            _checks.choice("only", name, tuple(by_name))
+            checks.choice("only", name, tuple(by_name))
         chosen = tuple(by_name[name] for name in dict.fromkeys(given.only))
     return Config(prompts=chosen, **told)
 
@@ -81,7 +81,7 @@ def score_command(given: argparse.Namespace) -> None:
 
 
 def _measuring(given: argparse.Namespace, folder: RunFolder) -> Config:
-    """A configuration of who measures the images of a folder."""
+    """Configuration for measuring a folder: its model, and the CLIP and detector to use."""
     settings = store.read_settings(folder)
     if settings is None:
         raise FileNotFoundError(f"there are no images in {folder.path}: 'generate' draws them")
@@ -126,17 +126,17 @@ def plot_command(given: argparse.Namespace) -> None:
 
 
 def run_command(given: argparse.Namespace) -> None:
-    """All of it."""
+    """Draw the images, measure them, and write the figures and tables."""
     from dng_models.text_to_image import plot
 
     config, materials = _config(given), _materials(given)
     with materials.only_writer(materials.folder.path):
-        # What is missing should be known before hours of drawing.
+        # Load the models first: a missing one should fail before hours of drawing.
         materials.pipeline(config)
         materials.detector(config)
         generate(config, materials, progress=not given.quiet)
         measure(config, materials, progress=not given.quiet)
-        # The detector has named images whose way through time is to be seen.
+        # Once measured, the images to follow are known, and this call draws their strips.
         generate(config, materials, progress=not given.quiet)
         if materials.processes.is_main_process:
             for path in plot.draw_all(materials.folder.path):

@@ -1,6 +1,6 @@
-"""What a run came to: prompts, similarities, Q and detections, as tables.
+"""Results of a run as tables: prompts, similarities, Q and detections.
 
-It reads records, the lines of ``images.jsonl``, and loads no torch.
+The functions take records, the lines of ``images.jsonl``; torch is not needed.
 """
 
 from __future__ import annotations
@@ -16,50 +16,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dng_math.distances import binomial_interval
-from dng_models.metrics import Estimate, Selectivity, selectivity
+from dng_models.support.metrics import Estimate
 from dng_models.text_to_image.config import KINDS, METHODS, UNGUIDED, Kind
+from dng_models.text_to_image.paper_q import Selectivity, selectivity
 from dng_models.text_to_image.prompts import Prompt, split
 
 Array = NDArray[np.float64]
 Record = Mapping[str, Any]
-PRESENT = 0.5  # from this probability on a concept counts as found
+PRESENT = 0.5  # lowest probability at which a concept counts as found
 
-# The paper's Q (its Eq. 23) as it prints it: mean and standard deviation over its five prompts.
-# Its values for single prompts are left out: it numbers the prompts differently in each table.
+# The paper's printed Q (Eq. 23): mean and standard deviation over its five prompts.  Its values for
+# single prompts are left out, because its tables number the prompts differently.
 PAPER_Q: dict[str, tuple[float, float]] = {"np": (0.007, 0.014), "dng": (0.052, 0.022)}
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """The images of one prompt, rule, negative and scale; N of them.
+    """The N images of one prompt, rule, negative and guidance scale.
 
     Attributes
     ----------
     prompt, rule, kind : str
-    scale : float
+        Name of the prompt, name of the rule, and kind of the negative.
+    guidance_scale : float
     records : tuple of mapping
-        In the order of the images.
+        One record for each image, sorted by image number.
     """
 
     prompt: str
     rule: str
     kind: Kind
-    scale: float
+    guidance_scale: float
     records: tuple[Record, ...]
 
     @property
     def images(self) -> tuple[int, ...]:
-        """Their numbers."""
+        """Numbers of the images."""
         return tuple(record["image"] for record in self.records)
 
     def cosines(self, images: Iterable[int] | None = None) -> Array:
-        """CLIP similarity to the unguided images, of all or some of the images."""
+        """CLIP cosine of all, or the chosen, images to the unguided ones; shape (N,)."""
         chosen = set(self.images if images is None else images)
         return np.array([r["clip_cosine"] for r in self.records if r["image"] in chosen])
 
     @property
     def mean_scale(self) -> float:
-        """Of the dynamic scale, over steps and images."""
+        """Mean of the dynamic scale over steps and images."""
         return float(np.mean([np.mean(_numbers(record["scale"])) for record in self.records]))
 
 
@@ -68,7 +70,7 @@ def _numbers(values: Sequence[float | None]) -> Array:
 
 
 def cells(records: Iterable[Record]) -> list[Cell]:
-    """The records by what they are of, in the order that they come in."""
+    """Group the records by prompt, rule, kind and guidance scale, in order of appearance."""
     found: dict[tuple[str, str, Kind, float], list[Record]] = {}
     for record in records:
         key = (record["prompt"], record["rule"], record["kind"], record["guidance_scale"])
@@ -81,16 +83,17 @@ def cells(records: Iterable[Record]) -> list[Cell]:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """A prompt and a rule: what both negatives did at the scales that both have.
+    """Result of a prompt and a rule, at the guidance scales that both negatives have.
 
     Attributes
     ----------
     prompt, rule : str
     scales : tuple of float
-        S of them.
+        The S guidance scales, ascending.
     selectivity : Selectivity
-        With the mean similarities.
+        Q, mean gap and ratio, with the mean similarities.
     images : int
+        Number of images at each scale.
     """
 
     prompt: str
@@ -101,10 +104,18 @@ class Summary:
 
 
 def summaries(records: Iterable[Record]) -> list[Summary]:
-    """Q, mean gap and ratio of every prompt and rule, of the images that all their points have.
+    """Q, mean gap and ratio of every prompt and rule, over the images that all scales have.
 
-    Prompts in the order that they come in, rules in that of
-    :data:`dng_models.text_to_image.config.METHODS`.
+    Parameters
+    ----------
+    records : iterable of mapping
+        Measured images.
+
+    Returns
+    -------
+    list of Summary
+        Prompts in order of appearance, rules in that of
+        :data:`dng_models.text_to_image.config.METHODS`.
 
     Raises
     ------
@@ -134,7 +145,7 @@ def summaries(records: Iterable[Record]) -> list[Summary]:
 
 
 def _summary(prompt: str, rule: str, found: Sequence[Cell]) -> Summary | None:
-    by = {kind: {c.scale: c for c in found if c.kind == kind} for kind in KINDS}
+    by = {kind: {c.guidance_scale: c for c in found if c.kind == kind} for kind in KINDS}
     scales = sorted(by["related"].keys() & by["unrelated"].keys())
     chosen = [by[kind][scale] for kind in KINDS for scale in scales]
     if not chosen:
@@ -160,7 +171,10 @@ def _summary(prompt: str, rule: str, found: Sequence[Cell]) -> Summary | None:
 def presence(cell: Cell, concepts: Sequence[str]) -> Estimate | None:
     """Share of the images in which at least one of the concepts is found, with its interval.
 
-    None where nothing was looked for.
+    Returns
+    -------
+    Estimate or None
+        None if no detector was run.
     """
     shares = [any_found(record, concepts) for record in cell.records]
     if any(share is None for share in shares):
@@ -171,7 +185,7 @@ def presence(cell: Cell, concepts: Sequence[str]) -> Estimate | None:
 
 
 def any_found(record: Record, concepts: Sequence[str]) -> bool | None:
-    """Whether at least one of the concepts is found in an image; None where nothing was asked."""
+    """Whether the detector found at least one of the concepts; None if no detector was run."""
     found = record.get("presence")
     if found is None:
         return None
@@ -183,7 +197,10 @@ def would_be_forbidden(
 ) -> tuple[int, ...]:
     """Images of a prompt in which at least one of the concepts is found without guidance.
 
-    In ascending order; none where nothing was looked for.
+    Returns
+    -------
+    tuple of int
+        Numbers of the images, ascending; empty if no detector was run.
     """
     return tuple(
         sorted(
@@ -196,7 +213,7 @@ def would_be_forbidden(
 
 
 def mean_probability(cell: Cell, concepts: Sequence[str]) -> float | None:
-    """Mean over the images of the mean probability of the concepts; None where there is none."""
+    """Mean probability of the concepts over all images; None if no detector was run."""
     means = []
     for record in cell.records:
         found = record.get("presence")
@@ -207,7 +224,7 @@ def mean_probability(cell: Cell, concepts: Sequence[str]) -> float | None:
 
 
 def unguided_of(found: Iterable[Cell]) -> dict[str, Cell]:
-    """The unguided images of each prompt."""
+    """The cell of the unguided images of each prompt, by the prompt's name."""
     return {cell.prompt: cell for cell in found if cell.rule == UNGUIDED}
 
 
@@ -215,7 +232,7 @@ def unguided_of(found: Iterable[Cell]) -> dict[str, Cell]:
 
 
 def prompt_table(prompts: Sequence[Prompt]) -> str:
-    """The prompts and what guidance takes for them, as the paper's Table 1; Markdown."""
+    """The prompts and their hyperparameters as Markdown, like the paper's Table 1."""
     lines = [
         "| prompt | positive prompt | related negative | unrelated negative | prior | temperature "
         "| offset | NP scale | DNG scale |",
@@ -230,12 +247,12 @@ def prompt_table(prompts: Sequence[Prompt]) -> str:
 
 
 def _in_a_cell(text: str) -> str:
-    """A text that no column of a Markdown table begins or ends in."""
+    """Put a text on one line and escape the bars, for a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def table(records: Sequence[Record]) -> str:
-    """Q by prompt and rule beside the paper's, the mean gap and ratio; detections; Markdown."""
+    """Q, mean gap and ratio by prompt and rule, the paper's Q, and detections, as Markdown."""
     found = summaries(records)
     rules = [rule for rule in METHODS if any(each.rule == rule for each in found)]
     lines = [
@@ -284,7 +301,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def q_table(records: Sequence[Record]) -> str:
-    """A line of CSV for every prompt and rule: Q, mean gap and ratio with their intervals."""
+    """Q, mean gap and ratio with their intervals as CSV, one line per prompt and rule."""
     output = io.StringIO()
     estimates = ("q", "gap", "ratio")
     names = ["prompt", "rule", "scales", "images"]
@@ -310,7 +327,7 @@ def _or_nothing(value: float) -> str:
 
 
 def detection_table(records: Sequence[Record]) -> str:
-    """At the largest scale of each rule: are the concepts of the negative gone?  Markdown."""
+    """How often each negative's concepts are found at each rule's largest scale, as Markdown."""
     found = cells(records)
     unguided = unguided_of(found)
     lines = []
@@ -319,7 +336,7 @@ def detection_table(records: Sequence[Record]) -> str:
             row = [_in_a_cell(prompt), METHODS[rule].label]
             for kind in KINDS:
                 of = [c for c in found if (c.prompt, c.rule, c.kind) == (prompt, rule, kind)]
-                last = max(of, key=lambda cell: cell.scale, default=None)
+                last = max(of, key=lambda cell: cell.guidance_scale, default=None)
                 if last is None or prompt not in unguided:
                     row += ["", ""]
                     continue
@@ -333,7 +350,7 @@ def detection_table(records: Sequence[Record]) -> str:
                     f"{float(np.mean(last.cosines())):.3f}",
                 ]
                 if kind == "related":
-                    row.insert(2, f"{last.scale:g}")
+                    row.insert(2, f"{last.guidance_scale:g}")
             if any(row[2:]):
                 lines.append(f"| {' | '.join(row)} |")
     header = [
@@ -350,7 +367,7 @@ def detection_table(records: Sequence[Record]) -> str:
 
 
 def csv_table(records: Sequence[Record]) -> str:
-    """A line for every prompt, rule, negative and scale."""
+    """All measurements as CSV, one line per prompt, rule, negative and guidance scale."""
     found = cells(records)
     unguided = unguided_of(found)
     output = io.StringIO()
@@ -373,7 +390,7 @@ def csv_table(records: Sequence[Record]) -> str:
             "prompt": cell.prompt,
             "rule": cell.rule,
             "negative": cell.kind,
-            "guidance_scale": cell.scale,
+            "guidance_scale": cell.guidance_scale,
             "images": len(cell.records),
             "clip_cosine": float(np.mean(cosines)),
             "clip_cosine_error": error,
@@ -398,7 +415,7 @@ def _interval(found: Estimate, digits: int) -> str:
 
 
 def fixed(value: float, digits: int) -> str:
-    """With so many digits, and no minus before nothing but zeros."""
+    """Format a number with a fixed number of decimals, and zero without a minus sign."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 

@@ -1,9 +1,9 @@
-"""What decides the images, in one typed object, and the points of its sweep.
+"""The configuration of a run, and the points of its sweep.
 
 A :class:`Config` is everything that the images of one folder share; a :class:`Point` is one prompt,
 rule, negative and scale, of which images with the seeds ``seed``, ``seed + 1``, ... are drawn.
-Nothing that cannot change an image beyond the rounding of a network (the device, the batch size,
-the number of processes) is compared when a folder is used again.
+What changes an image by no more than the rounding of a network (the device, the batch size, the
+number of processes) is not compared when a folder is used again.
 """
 
 from __future__ import annotations
@@ -14,44 +14,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dng_math import _checks
-from dng_math.guidance import (
-    ContrastiveCFG,
-    DynamicNegativeGuidance,
-    LimitedInterval,
-    NegativePrompting,
-    PerpNeg,
-    Rule,
-    SafeLatentDiffusion,
-    Unguided,
-)
+from dng_math import checks
+from dng_math.rules import DynamicNegativeGuidance, Rule, Unguided, limited, rule_named
+from dng_models.support.options import between, check, integer, option, settings
 from dng_models.text_to_image.prompts import PAPER, Prompt, check_names, file_name, from_json, split
 
 Kind = Literal["none", "related", "unrelated"]
 KINDS: tuple[Kind, ...] = ("related", "unrelated")
 UNGUIDED = "none"
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-DEFAULT_RULES = ("np", "dng")
 DEFAULT_MODEL = "stabilityai/stable-diffusion-2"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 TINY = "tiny"
-DTYPES = ("float32", "float16", "bfloat16")
-SCHEDULERS = ("auto", "ddpm", "ddim", "euler-ancestral", "sde-dpm++", "flow", "own")
+Scheduler = Literal["auto", "ddpm", "ddim", "euler-ancestral", "sde-dpm++", "flow", "own"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A rule as the sweep knows it.
+    """How the sweep treats a rule.
 
     Attributes
     ----------
     label : str
-        In tables and figures.
+        Name in tables and figures.
     reference : {"np", "dng"}
-        Which of a prompt's two scales the relative ones are fractions of.  The paper has none for
-        the other constant rules: they take negative prompting's.
+        Which of a prompt's two scales the relative ones are fractions of.  The paper has scales
+        for "np" and "dng" only: the other constant rules take those of negative prompting.
     several : bool
-        Whether it takes several concepts.
+        Whether the rule takes several concepts.
     """
 
     label: str
@@ -77,25 +66,27 @@ class Point:
     Attributes
     ----------
     prompt : Prompt
+        The prompt, with its negatives and hyperparameters.
     rule : str
         A name of :data:`METHODS`, or "none".
     kind : {"none", "related", "unrelated"}
-    scale : float
-        0 for "none".
+        Which of the prompt's negatives is used; "none" without guidance.
+    guidance_scale : float
+        Guidance scale g; 0 for the rule "none".
     """
 
     prompt: Prompt
     rule: str
     kind: Kind
-    scale: float
+    guidance_scale: float
 
     @property
     def key(self) -> str:
-        """A name that no other point of the run has, which is a path too."""
+        """Name of the point, unique in the run; also the path of its images."""
         folder = file_name(self.prompt.name)
         if self.rule == UNGUIDED:
             return f"{folder}/unguided"
-        return f"{folder}/{self.rule}-{self.kind}-{self.scale:.10g}"
+        return f"{folder}/{self.rule}-{self.kind}-{self.guidance_scale:.10g}"
 
     @property
     def unguided(self) -> Point:
@@ -104,120 +95,149 @@ class Point:
 
     @property
     def negative(self) -> str | None:
-        """The negative prompt, None where there is no guidance."""
+        """The negative prompt; None without guidance."""
         return None if self.kind == "none" else self.prompt.negative(self.kind)
 
 
-@dataclass(frozen=True)
+def _model_name(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{name} must be a name or a folder, got {value!r}")
+    return value
+
+
+def _sequence(name: str, value: Any) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a tuple, got {value!r}")
+    return value
+
+
+def _prompts(name: str, value: object) -> tuple[Prompt, ...]:
+    found = _sequence(name, value)
+    if not found or not all(isinstance(each, Prompt) for each in found):
+        raise ValueError(f"{name} must hold at least one prompt, got {found!r}")
+    check_names(found)
+    return tuple(found)
+
+
+def _rules(name: str, value: object) -> tuple[str, ...]:
+    found = _sequence(name, value)
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{name} must name at least one rule, each once; got {found!r}")
+    return tuple(checks.choice(name, each, RULES) for each in found)
+
+
+def _scales(name: str, value: object) -> tuple[float, ...]:
+    """Scales as floats, smallest first, each once."""
+    values = _sequence(name, value)
+    found = sorted({checks.non_negative(name, each) for each in values})
+    if not any(found):
+        raise ValueError(f"{name} must hold at least one that is not 0, got {tuple(values)!r}")
+    return tuple(found)
+
+
+@settings
 class Config:
-    """Everything that the images of a folder share.
+    """Everything that the images of a folder share, and how they are measured.
 
-    Parameters
-    ----------
-    model : str
-        A text-to-image pipeline: a name on the hub, a folder, or "tiny".
-    prompts : tuple of Prompt
-    rules : tuple of str
-        Of "np", "dng", "dng-log-odds", "sld", "perp-neg" and "ccfg".  "dng-log-odds" takes the
-        hyperparameters of "dng", which the paper chose for its own tracker.
-    scales : tuple of float, optional
-        Guidance scales of every rule; 0 is the unguided image itself and is not drawn again.
-        Default: ``fractions``.
-    fractions : tuple of float
-        Scales as fractions of the prompt's own scale of a rule.
-    num_images : int
-        Of every point; can be raised later.
-    seed : int
-        Image i has the noise of seed + i, from a generator of its own.
-    steps : int
-        Of the sampler.  DNG's offset is added at each of them, so that hyperparameters belong to a
-        number of steps; those of the paper are for Stable Diffusion 2, of which 50 is the usual.
-    scheduler : str
-        "auto" is DDPM (eta = 1, which DNG's tracker assumes), or for flow matching its posterior
-        step; "own" is what the pipeline comes with.  See
-        :func:`dng_models.text_to_image.pipelines.set_scheduler`.
-    cfg_scale : float, optional
-        Classifier-free guidance of the positive prompt; default: its plain prediction.
-    t_lo, t_hi : float
-        Guide only at these diffusion times, in [0, 1]; 1 is the noisy end.
-    height, width : int, optional
-        Of the images; default: the pipeline's.
-    dtype : {"float32", "float16", "bfloat16"}
-        Of the networks.
-    split_negatives : bool
-        Take the concepts of a negative prompt apart at its commas, each with its own posterior.
-    contrast : float
-        Temperature of contrastive CFG ("ccfg"), per squared difference of the predicted noises.
-        That is a sum over the latents: at the 1 of small images nothing would be left of the push.
-    clip : str
-        CLIP model of the similarities: a name on the hub, a folder, or "tiny".
-    detector : str
-        "clip" (the same model), another CLIP model, or "none".
+    The model and CLIP may be "tiny", random networks that show that everything works.  The
+    schedulers are those of :func:`dng_models.text_to_image.pipelines.set_scheduler`.  Without
+    ``guidance_scales`` the scales are ``fractions`` of the prompt's own.
 
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the field, its value and what is allowed.
+    "dng-log-odds" takes the hyperparameters of "dng", which the paper chose for its own tracker.
+    They belong to a number of steps, because the offset is added at each of them: those of the
+    paper are for Stable Diffusion 2, of which 50 steps are the usual number.  The temperature of
+    contrastive CFG is small because the squared difference is a sum over all latents: at 1, the
+    value for small images, nothing would be left of the push.
     """
 
-    model: str = DEFAULT_MODEL
-    prompts: tuple[Prompt, ...] = PAPER
-    rules: tuple[str, ...] = DEFAULT_RULES
-    scales: tuple[float, ...] | None = None
-    fractions: tuple[float, ...] = FRACTIONS
-    num_images: int = 32
-    seed: int = 0
-    steps: int = 50
-    scheduler: str = "auto"
-    cfg_scale: float | None = None
-    t_lo: float = 0.0
-    t_hi: float = 1.0
-    height: int | None = None
-    width: int | None = None
-    dtype: str = "float32"
-    split_negatives: bool = False
-    contrast: float = 1e-3
-    clip: str = DEFAULT_CLIP
-    detector: str = "clip"
+    model: str = option(
+        DEFAULT_MODEL,
+        "any text-to-image pipeline of diffusers: a name on the hub, or a folder. The paper's "
+        "numbers are of Stable Diffusion 2",
+        check=_model_name,
+        metavar="NAME_OR_DIR",
+    )
+    prompts: tuple[Prompt, ...] = option(
+        PAPER, "prompts with their negatives", check=_prompts, shown="the paper's"
+    )
+    rules: tuple[str, ...] = option(
+        ("np", "dng"), f"rules to compare, of {', '.join(RULES)}", check=_rules, metavar="RULE"
+    )
+    guidance_scales: tuple[float, ...] | None = option(
+        None,
+        "guidance scales of every rule and prompt, of which 0 is the unguided image",
+        check=_scales,
+        metavar="G",
+    )
+    fractions: tuple[float, ...] = option(
+        (0.25, 0.5, 0.75, 1.0),
+        "guidance scales as fractions of the prompt's own scale (np_scale or dng_scale)",
+        check=_scales,
+    )
+    num_images: int = option(
+        32, "images of every prompt, rule, negative and scale", check=integer(1)
+    )
+    seed: int = option(
+        0, "seed of the first image; image i has seed + i", check=integer(0, 2**63 - 1)
+    )
+    steps: int = option(
+        50,
+        "steps of the sampler; DNG's offset is added at each of them, so that its hyperparameters "
+        "belong to a number of steps",
+        check=integer(1, 1000),
+    )
+    scheduler: Scheduler = option(
+        "auto",
+        "sampler; auto: ddpm, or flow for flow-matching models, whose noise DNG can be tracked "
+        "with; own: what the pipeline comes with",
+    )
+    cfg_scale: float | None = option(
+        None,
+        "classifier-free guidance of the positive prompt, guided and unguided",
+        metavar="W",
+        shown="its plain prediction",
+    )
+    t_lo: float = option(0.0, "least diffusion time that is guided, in [0, t_hi]")
+    t_hi: float = option(
+        1.0,
+        "largest diffusion time that is guided; 1 is the noisy end",
+        check=between(0.0, 1.0, "[]"),
+    )
+    height: int | None = option(
+        None, "height of the images", check=integer(8), metavar="PIXELS", shown="the pipeline's"
+    )
+    width: int | None = option(
+        None, "width of the images", check=integer(8), metavar="PIXELS", shown="the pipeline's"
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "dtype of the networks")
+    split_negatives: bool = option(
+        False,
+        "the concepts between the commas of a negative prompt each have a posterior; DNG only",
+    )
+    contrast: float = option(
+        1e-3,
+        "temperature of contrastive CFG (ccfg), per squared difference of the predictions",
+        check=checks.non_negative,
+    )
+    clip: str = option(
+        DEFAULT_CLIP,
+        "CLIP model of the similarities: a name on the hub, or a folder",
+        check=_model_name,
+        metavar="NAME_OR_DIR",
+    )
+    detector: str = option(
+        "clip",
+        "what tells whether the unwanted is in an image, zero-shot: clip (the same model), another "
+        "CLIP model, or none",
+        check=_model_name,
+        metavar="NAME_OR_DIR",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("model", "clip", "detector"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise TypeError(f"{name} must be a name or a folder, got {getattr(self, name)!r}")
-        for name in ("prompts", "rules", "scales", "fractions"):
-            value = getattr(self, name)
-            if value is None and name == "scales":
-                continue
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise TypeError(f"{name} must be a tuple, got {value!r}")
-        if not self.prompts or not all(isinstance(each, Prompt) for each in self.prompts):
-            raise ValueError(f"prompts must hold at least one prompt, got {self.prompts!r}")
-        check_names(self.prompts)
-        if not self.rules or len(set(self.rules)) < len(self.rules):
-            raise ValueError(f"rules must name at least one rule, each once; got {self.rules!r}")
-        for rule in self.rules:
-            _checks.choice("rules", rule, RULES)
-        _checks.integer("num_images", self.num_images, 1)
-        _checks.integer("seed", self.seed, 0, 2**63 - 1 - self.num_images)
-        _checks.integer("steps", self.steps, 1, 1000)
-        _checks.choice("scheduler", self.scheduler, SCHEDULERS)
-        _checks.choice("dtype", self.dtype, DTYPES)
-        _checks.boolean("split_negatives", self.split_negatives)
-        if self.cfg_scale is not None:
-            _checks.finite("cfg_scale", self.cfg_scale)
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                _checks.integer(name, getattr(self, name), 8)
-        _checks.real("t_hi", self.t_hi, "in [0, 1]", 0.0, 1.0, closed="[]")
-        _checks.real("t_lo", self.t_lo, "in [0, t_hi]", 0.0, self.t_hi, closed="[]")
-        _checks.non_negative("contrast", self.contrast)
+        check(self)
+        checks.integer("seed", self.seed, 0, 2**63 - 1 - self.num_images)
+        checks.real("t_lo", self.t_lo, "in [0, t_hi]", 0.0, self.t_hi, closed="[]")
         self._check_rules()
-        for name in ("scales", "fractions"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _ladder(name, getattr(self, name)))
-        for name in ("cfg_scale", "t_lo", "t_hi", "contrast"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, float(getattr(self, name)))
 
     def _check_rules(self) -> None:
         for rule in self.rules:
@@ -232,11 +252,11 @@ class Config:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What all images of a folder have in common, ready for JSON."""
+        """The settings that all images of a folder have in common, ready for JSON."""
         return {name: getattr(self, name) for name in SHARED}
 
     def to_json(self) -> dict[str, Any]:
-        """The shared settings, and the prompts by their names."""
+        """Return the shared settings, and the prompts by their names, ready for JSON."""
         prompts = {
             prompt.name: {
                 field: value
@@ -250,16 +270,16 @@ class Config:
     # ------------------------------------------------------------------ points
 
     def scales_of(self, rule: str, prompt: Prompt) -> tuple[float, ...]:
-        """The guidance scales of a rule for a prompt, each once; 0, the unguided image, is none."""
-        scales = self.scales
+        """Return the guidance scales of a rule for a prompt, each once, without 0 (unguided)."""
+        scales = self.guidance_scales
         if scales is None:
             reference = prompt.np_scale if METHODS[rule].reference == "np" else prompt.dng_scale
-            # Rounded, so that 0.75 times 3.4 is 2.55 in the name of a file.
+            # Rounded, so that 0.75 times 3.4 gives a file name with 2.55.
             scales = tuple(float(f"{fraction * reference:.10g}") for fraction in self.fractions)
         return tuple(scale for scale in dict.fromkeys(scales) if scale != 0.0)
 
     def points(self) -> list[Point]:
-        """All points: for each prompt the unguided one, then rule, negative and scale."""
+        """Return all points: for each prompt the unguided one, then rule, negative and scale."""
         points = []
         for prompt in self.prompts:
             points.append(Point(prompt, UNGUIDED, "none", 0.0))
@@ -272,17 +292,17 @@ class Config:
         return points
 
     def concepts(self, point: Point) -> tuple[str, ...]:
-        """The negative prompts of a point, of which each has a posterior."""
+        """Return the negative prompts of a point, each of which has a posterior of its own."""
         if point.negative is None:
             return ()
         return split(point.negative) if self.split_negatives else (point.negative,)
 
     def cfg_of(self, point: Point) -> float | None:
-        """Classifier-free guidance beneath the rule of a point."""
+        """Return the CFG scale of a point; None for Perp-Neg, whose rule contains it."""
         return None if point.rule == "perp-neg" else self.cfg_scale
 
     def hyperparameters(self, point: Point) -> dict[str, Any]:
-        """Of the rule of a point besides the scale, as they are recorded."""
+        """Return the hyperparameters of a point's rule besides the scale, by their names."""
         found: dict[str, Any] = {}
         if point.rule.startswith("dng"):
             found = {
@@ -294,52 +314,36 @@ class Config:
         elif point.rule == "ccfg":
             found = {"temperature": self.contrast}
         elif point.rule == "sld":
-            # The paper's (arXiv 2410.14398, Eq. 21), from Schramowski et al. (2023).
+            # Those of the paper (arXiv 2410.14398, Eq. 21), from Schramowski et al. (2023).
             found = {
                 "threshold": 0.04,
-                "scale": 100.0,
+                "slope": 100.0,
                 "momentum_scale": 0.1,
                 "momentum_decay": 0.2,
             }
+        elif point.rule == "perp-neg":
+            # From the unconditional prediction, a scale of 1 leads to the plain positive one.
+            found = {"positive_scale": 1.0 if self.cfg_scale is None else self.cfg_scale}
         return found
 
     def rule(self, point: Point) -> Rule:
-        """The guidance rule of a point."""
-        rule = self._rule(point)
-        if point.rule == UNGUIDED or (self.t_lo, self.t_hi) == (0.0, 1.0):
-            return rule
-        return LimitedInterval(rule, self.t_lo, self.t_hi)
-
-    def _rule(self, point: Point) -> Rule:
+        """Return the guidance rule of a point."""
         given = self.hyperparameters(point)
-        match point.rule:
-            case "none":
-                return Unguided()
-            case "np":
-                return NegativePrompting(point.scale)
-            case "sld":
-                return SafeLatentDiffusion(point.scale, **given)
-            case "perp-neg":
-                # Starts from the unconditional prediction: 1 leads to the plain positive one.
-                return PerpNeg(point.scale, 1.0 if self.cfg_scale is None else self.cfg_scale)
-            case "ccfg":
-                return ContrastiveCFG(point.scale, **given)
-        return DynamicNegativeGuidance.tracked(point.scale, **given)
+        if point.rule == UNGUIDED:
+            return Unguided()
+        if point.rule.startswith("dng"):
+            rule: Rule = DynamicNegativeGuidance.tracked(point.guidance_scale, **given)
+        else:
+            rule = rule_named(point.rule, point.guidance_scale, **given)
+        return limited(rule, self.t_lo, self.t_hi)
 
 
-# Fields that a folder has one value of.  Who measures the images is said with each measurement.
+# Fields with one value for all images of a folder.  The models that measure them are recorded with
+# each measurement instead.
 SHARED = (
     *("model", "seed", "steps", "scheduler", "cfg_scale", "t_lo", "t_hi", "height", "width"),
     *("dtype", "split_negatives", "contrast"),
 )
-
-
-def _ladder(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    """Scales as floats, smallest first."""
-    found = sorted({_checks.non_negative(name, value) for value in values})
-    if not any(found):
-        raise ValueError(f"{name} must hold at least one that is not 0, got {tuple(values)!r}")
-    return tuple(found)
 
 
 def check_same(config: Config, before: Mapping[str, Any], where: Path) -> None:
@@ -348,15 +352,16 @@ def check_same(config: Config, before: Mapping[str, Any], where: Path) -> None:
     Parameters
     ----------
     config : Config
+        Settings of the images that are to be added.
     before : mapping
-        What :meth:`Config.to_json` was for the images that are there.
+        Result of :meth:`Config.to_json` for the images that are there.
     where : Path
-        Of the folder, for the message.
+        Folder, for the message.
 
     Raises
     ------
     ValueError
-        Naming every setting that differs.
+        If a setting, or a prompt that both have, differs: the message names all of them.
     """
     now = config.to_json()
     differing = list(_differences(before["settings"], now["settings"]))
@@ -377,7 +382,20 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[
 
 
 def prompts_from_json(prompts: Mapping[str, Any], where: Path) -> tuple[Prompt, ...]:
-    """The prompts as :meth:`Config.to_json` has them."""
+    """Return the prompts of a :meth:`Config.to_json`.
+
+    Parameters
+    ----------
+    prompts : mapping
+        Fields of the prompts, by the prompts' names.
+    where : Path
+        File that they are from, for the message.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a prompt is not allowed; see :class:`Prompt`.
+    """
     return tuple(
         from_json({"name": name, **fields}, str(where)) for name, fields in prompts.items()
     )

@@ -1,8 +1,8 @@
 """Images of a point, from any text-to-image pipeline of diffusers.
 
-The noise of an image, its first latents and that of every step, comes from a generator of its own
-on the CPU: whatever else is in the batch, and on whatever device, the seed decides the image, up to
-the rounding of the networks.
+The noise of an image, for its first latents and for every step, comes from its own generator on
+the CPU.  The seed therefore decides the image in any batch and on any device, up to the rounding
+of the networks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import Any
 
 import numpy as np
@@ -28,38 +26,40 @@ from diffusers import (
 from numpy.typing import NDArray
 from torch import Tensor
 
-import dng_math
-from dng_models import foreign
-from dng_models.hook import apply_guidance
-from dng_models.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
+from dng_models.pipelines.hook import apply_guidance
+from dng_models.pipelines.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
+from dng_models.pipelines.tiny import tiny_stable_diffusion
+from dng_models.pipelines.transitions import scheduler_run
+from dng_models.support import foreign
 from dng_models.text_to_image.config import DEFAULT_CLIP, DEFAULT_MODEL, TINY, Config, Point
-from dng_models.tiny import tiny_stable_diffusion
-from dng_models.transition import scheduler_run
 
 Pixels = NDArray[np.uint8]
-SNAPSHOTS = 8  # on the way of an image through time
-ATTENTIVE = 8.0
+SNAPSHOTS = 8  # decoded latents per followed image
+ATTENTIVE = 8.0  # factor of the tiny pipeline's cross-attention weights
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """An image, and what guidance did to it in S steps.
+    """An image, and a record of its guidance over S steps.
 
     Attributes
     ----------
     pixels : ndarray, shape (H, W, 3), uint8
     finite : bool
-        Whether the pipeline gave numbers: what is none is drawn black.
+        Whether all pixels of the pipeline are finite; those that are NaN are drawn black.
     time : ndarray, shape (S,)
         Diffusion time at the start of each step; 1 is pure noise.
     scale : ndarray, shape (S,)
-        Of the guidance.
+        The guidance scale of each step, as the rule computed it.
     log_posterior : ndarray, shape (S,) or (M, S), or None
-        That the step used, of each concept if they are split; None for rules that track nothing.
+        Log posterior that each step used, one row for each concept if they are split; None for
+        rules that track nothing.
     evaluations, evaluations_saved : int
-        Of the negative prompts, made and skipped, for this image.
+        Evaluations of the negative prompts for this image, made and skipped.
     strip : ndarray, shape (H, n W, 3), uint8, or None
-        The image on its way: its latents, decoded, at ``strip_time`` (n,).
+        Decoded latents along the run, side by side; None if the image was not followed.
+    strip_time : ndarray, shape (n,), or None
+        Diffusion time of each image of the strip.
     """
 
     pixels: Pixels
@@ -77,17 +77,28 @@ class Drawn:
 
 
 def load_pipeline(config: Config, device: torch.device) -> Any:
-    """The pipeline of a run, with its scheduler set.
+    """Load the pipeline of a run and set its scheduler.
 
-    A safety checker is taken off: it would blacken images, guided and unguided ones differently.
+    A safety checker is removed: it would blacken images, guided and unguided ones differently.
+
+    Parameters
+    ----------
+    config : Config
+    device : torch.device
+        Where the pipeline runs.
+
+    Returns
+    -------
+    DiffusionPipeline
 
     Raises
     ------
     FileNotFoundError
-        If its weights are not on this machine and cannot be had, saying what to download.
+        If its weights are not on this machine and cannot be downloaded; the message says what to
+        download.
     ValueError
-        If it is no text-to-image pipeline, or there is no such scheduler for it; if its folder
-        holds code or names some, or weights that are pickles, damaged, or not finite.
+        If it is not a text-to-image pipeline, or the scheduler does not suit it; if its folder
+        holds or names code, or weights that are pickles, damaged, or not finite.
     """
     dtype: torch.dtype = getattr(torch, config.dtype)
     if config.model == TINY:
@@ -109,7 +120,7 @@ def load_pipeline(config: Config, device: torch.device) -> Any:
 
 
 def _pipeline_folder(config: Config) -> Path:
-    """The pipeline's folder, downloaded if it is a name; what it would run is looked at first."""
+    """The pipeline's folder, downloaded if it is a name; its contents are checked for code."""
     folder = Path(config.model)
     try:
         if folder.is_dir():
@@ -130,12 +141,12 @@ def _pipeline_folder(config: Config) -> Path:
 
 
 def _checked_pipeline(folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline in a folder that was looked through, its weights numbers."""
+    """Load the pipeline from a checked folder; its sizes and weights are checked here."""
     for part, make in _networks(folder):
         foreign.check_size(make, folder / part)
     try:
         with warnings.catch_warnings():
-            # The lowest diffusers that is supported knows its newer name, dtype, not yet.
+            # The oldest supported diffusers does not know the newer name, dtype.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             pipe = DiffusionPipeline.from_pretrained(
                 str(folder),
@@ -158,7 +169,7 @@ def _checked_pipeline(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _networks(folder: Path) -> list[tuple[str, Callable[[dict[str, Any]], torch.nn.Module]]]:
-    """Parts of a pipeline that are networks, and what makes them of their configurations."""
+    """Networks of a pipeline by name, each with what makes it from its configuration."""
     found: list[tuple[str, Callable[[dict[str, Any]], torch.nn.Module]]] = []
     for part, kind in foreign.parts(folder).items():
         if not issubclass(kind, torch.nn.Module) or not (folder / part / "config.json").is_file():
@@ -171,13 +182,13 @@ def _networks(folder: Path) -> list[tuple[str, Callable[[dict[str, Any]], torch.
 
 
 def _transformer(kind: Any, told: dict[str, Any]) -> torch.nn.Module:
-    """A network of transformers' from its configuration."""
+    """Make a network of transformers from its configuration."""
     network: torch.nn.Module = kind(kind.config_class.from_dict(told))
     return network
 
 
 def _warn_of_cut_prompts(pipe: Any, config: Config) -> None:
-    """Say once what the pipeline would say at every batch."""
+    """Warn once of prompts that are too long; the pipeline would warn at every batch."""
     tokenizer = getattr(pipe, "tokenizer", None)
     if tokenizer is None:
         return
@@ -198,7 +209,7 @@ def _warn_of_cut_prompts(pipe: Any, config: Config) -> None:
 
 
 def _attentive(pipe: Any) -> Any:
-    """The tiny pipeline, made to hear its prompts: untrained attention averages them away."""
+    """Scale up the tiny pipeline's cross-attention, which untrained ignores the prompts."""
     with torch.no_grad():
         for name, parameter in pipe.unet.named_parameters():
             if ".attn2.to_" in name and name.endswith("weight"):
@@ -220,16 +231,16 @@ def _what_to_download(model: str, clip: str, error: Exception) -> str:
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
-    """Give a pipeline a scheduler by its name, made from the configuration of its own.
+    """Set a pipeline's scheduler by name, with the configuration of its present one.
 
     "ddpm", "ddim" with eta = 1, "euler-ancestral" and "sde-dpm++" are for pipelines with a noise
-    schedule, "flow" is the posterior step of flow matching; "auto" is "flow" for flow-matching
-    pipelines and else "ddpm"; "own" leaves the scheduler.  Latents are not clipped.
+    schedule; "flow" is the posterior step of flow matching; "auto" is "flow" for flow-matching
+    pipelines and "ddpm" for others; "own" keeps the scheduler.  Latents are not clipped.
 
     Raises
     ------
     ValueError
-        If the scheduler is not of the pipeline's kind.
+        If the scheduler does not suit the pipeline.
     """
     config = pipe.scheduler.config
     flow = "Flow" in type(pipe.scheduler).__name__
@@ -257,17 +268,6 @@ def set_scheduler(pipe: Any, name: str) -> None:
     pipe.scheduler = make[name]()
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """Of what the images are made with, and on what."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "python": python_version(),
-        "device": name,
-        "dng": dng_math.__version__,
-        **{each: version(each) for each in ("torch", "numpy", "diffusers", "transformers")},
-    }
-
-
 # ---------------------------------------------------------------------- drawing
 
 
@@ -284,17 +284,18 @@ def draw(
     Parameters
     ----------
     pipe : DiffusionPipeline
-        Of :func:`load_pipeline`.
+        From :func:`load_pipeline`.
     config : Config
     point : Point
     images : sequence of int
-        Their numbers.
+        Numbers of the images; image i has the seed ``config.seed + i``.
     followed : collection of int
-        Those of them that are followed through time.
+        Those of the images whose latents are decoded along the run.
 
     Returns
     -------
     list of Drawn
+        In the order of ``images``.
     """
     generators = [torch.Generator("cpu").manual_seed(config.seed + image) for image in images]
     concepts = config.concepts(point)
@@ -350,7 +351,7 @@ def draw(
 
 
 def _pixels(images: Tensor) -> Pixels:
-    """8-bit pixels, shape (N, H, W, 3), of images (N, 3, H, W) in [0, 1]."""
+    """Convert images (N, 3, H, W) in [0, 1] to 8-bit pixels (N, H, W, 3)."""
     clamped = images.float().nan_to_num(nan=0.0, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
     eight_bit: Pixels = (clamped * 255.0).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
     return eight_bit
@@ -359,12 +360,13 @@ def _pixels(images: Tensor) -> Pixels:
 class _Snapshots:
     """Latents of some rows of a batch, kept along a run and decoded afterwards.
 
-    They are what a step starts from, as the network sees it: of any scheduler on one scale.
+    They are kept with the scheduler's input scaling, as the network sees them, so that those of
+    all schedulers are comparable.
     """
 
     def __init__(self, pipe: Any, steps: int, rows: Sequence[int]) -> None:
         self._pipe, self._rows = pipe, list(rows)
-        # After the first step, and so on to the last one.
+        # Steps after which latents are kept, evenly spaced from the first to the last.
         self._after = sorted({round(s) for s in np.linspace(0, steps - 1, min(SNAPSHOTS, steps))})
         self._latents: list[Tensor] = []
         self.steps: list[int] = []
@@ -379,7 +381,7 @@ class _Snapshots:
         return given
 
     def strips(self) -> list[Pixels]:
-        """For each row the decoded images side by side."""
+        """Decode the latents; one strip of images side by side for each row."""
         shown = [_pixels(_decoded(self._pipe, latents)) for latents in self._latents]
         return [
             np.concatenate([pixels[i] for pixels in shown], axis=1) for i in range(len(self._rows))
@@ -388,7 +390,7 @@ class _Snapshots:
 
 @torch.no_grad()
 def _decoded(pipe: Any, latents: Tensor) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] of latents."""
+    """Decode latents to images (N, 3, H, W) in [0, 1]."""
     vae = pipe.vae
     mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
     latents = latents.to(vae.dtype)
@@ -399,7 +401,7 @@ def _decoded(pipe: Any, latents: Tensor) -> Tensor:
     else:
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         latents = latents / vae.config.scaling_factor + shift
-    # The VAE of XL overflows in float16.
+    # SDXL's VAE overflows in float16.
     upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     if upcast:
         vae.to(torch.float32)
@@ -413,7 +415,7 @@ def _decoded(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def quiet() -> None:
-    """Silence what diffusers and transformers say about themselves on every load."""
+    """Silence the messages of diffusers and transformers on loading a model."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,7 +1,7 @@
-"""What a run came to, in figures like the paper's.
+"""Results of a run in figures like the paper's.
 
 Every function takes records, the lines of ``images.jsonl``, and returns a Matplotlib figure;
-:func:`draw_all` reads a run's folder and writes them.
+:func:`draw_all` reads a run's folder and writes all figures.
 """
 
 from __future__ import annotations
@@ -17,40 +17,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dng_math import _checks
-from dng_models.printable import plain
+from dng_math import checks
+from dng_models.support import extras, style
+from dng_models.support.printable import plain
+from dng_models.support.style import (
+    BLACK,
+    BLUE,
+    DASHED,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    WIDTH,
+)
 from dng_models.text_to_image import compare, store
 from dng_models.text_to_image.compare import PAPER_Q, Cell, Record, Summary
 from dng_models.text_to_image.config import KINDS, METHODS, UNGUIDED
 from dng_models.text_to_image.prompts import file_name, split
 from dng_models.text_to_image.store import RunFolder
-from dng_models.trace import readable_log_axis
 
-try:
-    import matplotlib
+with extras.needed_by("dng_models.text_to_image.plot"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
-
-    from dng_models.class_removal.plot import (
-        BLACK,
-        BLUE,
-        DASHED,
-        GREEN,
-        GREY,
-        ORANGE,
-        PURPLE,
-        RC,
-        SKY,
-        VERMILLION,
-        WIDTH,
-        save,
-    )
-except ImportError as error:
-    raise ImportError(
-        "dng_models.text_to_image.plot needs Matplotlib: pip install 'dng-toolkit[figures]'"
-    ) from error
 
 Array = NDArray[np.float64]
 AGAIN = f"'{store.COMMAND} generate', with the options that it was drawn with, draws it again"
@@ -74,21 +66,15 @@ LOOKS: dict[str, _Look] = {
     "ccfg": _Look(VERMILLION, "X"),
 }
 KIND_COLORS = {"related": VERMILLION, "unrelated": BLUE}
-styled = matplotlib.rc_context(RC)
 
 
 def _panels(figure: Figure, count: int, columns: int = 3) -> list[Axes]:
-    """Axes in rows; those that are too many are taken out."""
+    """Axes in rows; surplus ones in the last row are removed."""
     columns = min(columns, count)
     axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flat)
     for spare in axes[count:]:
         spare.remove()
     return axes[:count]
-
-
-def _title(axes: Axes, place: int, text: str) -> None:
-    letter = chr(ord("a") + place % 26)
-    axes.set_title(rf"$\mathbf{{{letter}}}$  {text}", loc="left")
 
 
 def _height(count: int, each: float, columns: int = 3) -> float:
@@ -98,13 +84,13 @@ def _height(count: int, each: float, columns: int = 3) -> float:
 # ---------------------------------------------------------------------- similarities
 
 
-@styled
+@style.applied
 def similarities(records: Sequence[Record]) -> Figure:
     """Similarity to the unguided image, unrelated against related negative (paper, Fig. 6).
 
-    A panel for each prompt, with the points of every rule, larger for larger scales, their standard
-    errors and the fitted line; and Q of all of them, with 95% intervals, beside the averages that
-    the paper prints.  Where one scale defines no line, the mean gap takes the place of Q.
+    A panel for each prompt shows the points of every rule, larger for larger scales, with standard
+    errors and the fitted line.  The last panel shows Q with 95% intervals, and the averages that
+    the paper prints; with one scale, which defines no line, it shows the mean gap instead.
 
     Parameters
     ----------
@@ -131,25 +117,29 @@ def similarities(records: Sequence[Record]) -> Figure:
     for place, prompt in enumerate(prompts):
         of = [one for one in found if one.prompt == prompt]
         _draw_similarities(panels[place], of, cells)
-        _title(panels[place], place, plain(prompt))
+        style.title(panels[place], style.letter(place), plain(prompt))
     lines = any(math.isfinite(one.selectivity.q.value) for one in found)
     _draw_q(panels[-1], found, prompts, rules, "q" if lines else "gap")
-    _title(panels[-1], len(prompts), "Q (Eq. 23)" if lines else "one scale: no line, no Q")
+    style.title(
+        panels[-1],
+        style.letter(len(prompts)),
+        "Q (Eq. 23)" if lines else "one scale: no line, no Q",
+    )
     handles = [*_rule_handles(rules), *_similarity_handles()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
     return figure
 
 
-@styled
+@style.applied
 def similarity(records: Sequence[Record], prompt: str) -> Figure:
-    """The same for one prompt, as a picture of its own (paper, Fig. 6a).
+    """The panel of one prompt in :func:`similarities` as a figure (paper, Fig. 6a).
 
     Parameters
     ----------
     records : sequence of mapping
         Measured images.
     prompt : str
-        Its name.
+        Name of the prompt.
 
     Returns
     -------
@@ -168,7 +158,7 @@ def similarity(records: Sequence[Record], prompt: str) -> Figure:
     axes = figure.subplots()
     _draw_similarities(axes, found, compare.cells(records))
     figure.suptitle(plain(prompt))
-    # One legend: what each rule came to stands beside its look.
+    # One legend for all: each rule's Q replaces its plain label.
     _, labels = axes.get_legend_handles_labels()
     legend = axes.get_legend()
     assert legend is not None
@@ -195,7 +185,7 @@ def _similarity_handles() -> list[Any]:
 
 
 def _draw_similarities(axes: Axes, found: Sequence[Summary], cells: Sequence[Cell]) -> None:
-    """The panel of a prompt."""
+    """Draw the panel of a prompt."""
     low = 1.0
     for one in found:
         look, result = LOOKS[one.rule], one.selectivity
@@ -232,13 +222,14 @@ def _draw_similarities(axes: Axes, found: Sequence[Summary], cells: Sequence[Cel
 
 
 def _standard_errors(found: Summary, cells: Sequence[Cell], kind: str) -> Array:
-    """Of the mean similarity at each scale; 0 of a single image."""
+    """Standard error of the mean similarity at each scale; 0 for a single image."""
     errors = []
     for scale in found.scales:
         (cell,) = (
             c
             for c in cells
-            if (c.prompt, c.rule, c.kind, c.scale) == (found.prompt, found.rule, kind, scale)
+            if (c.prompt, c.rule, c.kind, c.guidance_scale)
+            == (found.prompt, found.rule, kind, scale)
         )
         cosines = cell.cosines()
         single = len(cosines) < 2
@@ -249,7 +240,7 @@ def _standard_errors(found: Summary, cells: Sequence[Cell], kind: str) -> Array:
 def _draw_q(
     axes: Axes, found: Sequence[Summary], prompts: Sequence[str], rules: Sequence[str], name: str
 ) -> None:
-    """Q or the mean gap of every rule, a row for each prompt and one for the average."""
+    """Draw Q or the mean gap of every rule: a row for each prompt and one for the average."""
     names = [*prompts, "average"]
     offsets = np.linspace(-0.22, 0.22, len(rules)) if len(rules) > 1 else np.zeros(1)
     for rule, offset in zip(rules, offsets, strict=True):
@@ -285,15 +276,16 @@ def _draw_q(
 # ---------------------------------------------------------------------- scales over time
 
 
-@styled
+@style.applied
 def scales(records: Sequence[Record], rule: str) -> Figure:
     """The scale of a dynamic rule over time, at its largest guidance scale (paper, Fig. 12).
 
-    A thin line for each image and the median of them, for both negatives of each prompt.
+    For both negatives of each prompt, a thin line for each image and a thick one for the median.
 
     Parameters
     ----------
     records : sequence of mapping
+        Drawn images.
     rule : str
         A name of :data:`dng_models.text_to_image.config.METHODS`.
 
@@ -312,8 +304,8 @@ def scales(records: Sequence[Record], rule: str) -> Figure:
     prompts = list(dict.fromkeys(cell.prompt for cell in cells))
     figure = Figure(figsize=(WIDTH, 0.35 + _height(len(prompts), 2.0)), layout="constrained")
     panels = _panels(figure, len(prompts))
-    largest = {p: max(cell.scale for cell in cells if cell.prompt == p) for p in prompts}
-    shown = [cell for cell in cells if cell.scale == largest[cell.prompt]]
+    largest = {p: max(cell.guidance_scale for cell in cells if cell.prompt == p) for p in prompts}
+    shown = [cell for cell in cells if cell.guidance_scale == largest[cell.prompt]]
     values = np.concatenate([_trace(record, "scale") for c in shown for record in c.records])
     values = values[np.isfinite(values)]
     logarithmic = bool(values.size and 0.0 < 30.0 * values.min() < values.max())
@@ -323,10 +315,10 @@ def scales(records: Sequence[Record], rule: str) -> Figure:
                 if (cell.prompt, cell.kind) == (prompt, kind):
                     _draw_scales(axes, cell, KIND_COLORS[kind])
         if logarithmic:
-            readable_log_axis(axes.yaxis, values.min() / 1.3, values.max() * 1.3)
+            style.log_axis(axes.yaxis, values.min() / 1.3, values.max() * 1.3)
         _time_axis(axes)
         axes.set_ylabel(r"scale $\lambda$")
-        _title(axes, place, f"{plain(prompt)}, $g={largest[prompt]:g}$")
+        style.title(axes, style.letter(place), f"{plain(prompt)}, $g={largest[prompt]:g}$")
     handles: list[Any] = [
         Line2D([], [], color=KIND_COLORS[kind], lw=1.6, label=f"{kind} negative") for kind in KINDS
     ]
@@ -338,7 +330,7 @@ def scales(records: Sequence[Record], rule: str) -> Figure:
 
 
 def _trace(record: Record, name: str) -> Array:
-    """A trace of a record; not a number where there was none."""
+    """A trace of a record as an array; NaN for missing values."""
     return np.array([math.nan if value is None else value for value in record[name]])
 
 
@@ -357,20 +349,21 @@ def _time_axis(axes: Axes) -> None:
 # ---------------------------------------------------------------------- ways through time
 
 
-@styled
+@style.applied
 def trajectories(records: Sequence[Record], prompt: str, root: Path | str) -> Figure:
-    """One image of a prompt on its way through time, and what guidance did (paper, Fig. 5).
+    """One image of a prompt along its runs, with scales and posteriors (paper, Fig. 5).
 
-    Rows of decoded latents, unguided and for each rule and negative at its largest scale, with
-    whether the detector finds something of the related negative in the result; below them the
-    scales and the tracked posteriors.  The image is the first one that holds something of the
-    related negative without guidance, where one was followed that does.
+    Each row shows decoded latents: unguided, then each rule and negative at its largest scale, and
+    whether the detector finds the related negative in the result.  Below are the scales and the
+    tracked posteriors.  The image is the first followed one in which the related negative is found
+    without guidance, or else the first followed one.
 
     Parameters
     ----------
     records : sequence of mapping
+        Drawn images.
     prompt : str
-        Its name.
+        Name of the prompt.
     root : Path or str
         Folder of the run, in which the files of the records are.
 
@@ -381,9 +374,9 @@ def trajectories(records: Sequence[Record], prompt: str, root: Path | str) -> Fi
     Raises
     ------
     ValueError
-        If no way of that prompt was kept.
+        If no image of that prompt was followed, or a file is damaged.
     FileNotFoundError
-        If one of its files is gone.
+        If a file is missing.
     """
     chosen = _followed(records, prompt)
     if not chosen:
@@ -433,7 +426,7 @@ def trajectories(records: Sequence[Record], prompt: str, root: Path | str) -> Fi
         values = values[np.isfinite(values) & (values > 0.0)]
         if values.size:
             top = 1.0 if quantity == "log_posterior" else np.inf
-            readable_log_axis(
+            style.log_axis(
                 axes.yaxis, values.min() / 1.3, max(min(1.3 * values.max(), top), values.max())
             )
         axes.set_xlim(1.02, -0.02)
@@ -451,7 +444,7 @@ def trajectories(records: Sequence[Record], prompt: str, root: Path | str) -> Fi
 
 
 def _followed(records: Sequence[Record], prompt: str) -> list[Record]:
-    """Records with a way through time: unguided, then each rule and negative at its largest."""
+    """Records of the followed image: unguided, then each rule and negative at the largest scale."""
     of = [record for record in records if record["prompt"] == prompt and "path" in record]
     images = sorted({record["image"] for record in of})
     forbidden = compare.would_be_forbidden(of, prompt, _concepts(records, prompt, "related"))
@@ -466,13 +459,13 @@ def _followed(records: Sequence[Record], prompt: str) -> list[Record]:
 
 
 def _concepts(records: Sequence[Record], prompt: str, kind: str) -> tuple[str, ...]:
-    """What a negative of a prompt names; nothing if there is no image with it."""
+    """Concepts of a prompt's negative; empty if there is no image with it."""
     of = [r["negative"] for r in records if (r["prompt"], r["kind"]) == (prompt, kind)]
     return split(of[0]) if of else ()
 
 
 def _whether_found(record: Record, concepts: Sequence[str]) -> str:
-    """What the detector says of an image, on a line of its own; nothing if it was not asked."""
+    """The detector's result for an image as a line of text; empty if no detector was run."""
     found = compare.any_found(record, concepts)
     return "" if found is None else "\nfound" if found else "\nnot found"
 
@@ -491,7 +484,7 @@ def _way_look(record: Record) -> dict[str, Any]:
 
 
 def _draw_way(axes: Axes, record: Record, quantity: str) -> Array:
-    """A line, or one for each concept of which the posterior is tracked; what they show."""
+    """Draw a record's scale, or each concept's posterior, over time; return the values."""
     time = np.array(record["time"])
     if quantity == "scale":
         lines = [np.abs(_trace(record, "scale"))]
@@ -505,7 +498,7 @@ def _draw_way(axes: Axes, record: Record, quantity: str) -> Array:
 
 
 def _apart(strip: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    """Images that were side by side, with a white gap behind each."""
+    """Insert a white gap after each of the images of a strip."""
     images = np.split(strip, count, axis=1)
     height, width, channels = images[0].shape
     gap = np.full((height, max(1, width // 32), channels), 255, np.uint8)
@@ -518,33 +511,34 @@ def _read(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow's, of a damaged PNG
+    except (OSError, SyntaxError) as error:  # what Pillow raises for a damaged PNG
         raise ValueError(f"the image {path} is damaged ({error}): {AGAIN}") from None
 
 
 # ---------------------------------------------------------------------- images
 
 
-@styled
+@style.applied
 def grid(
     records: Sequence[Record], prompt: str, kind: str, root: Path | str, *, columns: int = 6
 ) -> Figure:
     """Images of the same seeds under every rule and scale (paper, Figs. 16-23).
 
-    Where the detector finds something of the negative in unguided images, at least one of those is
-    among them, and they are marked.
+    Seeds whose unguided image contains the negative, by the detector, are marked; if there are
+    any, at least one of them is shown.
 
     Parameters
     ----------
     records : sequence of mapping
+        Drawn images.
     prompt : str
-        Its name.
+        Name of the prompt.
     kind : {"related", "unrelated"}
         Which negative.
     root : Path or str
         Folder of the run, in which the files of the records are.
     columns : int
-        Images in a row.
+        Images in a row, at least 1.
 
     Returns
     -------
@@ -553,17 +547,18 @@ def grid(
     Raises
     ------
     ValueError
-        If there are no images of that prompt and negative.
+        If there are no images of that prompt and negative, no seed has all of them, or a file is
+        damaged.
     FileNotFoundError
-        If an image is gone.
+        If an image is missing.
     """
-    _checks.choice("kind", kind, KINDS)
-    columns = _checks.integer("columns", columns, 1)
+    checks.choice("kind", kind, KINDS)
+    columns = checks.integer("columns", columns, 1)
     cells = [cell for cell in compare.cells(records) if cell.prompt == prompt]
     rows = [cell for cell in cells if cell.rule == UNGUIDED]
     for rule in METHODS:
         of = [cell for cell in cells if (cell.rule, cell.kind) == (rule, kind)]
-        rows += sorted(of, key=lambda cell: cell.scale)
+        rows += sorted(of, key=lambda cell: cell.guidance_scale)
     if not any(cell.kind == kind for cell in rows):
         raise ValueError(f"there are no images of {prompt!r} with its {kind} negative")
     every = sorted(set(rows[0].images).intersection(*(cell.images for cell in rows)))
@@ -581,7 +576,7 @@ def grid(
     size = min(1.0, (WIDTH - left - 0.1) / len(images) - gap)
     cell_height = size * tall / wide
     width = left + len(images) * (size + gap) + 0.1
-    # Room for the text above, whatever the number of images.
+    # The text above needs this width even if there are few images.
     width = max(width, 4.2)
     height = top + len(rows) * (cell_height + gap) + 0.05
     figure = Figure(figsize=(width, height))
@@ -620,7 +615,7 @@ def grid(
                 )
         text = "unguided"
         if cell.rule != UNGUIDED:
-            text = f"{METHODS[cell.rule].label}, $g={cell.scale:g}$"
+            text = f"{METHODS[cell.rule].label}, $g={cell.guidance_scale:g}$"
         figure.text(
             (left - 0.06) / width,
             (bottom + 0.5 * cell_height) / height,
@@ -638,7 +633,7 @@ def _file(cell: Cell, image: int) -> str:
 
 def _thumbnail(path: Path) -> NDArray[np.uint8]:
     pixels = Image.fromarray(_read(path))
-    # Small images are left as they are: enlarged they would be blurred.
+    # thumbnail() only shrinks: enlarged images would be blurred.
     pixels.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(pixels)
 
@@ -646,16 +641,16 @@ def _thumbnail(path: Path) -> NDArray[np.uint8]:
 # ---------------------------------------------------------------------- detections
 
 
-@styled
+@style.applied
 def detections(records: Sequence[Record]) -> Figure:
-    """In how many images the unwanted is found, over the guidance scale.
+    """Share of images in which a concept of the negative is found, over the guidance scale.
 
-    Scales as fractions of the largest one of each rule; at 0 the unguided images.
+    Scales are fractions of each rule's largest one; 0 stands for the unguided images.
 
     Parameters
     ----------
     records : sequence of mapping
-        Measured with a detector.
+        Images that were measured with a detector.
 
     Returns
     -------
@@ -678,13 +673,13 @@ def detections(records: Sequence[Record]) -> Figure:
         for turn, rule in enumerate(rules):
             for kind in KINDS:
                 of = [c for c in cells if (c.prompt, c.rule, c.kind) == (prompt, rule, kind)]
-                of.sort(key=lambda cell: cell.scale)
+                of.sort(key=lambda cell: cell.guidance_scale)
                 drawn |= _draw_detections(axes, unguided[prompt], of, turn - 0.5 * (len(rules) - 1))
         axes.set_ylim(-4, 104)
         axes.set_xlim(-0.06, 1.06)
         axes.set_xlabel("scale / largest scale")
         axes.set_ylabel("concept found (% of images)")
-        _title(axes, place, plain(prompt))
+        style.title(axes, style.letter(place), plain(prompt))
     if not drawn:
         raise ValueError("records must have detections, and have none: score with a detector")
     handles: list[Any] = [
@@ -701,7 +696,7 @@ def detections(records: Sequence[Record]) -> Figure:
 
 
 def _draw_detections(axes: Axes, unguided: Cell, cells: Sequence[Cell], shift: float) -> bool:
-    """The curve of a rule and a negative; whether there was one."""
+    """Draw the curve of a rule and a negative; return whether there was one."""
     if not cells:
         return False
     concepts = split(cells[-1].records[0]["negative"])
@@ -710,8 +705,11 @@ def _draw_detections(axes: Axes, unguided: Cell, cells: Sequence[Cell], shift: f
         return False
     known = [each for each in found if each is not None]
     look = LOOKS[cells[0].rule]
-    # Side by side, so that the bars of two rules can be told apart.
-    x = np.array([0.0, *(cell.scale for cell in cells)]) / cells[-1].scale + 0.025 * shift
+    # Shifted, so that the bars of two rules do not overlap.
+    x = (
+        np.array([0.0, *(cell.guidance_scale for cell in cells)]) / cells[-1].guidance_scale
+        + 0.025 * shift
+    )
     y = 100.0 * np.array([each.value for each in known])
     line = "-" if cells[0].kind == "related" else DASHED
     axes.plot(x, y, color=look.color, ls=line, marker=look.marker, ms=3.5)
@@ -724,7 +722,7 @@ def _draw_detections(axes: Axes, unguided: Cell, cells: Sequence[Cell], shift: f
 
 
 def draw_all(out: Path | str, *, columns: int = 6) -> list[Path]:
-    """Draw everything that a run's folder has the data for, into its ``figures``.
+    """Draw every figure that a run's folder has data for, into its ``figures``.
 
     Parameters
     ----------
@@ -736,7 +734,7 @@ def draw_all(out: Path | str, *, columns: int = 6) -> list[Path]:
     Returns
     -------
     list of Path
-        What was written.
+        The files that were written.
 
     Raises
     ------
@@ -751,7 +749,7 @@ def draw_all(out: Path | str, *, columns: int = 6) -> list[Path]:
 
     def keep(stem: str, figure: Figure) -> None:
         written.append(folder.figures / f"{stem}.png")
-        save(figure, written[-1])
+        style.save(figure, written[-1])
 
     keep("similarities", similarities(records))
     for one in dict.fromkeys(summary.prompt for summary in compare.summaries(records)):

@@ -1,8 +1,8 @@
-"""The prompts of the experiment: what is drawn, what is avoided, and with which numbers.
+"""The prompts of the experiment, their negatives and their hyperparameters.
 
-Each positive prompt has two negatives.  The related one names things that belong in the picture and
-should go; the unrelated one names what would not have been there, so that an ideal rule leaves the
-picture as it was.
+Each positive prompt has two negatives.  The related one names things that belong in the image and
+shall be removed; the unrelated one names things that would not be in it anyway, so that an ideal
+rule leaves the image unchanged.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dng_math import _checks
-from dng_models import foreign
+from dng_math import checks
+from dng_models.support import foreign
 
 TEXTS = ("name", "prompt", "related", "unrelated")
 
@@ -26,19 +26,19 @@ class Prompt:
     Parameters
     ----------
     name : str
-        Short, for tables, figures and files.
+        Short name, for tables, figures and files.
     prompt, related, unrelated : str
-        The texts; commas in a negative separate its concepts.
+        The positive prompt and its two negatives; commas in a negative separate its concepts.
     prior, temperature, offset : float
-        Of DNG's tracker (arXiv 2410.14398, Eq. 12), for steps as the paper takes them.
+        Settings of DNG's tracker (arXiv 2410.14398, Eq. 12), for steps as the paper takes them.
     np_scale, dng_scale : float
-        Guidance scales at which negative prompting and DNG do about equally much; the default
-        sweep takes fractions of them.
+        Guidance scales at which negative prompting and DNG change images about equally; the
+        default sweep uses fractions of them.
 
     Raises
     ------
     ValueError, TypeError
-        Naming the field, its value and what is allowed.
+        If a field is not allowed; the message names it, its value and what is allowed.
     """
 
     name: str
@@ -76,27 +76,27 @@ class Prompt:
                     f"{field} must name at least one concept, got {getattr(self, field)!r}"
                 )
         numbers = {
-            "prior": _checks.real("prior", self.prior, "in (0, 1)", 0.0, 1.0, closed="()"),
-            "temperature": _checks.non_negative("temperature", self.temperature),
-            "offset": _checks.finite("offset", self.offset),
-            "np_scale": _checks.positive("np_scale", self.np_scale),
-            "dng_scale": _checks.positive("dng_scale", self.dng_scale),
+            "prior": checks.real("prior", self.prior, "in (0, 1)", 0.0, 1.0, closed="()"),
+            "temperature": checks.non_negative("temperature", self.temperature),
+            "offset": checks.finite("offset", self.offset),
+            "np_scale": checks.positive("np_scale", self.np_scale),
+            "dng_scale": checks.positive("dng_scale", self.dng_scale),
         }
         for field, number in numbers.items():
             object.__setattr__(self, field, number)
 
     def negative(self, kind: str) -> str:
-        """The text of the "related" or "unrelated" negative."""
-        _checks.choice("kind", kind, ("related", "unrelated"))
+        """The negative prompt of a kind, "related" or "unrelated"; a ValueError for another."""
+        checks.choice("kind", kind, ("related", "unrelated"))
         return self.related if kind == "related" else self.unrelated
 
 
 def split(negative: str) -> tuple[str, ...]:
-    """The concepts of a negative prompt: what its commas separate."""
+    """Split a negative prompt at its commas into concepts."""
     return tuple(part for each in negative.split(",") if (part := each.strip()))
 
 
-# Of Koulischer et al. (ICLR 2025), for Stable Diffusion 2.
+# The prompts of Koulischer et al. (ICLR 2025), for Stable Diffusion 2.
 PAPER: tuple[Prompt, ...] = (
     Prompt(
         name="medieval feast",
@@ -163,7 +163,7 @@ PAPER: tuple[Prompt, ...] = (
 
 
 def load(source: str | Path) -> tuple[Prompt, ...]:
-    """The prompts of the paper, or of a file.
+    """Load the paper's prompts, or those of a file.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def load(source: str | Path) -> tuple[Prompt, ...]:
     FileNotFoundError
         If there is no such file.
     ValueError, TypeError
-        If it is no such list; naming the entry and the field.
+        If the file does not hold such a list; the message names the entry and the field.
     """
     if not isinstance(source, str | Path) or source == "":
         raise TypeError(f"prompts must be 'paper' or a JSON file of prompts, got {source!r}")
@@ -203,7 +203,20 @@ def load(source: str | Path) -> tuple[Prompt, ...]:
 
 
 def from_json(entry: Any, where: str) -> Prompt:
-    """A prompt from the fields of its JSON object; errors say where it is."""
+    """Make a prompt from its JSON object.
+
+    Parameters
+    ----------
+    entry : mapping
+        The fields of :class:`Prompt`.
+    where : str
+        Where the object is, for messages.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field is unknown, missing or not allowed.
+    """
     if not isinstance(entry, Mapping):
         raise TypeError(f"{where}: must be an object, got {foreign.shown(entry)}")
     fields = [field.name for field in dataclasses.fields(Prompt)]
@@ -223,7 +236,7 @@ def from_json(entry: Any, where: str) -> Prompt:
 
 
 def check_names(prompts: Sequence[Prompt]) -> None:
-    """Refuse prompts whose files would have one name."""
+    """Raise a ValueError if the files of two prompts would have the same name."""
     seen: dict[str, str] = {}
     for prompt in prompts:
         key = file_name(prompt.name)
@@ -235,6 +248,6 @@ def check_names(prompts: Sequence[Prompt]) -> None:
 
 
 def file_name(name: str) -> str:
-    """A name as the name of a folder."""
+    """Turn a prompt's name into the name of a folder: lower case, words joined by hyphens."""
     kept = "".join(c if c.isalnum() else " " for c in name.lower())
     return "-".join(kept.split()) or "prompt"

@@ -1,8 +1,9 @@
-"""How alike two images are, and whether a concept is in one, by CLIP (arXiv 2103.00020).
+"""Similarity of two images, and detection of concepts, by CLIP (arXiv 2103.00020).
 
 Similarity is the cosine of the projected image embeddings (CLIP's ``image_embeds``) of a guided
-image and the unguided one of the same seed: how invasive guidance was.  It does not tell whether
-what was to go is gone, which the paper leaves open; a detector does, zero-shot by default.
+image and the unguided one of the same seed; it says how much guidance changed the image.  Whether
+the unwanted concept is gone, which the paper does not measure, a detector says; the default one is
+zero-shot.
 """
 
 from __future__ import annotations
@@ -18,37 +19,38 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
-from dng_models import foreign
+from dng_models.pipelines.tiny import tiny_clip
+from dng_models.support import foreign
 from dng_models.text_to_image.config import DEFAULT_CLIP, TINY
-from dng_models.tiny import tiny_clip
 
 Array = NDArray[np.float64]
 Images = Sequence[Image.Image]
 
 
 class Detector(Protocol):
-    """Whatever tells concepts in images."""
+    """Interface of a detector of concepts in images."""
 
     @property
     def name(self) -> str:
-        """What it is called in the records."""
+        """Name of the detector in the records."""
         ...
 
     def __call__(self, images: Images, concepts: Sequence[str]) -> ArrayLike:
-        """Probabilities, shape (N, K), that each of K concepts is in each of N images."""
+        """Probability that each of K concepts is in each of N images, shape (N, K)."""
         ...
 
 
 class Clip:
-    """A CLIP model: embeddings of unit length.
+    """A CLIP model that gives embeddings of unit length.
 
     Parameters
     ----------
     model, processor
         transformers' ``CLIPModel`` and ``CLIPProcessor``.
     name : str
-        In the records.
+        Name of the model in the records.
     device : torch.device or str
+        Where the model runs.
     """
 
     def __init__(
@@ -61,14 +63,14 @@ class Clip:
 
     @torch.no_grad()
     def images(self, images: Images) -> Array:
-        """Embeddings of images, shape (N, F)."""
+        """Embeddings of N images, shape (N, F), float64."""
         pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
         pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
         return _unit(self.model.visual_projection(pooled))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Array:
-        """Embeddings of texts, shape (K, F)."""
+        """Embeddings of K texts, shape (K, F), float64."""
         tokens = self.processor.tokenizer(
             list(texts), padding=True, truncation=True, return_tensors="pt"
         ).to(self.device)
@@ -79,7 +81,7 @@ class Clip:
 
     @cached_property
     def logit_scale(self) -> float:
-        """Factor of a cosine in CLIP's softmax."""
+        """Factor of the cosines in CLIP's softmax."""
         return float(self.model.logit_scale.detach().exp())
 
 
@@ -90,16 +92,16 @@ def _unit(embeddings: Tensor) -> Array:
 
 
 class ZeroShot:
-    """Zero-shot detection: "a photo of X" against "a photo", a softmax of CLIP's cosines.
+    """Zero-shot detection: softmax of CLIP's cosines to "a photo of X" and "a photo".
 
-    Which of two texts fits better is all that it tells: compare its numbers with those of the
-    unguided images rather than with 0 or 1.
+    It only says which of the two texts fits better: compare its numbers with those of the unguided
+    images rather than with 0 or 1.
 
     Parameters
     ----------
     clip : Clip
     template, neutral : str
-        Text with ``{}`` for the concept, and what it is compared with.
+        Text with ``{}`` for the concept, and the text that it is compared with.
 
     Raises
     ------
@@ -118,11 +120,11 @@ class ZeroShot:
 
     @property
     def name(self) -> str:
-        """CLIP's, with what it is asked."""
+        """Name of the CLIP model, with the two texts."""
         return f"{self.clip.name}: {self.template!r} against {self.neutral!r}"
 
     def __call__(self, images: Images, concepts: Sequence[str]) -> Array:
-        """Probabilities, shape (N, K), each between its concept and the neutral text."""
+        """Probability of each concept's text against the neutral one, shape (N, K)."""
         texts = [self.template.format(concept.lower()) for concept in concepts]
         embeddings = self.clip.texts([*texts, self.neutral])
         cosines = self.clip.images(images) @ embeddings.T
@@ -132,15 +134,22 @@ class ZeroShot:
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
-    """A CLIP model from the hub, of a folder, or the tiny one.
+    """Load a CLIP model from the hub or a folder, or make the tiny one.
+
+    Parameters
+    ----------
+    name : str
+        Name on the hub, path of a folder, or "tiny".
+    device : torch.device or str
+        Where the model runs.
 
     Raises
     ------
     FileNotFoundError
-        If it is not on this machine and cannot be had, saying what to download.
+        If it is not on this machine and cannot be downloaded; the message says what to download.
     ValueError
-        If its folder holds code or names some, or weights that are pickles, damaged, missing or
-        not finite.
+        If its folder holds or names code, or weights that are pickles, damaged, missing or not
+        finite.
     """
     if name == TINY:
         return Clip(*tiny_clip(), name, device)
@@ -167,7 +176,7 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
 
 
 def _load_clip(name: str, device: torch.device | str, revision: str | None = None) -> Clip:
-    """A CLIP model whose configurations were looked through."""
+    """Load a CLIP model whose configurations have been checked; its weights are checked here."""
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     if revision is None:
@@ -196,7 +205,13 @@ def _load_clip(name: str, device: torch.device | str, revision: str | None = Non
 
 
 def load_detector(name: str, clip: Clip) -> Detector | None:
-    """The detector of a name: "clip" with the given model, "none", or another CLIP model."""
+    """Load a detector: zero-shot with the given CLIP ("clip") or another; None for "none".
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`load_clip`.
+    """
     if name == "none":
         return None
     return ZeroShot(clip if name in ("clip", clip.name) else load_clip(name, clip.device))

@@ -1,10 +1,9 @@
-"""What a run leaves in its folder, and how it survives whatever ends the process.
+"""The files of a run's folder, and how they survive an interruption.
 
-Every image is a PNG file and then a line of JSON, flushed to the disk, in a file of the process
-that drew it.  When all are there the lines are merged, sorted, into ``images.jsonl``, which holds
-nothing that depends on when, how often interrupted, or by how many processes it was made.  A line
-that was torn, and an image without a line or with another digest than its line says, is made again
-by whoever draws it; the line of an image that is lost stays until then.
+For every image a process writes a PNG file and then a line of JSON to its own file, both flushed
+to the disk.  When all images exist, the lines are merged and sorted into ``images.jsonl``, which
+does not depend on time, interruptions or the number of processes.  An image is drawn again if its
+line is missing or incomplete, or has a different digest; the line of a lost image stays until then.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dng_models.class_removal import files
+from dng_models.support import files
 from dng_models.text_to_image.config import Config, Point, check_same
 
 Record = dict[str, Any]
@@ -26,7 +25,7 @@ SCORES = ("clip_cosine", "presence", "measured_by")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything of a run lies.
+    """Paths of the files of a run.
 
     Parameters
     ----------
@@ -38,40 +37,40 @@ class RunFolder:
 
     @property
     def settings(self) -> Path:
-        """What all images have in common, and the versions of what made them."""
+        """File of the settings that all images share, and of the package versions."""
         return self.path / "run.json"
 
     @property
     def table(self) -> Path:
-        """The images, one a line."""
+        """File of the records, one line per image."""
         return self.path / "images.jsonl"
 
     @property
     def work(self) -> Path:
-        """The lines that are not in the table yet."""
+        """Folder of the records that are not in the table yet."""
         return self.path / "work"
 
     @property
     def figures(self) -> Path:
-        """The plots."""
+        """Folder of the plots."""
         return self.path / "figures"
 
     def lines_of(self, process: int) -> Path:
-        """The file that a process adds its lines to."""
+        """File that a process appends its records to."""
         return self.work / f"{process:04d}.jsonl"
 
     def image(self, point: Point, image: int) -> Path:
-        """Where an image is."""
+        """Path of an image."""
         return self.path / image_name(point, image)
 
 
 def image_name(point: Point, image: int) -> str:
-    """The file of an image, within the folder of the run."""
+    """Path of an image, relative to the run's folder."""
     return f"images/{point.key}/{image:06d}.png"
 
 
 def strip_name(point: Point, seed: int) -> str:
-    """The file of the way of an image of a point through time."""
+    """Path of the strip of a followed image, relative to the run's folder."""
     return f"paths/{point.key}/seed-{seed}.png"
 
 
@@ -79,15 +78,22 @@ def strip_name(point: Point, seed: int) -> str:
 
 
 def open_run(folder: RunFolder, config: Config, versions: Mapping[str, str]) -> None:
-    """Write the settings of a run, or make sure that they are those of the images that are there.
+    """Write the settings of a run, or check that they are those of the existing images.
 
-    New prompts are added; versions that were not seen before too.  Settings of which there are no
-    images yet bind nobody.
+    New prompts and new versions are added.  Without images, old settings are replaced.
+
+    Parameters
+    ----------
+    folder : RunFolder
+    config : Config
+    versions : mapping
+        From :func:`dng_models.support.processes.versions`.
 
     Raises
     ------
     ValueError
-        If a setting differs, naming it, or the file is damaged.
+        If a setting differs (the message names it), the file is damaged, or it is missing while
+        there are images.
     """
     now = config.to_json() | {"versions": [dict(versions)]}
     before, drawn = read_settings(folder), read_records(folder)
@@ -109,7 +115,7 @@ def open_run(folder: RunFolder, config: Config, versions: Mapping[str, str]) -> 
 
 
 def read_settings(folder: RunFolder) -> dict[str, Any] | None:
-    """What :func:`open_run` wrote, None where nothing was.
+    """Read the settings that :func:`open_run` wrote; None if there are none.
 
     Raises
     ------
@@ -128,16 +134,16 @@ def read_settings(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def repair(folder: RunFolder, drawing: Collection[str] = ()) -> None:
-    """Drop a line that was torn, and those of images that are not as their lines say.
+    """Remove incomplete lines, and those of images that are missing or changed.
 
-    By one process, before others read or write.
+    One process calls it before the others read or write.
 
     Parameters
     ----------
     folder : RunFolder
     drawing : collection of str
-        Files of the images that are drawn next.  The lines of others stay: nobody would know what
-        was lost.
+        Files of the images that are drawn next.  The lines of other images stay, because they are
+        the only trace of a lost image.
 
     Raises
     ------
@@ -156,12 +162,12 @@ def repair(folder: RunFolder, drawing: Collection[str] = ()) -> None:
 
 
 def check_images(folder: RunFolder, records: Iterable[Record]) -> None:
-    """Make sure that all images are there, as their lines say, and the unguided ones with them.
+    """Check that all images exist unchanged, and that every guided one has its unguided one.
 
     Raises
     ------
     FileNotFoundError
-        If one is not: naming it and what makes it again.
+        If an image is missing or changed; the message names it and the command that draws it.
     """
     by_file = {record["file"]: record for record in records}
     lost = [name for name, record in by_file.items() if not _is_whole(folder, record)]
@@ -177,7 +183,7 @@ def check_images(folder: RunFolder, records: Iterable[Record]) -> None:
 
 
 def _is_whole(folder: RunFolder, record: Record) -> bool:
-    """Whether an image, and its way through time where that is kept, are as its line says."""
+    """Whether an image, and its strip if it has one, exist with the digests in its record."""
     path, strip = folder.path / record["file"], record.get("path")
     if not path.is_file() or digest(path) != record["sha256"]:
         return False
@@ -188,19 +194,19 @@ def _is_whole(folder: RunFolder, record: Record) -> bool:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line and wait until it is on the disk; :func:`files.append_record`."""
+    """Append a record and wait until it is on the disk, as :func:`.files.append_record`."""
     files.append_record(path, record)
 
 
 def read_records(folder: RunFolder) -> dict[str, Record]:
-    """What is known of every image, by its file.
+    """Read the records of all images, by file name.
 
-    Measurements count for the images that they were made of only.
+    Measurements of an image that has been drawn anew since are left out.
 
     Raises
     ------
     ValueError
-        If a line other than a torn last one is damaged, naming it.
+        If a line is damaged, unless it is an incomplete last one; the message names it.
     """
     drawn: dict[str, Record] = {}
     measured: dict[str, Record] = {}
@@ -218,7 +224,7 @@ def read_records(folder: RunFolder) -> dict[str, Record]:
 
 
 def _measured_digests(records: Mapping[str, Record], record: Record) -> list[str | None]:
-    """Of an image and of the unguided one of its seed: what measurements are made of."""
+    """Digests of an image and of its unguided one, on which its measurements depend."""
     unguided = records.get(record["unguided"], {})
     return [record["sha256"], unguided.get("sha256")]
 
@@ -238,7 +244,7 @@ def _lines(path: Path) -> Iterable[Record]:
 
 
 def order(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What the table is sorted by."""
+    """Sort key of the table: prompt, unguided first, rule, kind, guidance scale, image."""
     unguided = record["kind"] == "none"
     return (
         *(record["prompt"], not unguided, record["rule"], record["kind"]),
@@ -247,7 +253,7 @@ def order(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def write_table(folder: RunFolder, records: Iterable[Record]) -> None:
-    """Write the sorted table, whole or not at all, and then drop the lines that it replaces."""
+    """Write the sorted table atomically, and then remove the files that it replaces."""
     lines = [
         json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
         for record in sorted(records, key=order)
@@ -260,14 +266,17 @@ def write_table(folder: RunFolder, records: Iterable[Record]) -> None:
 
 
 def read_table(folder: RunFolder) -> list[Record]:
-    """All images of a run, from the table and from what is not in it yet.
+    """Read the records of all images, whether they are in the table yet or not.
 
-    In the order of the prompts of ``run.json``, then as the table.
+    Returns
+    -------
+    list of dict
+        In the order of the prompts in ``run.json``, then as in the table.
 
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there are no images.
     ValueError
         If a file is damaged.
     """
@@ -288,5 +297,5 @@ def read_table(folder: RunFolder) -> list[Record]:
 
 
 def digest(path: Path) -> str:
-    """Sixteen hexadecimal digits of a file's content."""
+    """First sixteen hexadecimal digits of the SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

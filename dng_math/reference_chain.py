@@ -1,0 +1,142 @@
+"""A guided chain in plain NumPy, one line per operation: read this first.
+
+It runs any rule object, and the fused engine is tested against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dng_math import equations, noise
+from dng_math.prediction import (
+    Roles,
+    divergence_correction,
+    guided_by,
+    predictions_at,
+)
+from dng_math.rules import Rule
+from dng_math.schedules import StepCoefficients
+from dng_math.trackers import (
+    RatioTracker,
+    Tracker,
+    at_steps,
+)
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """The checked arguments of :func:`dng_math.sample`, as both engines take them."""
+
+    roles: Roles
+    coefficients: StepCoefficients
+    rule: Rule
+    tracker: Tracker | None
+    prior: Array
+    n: int
+    seed: int
+    first_sample: int
+    record: frozenset[str]
+    threads: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of states and scales: one per concept, and at least one."""
+        return max(1, len(self.roles.concepts))
+
+    @property
+    def variances(self) -> Array:
+        """Variance that the tracker divides by at every step, shape (N,)."""
+        choice = "matched" if self.tracker is None else self.tracker.variance
+        return self.coefficients.tracker_variance(choice)
+
+
+def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str, Array]]:
+    """Run a chain in NumPy.
+
+    Parameters
+    ----------
+    chain : Chain
+    x : ndarray, shape (N, D)
+        x_T; it is not modified.
+
+    Returns
+    -------
+    x : ndarray, shape (N, D)
+        The samples.
+    state : ndarray, shape (M, N), or None
+        The tracker's state at the end.
+    rows : dict of str to ndarray
+        The recorded arrays by name.
+    """
+    roles, c, rule, tracker = chain.roles, chain.coefficients, chain.rule, chain.tracker
+    mixture = roles.mixture
+    memory = rule.init(chain.n, mixture.dim)
+    state = None
+    if tracker is not None:
+        state = tracker.init(np.repeat(chain.prior[:, None], chain.n, axis=1))
+    trackers = None if tracker is None else at_steps(tracker, c)
+    rows: dict[str, list[Array]] = {name: [] for name in chain.record}
+
+    def keep(name: str, value: Array | None) -> None:
+        if name in rows and value is not None:
+            rows[name].append(value)
+
+    for i, variance in enumerate(chain.variances):
+        alpha, sigma = float(c.alpha_t[i]), float(c.sigma_t[i])
+        predictions = predictions_at(
+            rule,
+            roles,
+            x,
+            alpha,
+            sigma,
+            "sample",
+            odds=None if tracker is None or state is None else tracker.odds(state),
+            step=i,
+            time=float(c.time[i]),
+        )
+        guided, scale, memory = guided_by(rule, predictions, memory)
+        x_next = equations.step_mean(x, guided, c.x_factor[i], c.x0_factor[i])
+        if c.step_var[i] > 0:
+            z = noise.standard_normal(
+                chain.seed, chain.n, mixture.dim, step=i, first_sample=chain.first_sample
+            )
+            x_next = equations.step(x_next, np.sqrt(c.step_var[i]), z)
+        keep("trajectory", x)
+        keep("scale", scale)
+        keep("tracked", state)
+        if "exact" in rows:
+            noisy = mixture.diffuse(alpha, sigma)
+            keep("exact", np.array([noisy.log_posterior(x, part) for part in roles.concepts]))
+        if tracker is not None and trackers is not None and state is not None:
+            base, others = predictions.base, predictions.negative
+            if isinstance(tracker, RatioTracker):
+                assert predictions.positive is not None
+                others = predictions.positive[None]
+            gap = c.transition_x0_factor[i] * (others - base)
+            residual = x_next - equations.step_mean(
+                x, base, c.transition_x_factor[i], c.transition_x0_factor[i]
+            )
+            correction: Array | float = 0.0
+            if not isinstance(tracker, RatioTracker) and tracker.divergence:
+                correction = divergence_correction(
+                    mixture, x, c, i, tracker, state, forbidden=roles.concepts
+                )
+            state = trackers[i].update(
+                state,
+                np.sum(gap * gap, axis=-1),
+                np.sum(residual * gap, axis=-1),
+                float(variance),
+                len(c),
+                correction,
+            )
+        x = x_next
+    keep("trajectory", x)
+    keep("tracked", state)
+    if "exact" in rows:
+        keep("exact", np.zeros((len(roles.concepts), chain.n)))
+    return x, state, {name: np.array(values) for name, values in rows.items()}

@@ -1,0 +1,744 @@
+"""The guidance rules, as frozen sets of hyperparameters with a pure ``init`` and ``guide``.
+
+A rule turns the predictions at x_t into a guided prediction.  It has no state of its own: its
+memory from step to step (SLD's momentum) is passed in and returned, and the posterior is tracked
+by the object in its ``posterior`` field (:mod:`dng_math.trackers`).  Predictions may be of the
+noise or of x0; the rules that threshold a difference do so in units of the noise, as their papers
+do.
+
+Signs: ``difference = negative - base`` and ``guided = base - scale difference``, so a positive
+scale pushes away from what is forbidden.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dng_math import checks, equations
+from dng_math.schedules import StepCoefficients, TrackerVariance
+from dng_math.trackers import (
+    ExactPosterior,
+    LogOddsTracker,
+    PaperTracker,
+    RatioTracker,
+    TimeProfile,
+    Tracker,
+    refuse_no_coefficients,
+)
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a rule reads at one step; N samples, D dimensions, M forbidden concepts.
+
+    Attributes
+    ----------
+    base : ndarray, shape (N, D)
+        Unguided prediction.
+    negative : ndarray, shape (M, N, D)
+        Predictions of the forbidden concepts.
+    positive : ndarray, shape (N, D), or None
+        Prediction of what guidance leads to.
+    rest : ndarray, shape (N, D), or None
+        Prediction of everything that is not forbidden.
+    log_ratio : ndarray, shape (M, N), or None
+        Exact log p(c_k | x) - log p(rest | x).
+    odds : ndarray, shape (M, N), or None
+        Tracked p_k / (1 - p_k); for feedback guidance, e^L.
+    to_noise : float
+        Noise units per unit of these predictions: 1 for noise, -alpha/sigma for x0.
+    step, time : int, float
+        Index of the step from the noisy end; time in (0, 1], 1 at the noisy end.
+    direction : ndarray, shape (N, D), or None
+        A positive multiple of ``positive - base`` that is accurate even where those two agree to
+        rounding; None stands for their difference itself.  In an exact mixture it is positive
+        minus the prediction of all other components.
+    """
+
+    base: Array
+    negative: Array
+    positive: Array | None
+    rest: Array | None
+    log_ratio: Array | None
+    odds: Array | None
+    to_noise: float
+    step: int
+    time: float
+    direction: Array | None = None
+
+    @property
+    def difference(self) -> Array:
+        """Negative minus base, shape (M, N, D)."""
+        return self.negative - self.base
+
+
+class Rule(Protocol):
+    """Interface of a guidance rule."""
+
+    @property
+    def needs_positive(self) -> bool:
+        """Whether it reads the positive prediction."""
+        ...
+
+    @property
+    def several_concepts(self) -> bool:
+        """Whether it takes more than one forbidden concept."""
+        ...
+
+    def init(self, n: int, dimensions: int) -> Array | None:
+        """Memory before the first step."""
+        ...
+
+    def guide(
+        self, predictions: Predictions, memory: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """Guided prediction (N, D), scale (M, N) and memory for the next step."""
+        ...
+
+
+def refuse_no_rule(name: str, value: object) -> None:
+    """Raise TypeError unless the value is a rule; a rule's class is not one."""
+    needed = ("init", "guide", "needs_positive", "several_concepts")
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a guidance rule, got the class {value.__name__}: "
+            f"{value.__name__}(...) makes one"
+        )
+    missing = [attribute for attribute in needed if not hasattr(value, attribute)]
+    if missing:
+        raise TypeError(
+            f"{name} must be a guidance rule, with {', '.join(needed)}; got "
+            f"{checks.shown(value)} without {', '.join(missing)}"
+        )
+
+
+class _Memoryless:
+    """Defaults of a rule: no memory, no positive prediction, a single concept."""
+
+    needs_positive: ClassVar[bool] = False
+    several_concepts: ClassVar[bool] = False
+
+    def init(self, n: int, dimensions: int) -> Array | None:
+        """None: the rule has no memory."""
+        return None
+
+
+def _constant(predictions: Predictions, scale: float) -> Array:
+    return np.full(predictions.negative.shape[:2], scale)
+
+
+@dataclass(frozen=True)
+class Unguided(_Memoryless):
+    """No guidance: the base prediction itself."""
+
+    several_concepts: ClassVar[bool] = True
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        return predictions.base, _constant(predictions, 0.0), None
+
+
+@dataclass(frozen=True)
+class ClassifierFreeGuidance(_Memoryless):
+    """``base + g (positive - base)``: CFG Eq. 6; g = 1 is the positive prediction itself.
+
+    In an exact mixture with the rest as positive this is DNG with the exact posterior.
+
+    Parameters
+    ----------
+    guidance_scale : float
+        g, finite.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If g is not a finite number.
+    """
+
+    guidance_scale: float = 1.0
+    needs_positive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checks.finite("guidance_scale", self.guidance_scale)
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        assert predictions.positive is not None
+        guided = equations.toward(
+            predictions.base, predictions.positive - predictions.base, self.guidance_scale
+        )
+        return guided, _constant(predictions, self.guidance_scale), None
+
+
+@dataclass(frozen=True)
+class ClassifierGuidance(ClassifierFreeGuidance):
+    """``s + g grad log p(positive | x)`` (Dhariwal and Nichol 2021) with the exact classifier.
+
+    The exact classifier's gradient is ``s_positive - s``, so in an exact mixture the rule is
+    CFG; with networks the two differ by their errors.  Parameters are those of
+    :class:`ClassifierFreeGuidance`.
+    """
+
+
+@dataclass(frozen=True)
+class NegativePrompting(_Memoryless):
+    """``base - g (negative - base)``: negative prompting, with the same scale at every step.
+
+    docs/theory.md, section 5.3.
+
+    Parameters
+    ----------
+    guidance_scale : float
+        g, finite.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If g is not a finite number.
+    """
+
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.finite("guidance_scale", self.guidance_scale)
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        guided = equations.away(predictions.base, predictions.difference[0], self.guidance_scale)
+        return guided, _constant(predictions, self.guidance_scale), None
+
+
+@dataclass(frozen=True)
+class SafeLatentDiffusion(_Memoryless):
+    """SLD (arXiv 2211.05105; DNG Eq. 21): an elementwise scale, gated by a threshold.
+
+    Parameters
+    ----------
+    guidance_scale : float
+        Factor g of the correction.
+    threshold : float
+        The gate is open where ``eps - eps_neg`` is below it; in units of the noise.
+    gate : {"signed", "absolute"}
+        What is compared with the threshold: the signed difference (as in the paper's equation and
+        the published code) or its absolute value (as in the paper's text).
+    slope : float
+        s_s; the elementwise scale is min(1, s_s |eps - eps_neg|).
+    momentum_scale, momentum_decay : float
+        The paper's s_m and beta_m.
+    warmup_steps : int
+        Number of first steps in which the momentum builds up but no correction is applied.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a hyperparameter has the wrong type or is out of range.
+    """
+
+    guidance_scale: float = 1.0
+    threshold: float = 0.04
+    gate: Literal["signed", "absolute"] = "signed"
+    slope: float = 100.0
+    momentum_scale: float = 0.1
+    momentum_decay: float = 0.2
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        checks.finite("guidance_scale", self.guidance_scale)
+        checks.finite("threshold", self.threshold)
+        checks.choice("gate", self.gate, ("signed", "absolute"))
+        checks.non_negative("slope", self.slope)
+        checks.finite("momentum_scale", self.momentum_scale)
+        checks.real("momentum_decay", self.momentum_decay, "in [0, 1]", 0.0, 1.0, closed="[]")
+        checks.integer("warmup_steps", self.warmup_steps, 0)
+
+    def init(self, n: int, dimensions: int) -> Array:
+        """Zero momentum, shape (n, dimensions), in units of the noise."""
+        return np.zeros((n, dimensions))
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, Array]:
+        """See :class:`Rule`; the scale is the mean over dimensions of the elementwise one."""
+        assert memory is not None
+        difference = predictions.difference[0] * predictions.to_noise
+        magnitude = np.abs(difference)
+        gated = magnitude if self.gate == "absolute" else -difference
+        scale = np.where(gated < self.threshold, np.minimum(1.0, self.slope * magnitude), 0.0)
+        correction = equations.safe_correction(scale, difference, self.momentum_scale, memory)
+        momentum = equations.safe_momentum(memory, correction, self.momentum_decay)
+        mean_scale = self.guidance_scale * scale.mean(axis=-1)[None]
+        # At alpha = 0 the noise does not depend on x0, and there is nothing to correct.
+        if predictions.step < self.warmup_steps or predictions.to_noise == 0:
+            return predictions.base, np.zeros_like(mean_scale), momentum
+        guided = equations.away(
+            predictions.base, correction / predictions.to_noise, self.guidance_scale
+        )
+        return guided, mean_scale, momentum
+
+
+@dataclass(frozen=True)
+class PerpNeg(_Memoryless):
+    """Perp-Neg (arXiv 2304.04968, Eq. 5): only what is orthogonal to the positive direction.
+
+    ``base + positive_scale u - g (d - (d.u / u.u) u)`` with u = positive - base and
+    d = negative - base, per sample.  Where u is zero to rounding (|u| <= 1e-12 |base|) there is no
+    direction, and nothing is projected out.
+
+    In an exact mixture the direction of u is taken from the positive prediction minus that of all
+    other components, whose difference does not vanish where u rounds to zero.  If the positive is
+    everything that is not forbidden, d is exactly opposite to u (base = p negative +
+    (1 - p) positive), so nothing of d is left, at any g.
+
+    Parameters
+    ----------
+    guidance_scale : float
+        g of the negative prediction, finite.
+    positive_scale : float
+        Scale of the positive prediction, finite.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a scale is not a finite number.
+    """
+
+    guidance_scale: float = 1.0
+    positive_scale: float = 0.0
+    ROUNDING_SQ: ClassVar[float] = 1e-24
+    needs_positive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checks.finite("guidance_scale", self.guidance_scale)
+        checks.finite("positive_scale", self.positive_scale)
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        assert predictions.positive is not None
+        toward = predictions.positive - predictions.base
+        direction = toward if predictions.direction is None else predictions.direction
+        difference = predictions.difference[0]
+        norm_sq = np.sum(direction * direction, axis=-1, keepdims=True)
+        dot = np.sum(difference * direction, axis=-1, keepdims=True)
+        floor = self.ROUNDING_SQ * np.sum(predictions.base**2, axis=-1, keepdims=True)
+        projection = np.divide(dot, norm_sq, out=np.zeros_like(dot), where=norm_sq > floor)
+        guided = equations.away(
+            equations.toward(predictions.base, toward, self.positive_scale),
+            equations.perpendicular(difference, direction, projection),
+            self.guidance_scale,
+        )
+        return guided, _constant(predictions, self.guidance_scale), None
+
+
+@dataclass(frozen=True)
+class ContrastiveCFG(_Memoryless):
+    """Contrastive CFG (arXiv 2411.17077): scale ``2 g e^-r / (1 + e^-r)``.
+
+    r = tau |eps_neg - eps|^2, so the scale fades as the two predictions move apart.  It has no
+    memory.
+
+    Parameters
+    ----------
+    guidance_scale : float
+        g, finite.
+    temperature : float
+        tau >= 0, for differences in units of the noise.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a hyperparameter is not a number of its range.
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.finite("guidance_scale", self.guidance_scale)
+        checks.non_negative("temperature", self.temperature)
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        difference = predictions.difference[0]
+        norm_sq = np.sum(difference * difference, axis=-1) * predictions.to_noise**2
+        scale = equations.contrastive_scale(
+            self.guidance_scale, np.exp(-self.temperature * norm_sq)
+        )
+        return equations.away(predictions.base, difference, scale[:, None]), scale[None], None
+
+
+@dataclass(frozen=True)
+class DynamicNegativeGuidance(_Memoryless):
+    """DNG Eq. 10: ``base - lambda (negative - base)`` with lambda = g p / (1 - p), per sample.
+
+    Several concepts: ``base - g sum_k p_k (negative_k - base) / (1 - sum_j p_j)`` (derived;
+    docs/theory.md, section 5.2).
+
+    Parameters
+    ----------
+    guidance_scale : float
+        g; at g = 1 with the exact posterior the samples follow p(x | not c) exactly.
+    posterior : ExactPosterior, PaperTracker or LogOddsTracker
+        How p is obtained: exactly from the mixture, or tracked along the chain.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If g is not a finite number or ``posterior`` is none of these.
+    """
+
+    guidance_scale: float = 1.0
+    posterior: ExactPosterior | PaperTracker | LogOddsTracker = field(
+        default_factory=ExactPosterior
+    )
+    several_concepts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checks.finite("guidance_scale", self.guidance_scale)
+        if not isinstance(self.posterior, ExactPosterior | PaperTracker | LogOddsTracker):
+            raise TypeError(
+                "posterior must be an ExactPosterior, PaperTracker or LogOddsTracker, "
+                f"got {self.posterior!r}"
+            )
+
+    @classmethod
+    def tracked(
+        cls,
+        guidance_scale: float = 1.0,
+        prior: float = 0.01,
+        temperature: float | TimeProfile = 1.0,
+        offset: float = 0.0,
+        *,
+        offset_nats: float = 0.0,
+        p_min: float = 1e-6,
+        p_max: float = 0.99,
+        tracker: Literal["paper", "log-odds"] = "paper",
+        variance: TrackerVariance = "matched",
+    ) -> DynamicNegativeGuidance:
+        """DNG with a tracked posterior, from all its hyperparameters (DNG Eqs. 10 and 12).
+
+        Parameters
+        ----------
+        guidance_scale : float
+            The g of lambda = g p / (1 - p).
+        prior : float
+            p(c) at the noisy end, in (0, 1).
+        temperature : float or TimeProfile
+            Factor of the log likelihood ratio, >= 0; below 1 for networks.
+        offset : float
+            The paper's offset, added as offset / (2 v) at each step.
+        offset_nats : float
+            Offset in nats over the whole run, spread equally over its steps.
+        p_min, p_max : float
+            Clamp of the posterior; p_max also caps the scale at g p_max / (1 - p_max).
+        tracker : {"paper", "log-odds"}
+            :class:`PaperTracker` or :class:`LogOddsTracker`.
+        variance : {"matched", "small", "large", "published"}
+            Variance that the tracker divides by.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is invalid; the message names it, its value and what is allowed.
+        """
+        if isinstance(prior, Sequence) or isinstance(guidance_scale, Sequence):
+            raise TypeError(
+                "guidance_scale and prior must be numbers, got "
+                f"{guidance_scale!r} and {prior!r}; for unwanted concepts with priors or scales of "
+                "their own give apply_guidance a rule for each, a list"
+            )
+        checks.choice("tracker", tracker, ("paper", "log-odds"))
+        checks.real("prior", prior, "in (0, 1)", 0.0, 1.0, closed="()")
+        kind = PaperTracker if tracker == "paper" else LogOddsTracker
+        return cls(
+            guidance_scale,
+            kind(
+                prior=prior,
+                temperature=temperature,
+                offset=offset,
+                offset_nats=offset_nats,
+                p_min=p_min,
+                p_max=p_max,
+                variance=variance,
+            ),
+        )
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        if isinstance(self.posterior, ExactPosterior):
+            return self._guide_exactly(predictions)
+        assert predictions.odds is not None
+        odds = predictions.odds
+        posterior = odds / (1.0 + odds)
+        total = posterior.sum(axis=0)
+        # Several concepts are tracked independently, so their sum is capped at p_max as well.
+        posterior = posterior * np.minimum(1.0, self.posterior.p_max / np.maximum(total, 1e-300))
+        scale = equations.dynamic_scale(self.guidance_scale, posterior, 1.0 - posterior.sum(axis=0))
+        guided = predictions.base
+        for difference, factor in zip(predictions.difference, scale, strict=True):
+            guided = equations.away(guided, difference, factor[:, None])
+        return guided, scale, None
+
+    def _guide_exactly(self, predictions: Predictions) -> tuple[Array, Array, None]:
+        # sum_k p_k (negative_k - base) = (1 - sum_j p_j) sum_k p_k (negative_k - rest), so the
+        # vanishing denominator cancels and the rule stays accurate as p -> 1.
+        assert predictions.log_ratio is not None and predictions.rest is not None
+        log_ratio = predictions.log_ratio
+        log_rest = -np.logaddexp.reduce([np.zeros_like(log_ratio[0]), *log_ratio], axis=0)
+        guided = predictions.base
+        for negative, posterior in zip(
+            predictions.negative, np.exp(log_ratio + log_rest), strict=True
+        ):
+            guided = equations.away(
+                guided, negative - predictions.rest, self.guidance_scale * posterior[:, None]
+            )
+        return guided, self.guidance_scale * np.exp(np.minimum(log_ratio, 700.0)), None
+
+
+@dataclass(frozen=True)
+class FeedbackGuidance(_Memoryless):
+    """FBG (arXiv 2506.06085): ``base + lambda (positive - base)``, lambda = e^L/(e^L - (1 - pi)).
+
+    lambda = 1 is the plain positive prediction.  L is tracked like the paper's posterior, starting
+    from 0, and clamped so that lambda stays in (1, lambda_max].
+
+    Parameters
+    ----------
+    pi : float
+        Assumed share of the true conditional in the learned one, in (0, 1).
+    lambda_max : float
+        Largest scale, above 1; sets the floor of L.
+    t0, t1 : float
+        Diffusion times in (0, 1) at which guidance should set in and at which it should peak; they
+        determine ``step_offset`` and ``temperature`` where these are not given.
+    temperature, step_offset : float, optional
+        The paper's tau and delta.
+    lambda_ref : float
+        Scale that the offset alone would reach at t0.
+    log_ratio_max : float
+        Ceiling of L, above 0 and not below the floor, log((1 - pi) lambda_max/(lambda_max - 1)).
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a hyperparameter has the wrong type or is out of range.
+    """
+
+    pi: float = 0.95
+    lambda_max: float = 10.0
+    t0: float = 0.5
+    t1: float = 0.4
+    temperature: float | None = None
+    step_offset: float | None = None
+    lambda_ref: float = 3.0
+    log_ratio_max: float = 3.0
+    needs_positive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("pi", "t0", "t1"):
+            checks.real(name, getattr(self, name), "in (0, 1)", 0.0, 1.0, closed="()")
+        for name in ("lambda_max", "lambda_ref"):
+            checks.real(name, getattr(self, name), "finite and > 1", 1.0, np.inf, closed="()")
+        if self.temperature is not None:
+            checks.non_negative("temperature", self.temperature)
+        if self.step_offset is not None:
+            checks.finite("step_offset", self.step_offset)
+        checks.real("log_ratio_max", self.log_ratio_max, "finite and > 0", 0.0, np.inf, closed="()")
+        if self._floor > self.log_ratio_max:
+            raise ValueError(
+                f"log_ratio_max must not be below the floor of L that pi = {self.pi!r} and "
+                f"lambda_max = {self.lambda_max!r} give, {self._floor:g}; got "
+                f"{self.log_ratio_max!r}"
+            )
+
+    @property
+    def _floor(self) -> float:
+        """L at which the scale is lambda_max."""
+        # log1p keeps the floor from rounding to 0 for a tiny pi and a large lambda_max.
+        return float(np.log1p(-self.pi) - np.log1p(-1.0 / self.lambda_max))
+
+    def tracker(self, coefficients: StepCoefficients) -> RatioTracker:
+        """The tracker of L for the steps of a run, with the paper's offset and temperature.
+
+        Parameters
+        ----------
+        coefficients : StepCoefficients
+            Steps of the run, from ``schedule.coefficients(sampler)``.
+
+        Returns
+        -------
+        RatioTracker
+
+        Raises
+        ------
+        TypeError
+            If ``coefficients`` are not StepCoefficients.
+        """
+        refuse_no_coefficients(coefficients)
+        pi, steps = self.pi, len(coefficients)
+        offset = self.step_offset
+        if offset is None:
+            reference = (1.0 - pi) * self.lambda_ref / (self.lambda_ref - 1.0)
+            offset = float(np.log(reference)) / ((1.0 - self.t0) * steps)
+        temperature = self.temperature
+        if temperature is None:
+            small = coefficients.tracker_variance("small")
+            at_t1 = np.interp(self.t1, coefficients.time[::-1], small[::-1])
+            temperature = abs(2.0 * float(at_t1) * offset / 10.0)
+        return RatioTracker(temperature, offset, self._floor, self.log_ratio_max)
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        assert predictions.positive is not None and predictions.odds is not None
+        scale = equations.feedback_scale(predictions.odds[0], self.pi)
+        guided = equations.toward(
+            predictions.base, predictions.positive - predictions.base, scale[:, None]
+        )
+        return guided, scale[None], None
+
+
+@dataclass(frozen=True)
+class LimitedInterval:
+    """Applies a rule at times in [t_lo, t_hi] and no guidance outside (arXiv 2404.07724).
+
+    Time is 1 at the noisy end and 0 at the data.  A posterior is tracked outside too.
+
+    Parameters
+    ----------
+    rule : Rule
+        The rule inside; it may be a LimitedInterval itself.
+    t_lo, t_hi : float
+        Ends of the interval, both included, with 0 <= t_lo <= t_hi <= 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If ``rule`` is not a rule or the ends are out of range.
+    """
+
+    rule: Rule
+    t_lo: float = 0.0
+    t_hi: float = 1.0
+
+    def __post_init__(self) -> None:
+        refuse_no_rule("rule", self.rule)
+        checks.real("t_hi", self.t_hi, "in [0, 1]", 0.0, 1.0, closed="[]")
+        checks.real("t_lo", self.t_lo, "in [0, t_hi]", 0.0, self.t_hi, closed="[]")
+
+    @property
+    def needs_positive(self) -> bool:
+        """Whether the rule inside reads the positive prediction."""
+        return self.rule.needs_positive
+
+    @property
+    def several_concepts(self) -> bool:
+        """Whether the rule inside takes more than one forbidden concept."""
+        return self.rule.several_concepts
+
+    def init(self, n: int, dimensions: int) -> Array | None:
+        """Memory of the rule inside."""
+        return self.rule.init(n, dimensions)
+
+    def guide(
+        self, predictions: Predictions, memory: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """See :class:`Rule`."""
+        if self.t_lo <= predictions.time <= self.t_hi:
+            return self.rule.guide(predictions, memory)
+        return predictions.base, _constant(predictions, 0.0), memory
+
+
+def innermost(rule: Rule) -> Rule:
+    """The rule inside any limited intervals."""
+    while isinstance(rule, LimitedInterval):
+        rule = rule.rule
+    return rule
+
+
+def limited(rule: Rule, t_lo: float, t_hi: float) -> Rule:
+    """The rule at times in [t_lo, t_hi]; the rule itself where that is all times."""
+    return rule if (t_lo, t_hi) == (0.0, 1.0) else LimitedInterval(rule, t_lo, t_hi)
+
+
+# The names that configurations, command lines and tables have for the rules.
+RULES: dict[str, Callable[..., Rule]] = {
+    "none": Unguided,
+    "np": NegativePrompting,
+    "sld": SafeLatentDiffusion,
+    "dng": DynamicNegativeGuidance,
+    "ccfg": ContrastiveCFG,
+    "cfg": ClassifierFreeGuidance,
+    "cg": ClassifierGuidance,
+    "fbg": FeedbackGuidance,
+    "perp-neg": PerpNeg,
+}
+
+
+def rule_named(name: str, guidance_scale: float, **parameters: object) -> Rule:
+    """A rule by its name.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`RULES`.
+    guidance_scale : float
+        g; "none" and "fbg" have none and ignore it.
+    **parameters
+        Further hyperparameters of the rule, by name.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there is no such rule, or a hyperparameter is invalid.
+    """
+    checks.choice("name", name, tuple(RULES))
+    if name not in ("none", "fbg"):
+        parameters["guidance_scale"] = guidance_scale
+    return RULES[name](**parameters)
+
+
+def tracker_of(rule: Rule, coefficients: StepCoefficients) -> Tracker | None:
+    """The tracker that a rule carries along a chain, if any."""
+    inner = innermost(rule)
+    if isinstance(inner, FeedbackGuidance):
+        return inner.tracker(coefficients)
+    if isinstance(inner, DynamicNegativeGuidance) and not isinstance(
+        inner.posterior, ExactPosterior
+    ):
+        return inner.posterior
+    return None
+
+
+def warn_where_noise_is_missing(
+    tracker: Tracker | None,
+    coefficients: StepCoefficients,
+    *,
+    stacklevel: int,
+) -> None:
+    """Warn if a tracker will be wrong: less noise than DDPM adds, and no divergence term.
+
+    Parameters
+    ----------
+    tracker : PaperTracker, LogOddsTracker, RatioTracker or None
+    coefficients : StepCoefficients
+        Steps of the run; the last one is ignored, because no state is used after it.
+    stacklevel : int
+        As for :func:`warnings.warn`; 1 is the caller of this function.
+    """
+    eta = coefficients.eta[:-1]
+    if tracker is None or tracker.divergence or not np.any(eta < 1.0 - 1e-6):
+        return
+    cure = "use DDPM, or DDIM with eta=1"
+    if not isinstance(tracker, RatioTracker):
+        cure += f", or {type(tracker).__name__}(..., divergence=True), which adds the missing term"
+    warnings.warn(
+        f"the sampler adds {'no' if eta.min() == 0 else 'too little'} noise (eta = "
+        f"{eta.min():g}, and the tracker takes it to be 1): the tracked posterior is wrong however "
+        f"many steps are taken; {cure}",
+        stacklevel=stacklevel + 1,
+    )

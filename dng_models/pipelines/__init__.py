@@ -1,0 +1,1 @@
+"""Guidance inside the pipelines and schedulers of diffusers."""

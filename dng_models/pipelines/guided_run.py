@@ -1,0 +1,109 @@
+"""The state of a guided run between two of its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dng_kernels import StepPlan
+from dng_models.pipelines.trace import RunTrace
+from dng_models.pipelines.transitions import SchedulerRun
+
+
+@dataclass(eq=False)
+class GuidedRun:
+    """The state of one call of a pipeline, between two of its steps."""
+
+    scheduler: Any
+    timesteps: Any  # the scheduler's own tensor, which every call of a pipeline replaces
+    steps: SchedulerRun
+    plans: list[StepPlan]  # for guiding and posteriors: one for all concepts, or one for each
+    update_plans: list[StepPlan]  # for updating the trackers' states
+    record: RunTrace
+    step: int
+    # The network's input, if it is known.
+    x: Tensor | None = None
+    batch: int = 0
+    begun: bool = False
+    state: Tensor | None = None
+    momentum: Tensor | None = None
+    guided: Tensor | None = None
+    base: Tensor | None = None
+    others: list[Tensor] = field(default_factory=list)
+    gaps: list[Tensor | None] = field(default_factory=list)
+    # Keys of the divergence's probes, (B, 2).
+    keys: Tensor | None = None
+    # For skipped predictions.  (M, B) or (B,): |negative - base|^2 when last seen, and mean and
+    # variance of the evidence since.  (B,): whether this step's predictions are made, and the
+    # number of steps without since they were made last.
+    gap_sq: Tensor | None = None
+    unseen_mean: Tensor | None = None
+    unseen_var: Tensor | None = None
+    evaluated: Tensor | None = None
+    skipped: Tensor | None = None
+
+    @property
+    def plan(self) -> StepPlan:
+        """The plan of the first rule, or of the only one."""
+        return self.plans[0]
+
+    def column(self, name: str, plan: StepPlan | None = None) -> float:
+        """One number of a plan's table at this step.
+
+        Parameters
+        ----------
+        name : str
+            Name of the column.
+        plan : StepPlan, optional
+            The plan; None: that of the first rule.
+
+        Returns
+        -------
+        float
+        """
+        return float((self.plan if plan is None else plan).column(name)[self.step])
+
+    def x0(self, x: Tensor, prediction: Tensor) -> Tensor:
+        """The x0 for which ``A x + B x0`` is the scheduler's step, its x0 limit included.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, ...)
+            The network's input.
+        prediction : Tensor, shape (B, ...)
+            The network's prediction for it.
+
+        Returns
+        -------
+        Tensor, shape and dtype of x
+        """
+        raw, limit = self.unlimited_x0(x, prediction), self.steps.limit
+        if not (limit and limit.keeps_noise):
+            return limit(raw)
+        # alpha_s limited + A (x - alpha_t raw), in the form A x + B x0.
+        c, i = self.steps.coefficients, self.step
+        of_limited, of_raw = float(c.alpha_s[i]), float(c.transition_x_factor[i] * c.alpha_t[i])
+        return (of_limited * limit(raw) - of_raw * raw) / float(c.transition_x0_factor[i])
+
+    def unlimited_x0(self, x: Tensor, prediction: Tensor) -> Tensor:
+        """The x0 that a prediction implies, before any limit; arguments as for :meth:`x0`."""
+        return self.column("x0_x_factor") * x + self.column("x0_factor") * prediction.to(x.dtype)
+
+    def log_posterior(self, state: Tensor) -> Tensor:
+        """log p(c | x) of the trackers' states, each converted by its own plan.
+
+        Parameters
+        ----------
+        state : Tensor, shape (B,) or (M, B)
+            State of the trackers of M concepts.
+
+        Returns
+        -------
+        Tensor, of the same shape
+        """
+        if len(self.plans) == 1:
+            return self.plan.log_posterior(state)
+        return torch.stack([p.log_posterior(own) for p, own in zip(self.plans, state, strict=True)])

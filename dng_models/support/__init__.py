@@ -1,0 +1,1 @@
+"""Files, processes, progress and metrics, shared by the other subpackages; no guidance here."""

@@ -1,0 +1,14 @@
+"""Tiny pipelines of every family of diffusers that takes a negative prompt."""
+
+from tests.helpers.families import early, latent_diffusion, separate, transformers
+from tests.helpers.families.base import FAMILIES, Family, final_latents
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "early",
+    "final_latents",
+    "latent_diffusion",
+    "separate",
+    "transformers",
+]

@@ -1,0 +1,445 @@
+"""The kernel compiled ahead of time, for GPUs that need not be here: what the machine code is like.
+
+Every variant comes from a call of a public function, whose launch is caught before it needs a
+device.  Tests run under the interpreter where there is no GPU, so the compiler runs in processes of
+its own: this file is also their program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+if find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+TOOLS = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90, 100)
+THREADS = 128
+PROCESSES = 2
+
+# ---------------------------------------------------------------- what can be launched
+
+STEPS = [
+    ("step", name)
+    for name in ("np", "paper", "log_odds", "cfg", "fbg", "sld", "contrastive", "perp_neg")
+]
+GUIDES = [("guide", name) for _, name in STEPS]
+UPDATES = [("update", name) for name in ("paper", "log_odds", "fbg")]
+FACTORS = {
+    "kind": [*STEPS, *GUIDES, *UPDATES],
+    "cfg": [False, True],
+    "clip": [False, True],
+    "drift": [False, True],
+    "divergence": [False, True],
+    "noise": ["none", "given", "seed", "wide seed", "keys"],
+    # One chunk (a small block, a full one, a part of one); a few; and as many as there can be, of
+    # several blocks each.
+    "shape": [(2, 8, 8), (2, 32, 16), (3, 16, 16), (4, 64, 64), (4, 1024, 1024)],
+    "channels_last": [False, True],
+    "dtypes": ["float32", "float16", "bfloat16", "mixed"],
+    "outputs": [False, True],
+    # Odd: an odd number of elements, so that no row starts where 16 bytes do.
+    "aligned": [True, False],
+}
+# The arithmetic; the other factors say how numbers come and go.
+CORE = ("kind", "cfg", "clip", "drift", "divergence")
+
+
+def launchable(kind, cfg, clip, drift, divergence, noise, aligned, shape, **_):
+    """Whether a public function can ask for it."""
+    operation, rule = kind
+    tracked = rule in ("paper", "log_odds", "fbg")
+    return (
+        not (cfg and (rule == "perp_neg" or operation == "update"))
+        and not (clip and operation == "guide")
+        # What untracked rules load for a drift they do not use.
+        and not (drift and not (operation == "step" and tracked))
+        and not (divergence and (rule not in ("paper", "log_odds") or operation == "guide"))
+        and (noise == "none" or operation == "step")
+        and (aligned or shape not in ((2, 8, 8), (4, 1024, 1024)))
+    )
+
+
+def pairs(case):
+    return set(itertools.combinations(case.items(), 2))
+
+
+def variants(arithmetic):
+    """Cases by architecture: all arithmetic for 90 alone, or every value of every factor for each.
+
+    What is not of the arithmetic is chosen so that many pairs of values occur together.
+    """
+    values = itertools.product(*FACTORS.values())
+    every = [dict(zip(FACTORS, chosen, strict=True)) for chosen in values]
+    every = [case for case in every if launchable(**case)]
+    chance = random.Random(0)
+    chance.shuffle(every)
+
+    pools = {}
+    for case in every:
+        pools.setdefault(tuple(case[name] for name in CORE), []).append(case)
+    seen, full = set(), []
+    for pool in pools.values():
+        full.append(max(pool[:100], key=lambda case: len(pairs(case) - seen)))
+        seen |= pairs(full[-1])
+    missing, some = {value for case in every for value in case.items()}, []
+    while missing:
+        some.append(max(every[:3000], key=lambda case: len(missing & set(case.items()))))
+        missing -= set(some[-1].items())
+    return {90: full} if arithmetic else dict.fromkeys(ARCHITECTURES, some)
+
+
+# ---------------------------------------------------------------- what the machine code is like
+
+
+@pytest.fixture(
+    scope="module", params=["values", pytest.param("arithmetic", marks=pytest.mark.slow)]
+)
+def chosen(request):
+    """Which variants: see :func:`variants`."""
+    return request.param == "arithmetic"
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory, chosen):
+    """What the programs found out."""
+    if not os.access(TOOLS / "cuobjdump", os.X_OK):
+        pytest.skip(f"Triton came without cuobjdump, which reads machine code: none in {TOOLS}")
+    folder = tmp_path_factory.mktemp("kernels")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    with contextlib.ExitStack() as stack:
+        # Into files: a pipe that nobody reads would hold its program up.
+        lines, errors = (
+            [stack.enter_context((folder / f"{name}{i}").open("w+")) for i in range(PROCESSES)]
+            for name in ("lines", "errors")
+        )
+        programs = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(i), str(folder), str(int(chosen))],
+                env=environment,
+                stdout=lines[i],
+                stderr=errors[i],
+            )
+            for i in range(PROCESSES)
+        ]
+        try:
+            results = []
+            for i, program in enumerate(programs):
+                failed = program.wait(timeout=900)
+                errors[i].seek(0)
+                assert not failed, errors[i].read()[-4000:]
+                lines[i].seek(0)
+                results += [json.loads(line) for line in lines[i]]
+        finally:
+            for program in programs:
+                program.kill()
+                program.wait()
+    return results
+
+
+@pytest.fixture(scope="module")
+def kernels(printed):
+    """What the compiler made of every variant."""
+    return [line for line in printed if "case" in line]
+
+
+def whole(kernel):
+    """Every thread has 16 bytes of every tensor, and they lie where 16 bytes may."""
+    return kernel["case"]["aligned"] and kernel["block"] == 1024
+
+
+def described(kernels):
+    return [(kernel["architecture"], kernel["case"]) for kernel in kernels]
+
+
+def test_every_variant_compiles_for_every_architecture(kernels, chosen):
+    expected = {architecture: len(cases) for architecture, cases in variants(chosen).items()}
+    assert expected[90] > 80 if chosen else set(expected) == set(ARCHITECTURES)
+    for architecture, count in expected.items():
+        assert sum(kernel["architecture"] == architecture for kernel in kernels) == count
+
+
+def test_another_seed_or_batch_compiles_nothing(printed):
+    """1, what 16 divides and what 32 bits do not hold are special to Triton, unless told not."""
+    (count,) = [line["specializations"] for line in printed if "specializations" in line]
+    assert count == 1
+
+
+def test_the_compiler_was_told_what_to_do_with_products_and_sums(kernels):
+    """Not left to its default; and the machine code has fused operations."""
+    for kernel in kernels:
+        assert kernel["fusion"] is True and "enable_fp_fusion" in kernel["options"]
+        assert kernel["warps"] * 32 == THREADS
+    assert all(kernel["sass"]["fused"] > 0 for kernel in kernels if "sass" in kernel)
+
+
+def test_every_tensor_is_read_and_written_in_pieces_of_16_bytes_and_once(kernels, chosen):
+    """As many accesses as the formula needs, and none of 16 bits: the rest is one of a sample."""
+    seen = [kernel for kernel in kernels if whole(kernel)]
+    assert len(seen) > (30 if chosen else 6)
+    wrong = []
+    for kernel in seen:
+        accesses = kernel["accesses"]
+        loads, stores = accesses.pop("ld128", 0), accesses.pop("st128", 0)
+        few = accesses.get("ld32", 0) <= 31 + 3 and accesses.get("st32", 0) <= 8
+        if [loads, stores] != kernel["expected"] or not few or accesses.get("ld64", 0) > 3:
+            wrong.append(kernel)
+        elif not set(accesses) <= {"ld32", "ld64", "st32"}:
+            wrong.append(kernel)
+    assert not wrong, wrong[:3]
+
+
+def test_the_machine_code_has_the_accesses_of_the_intermediate_one(kernels, chosen):
+    """The counts above are read before the assembler; it neither splits nor repeats them."""
+    seen = [kernel for kernel in kernels if "sass" in kernel and whole(kernel)]
+    assert len(seen) >= (4 if chosen else 1)
+    for kernel in seen:
+        assert [kernel["sass"]["ld128"], kernel["sass"]["st128"]] == kernel["expected"], kernel
+
+
+def test_no_variant_spills(kernels):
+    spilled = [kernel for kernel in kernels if kernel["stack"] or kernel["local"]]
+    assert not spilled, described(spilled)
+    assert all(kernel["sass"]["local"] == 0 for kernel in kernels if "sass" in kernel)
+
+
+# ---------------------------------------------------------------- the program that compiles
+
+
+def launch(
+    kind, cfg, clip, drift, divergence, noise, shape, channels_last, dtypes, outputs, aligned
+):
+    """What a call hands to the kernel, by the names of its arguments."""
+    from dng_kernels import StepPlan, dng_step, fused, guide, update_posterior
+    from dng_kernels import noise_keys as keys_of
+    from dng_math import (
+        DDIM,
+        DDPM,
+        ClassifierFreeGuidance,
+        ContrastiveCFG,
+        DynamicNegativeGuidance,
+        FeedbackGuidance,
+        LogOddsTracker,
+        NegativePrompting,
+        NoiseSchedule,
+        PaperTracker,
+        PerpNeg,
+        SafeLatentDiffusion,
+    )
+
+    operation, rule = kind
+    rule = {
+        "np": NegativePrompting(2.0),
+        "paper": DynamicNegativeGuidance(1.0, PaperTracker(prior=0.1, divergence=divergence)),
+        "log_odds": DynamicNegativeGuidance(1.0, LogOddsTracker(prior=0.1, divergence=divergence)),
+        "cfg": ClassifierFreeGuidance(3.0),
+        "fbg": FeedbackGuidance(),
+        "sld": SafeLatentDiffusion(),
+        "contrastive": ContrastiveCFG(),
+        "perp_neg": PerpNeg(),
+    }[rule]
+    coefficients = NoiseSchedule.linear(10).coefficients(DDIM(0.5) if drift else DDPM())
+    plan = StepPlan(
+        coefficients,
+        rule,
+        cfg_scale=3.0 if cfg else None,
+        clip=1.0 if clip else None,
+        _warn=False,  # a step is compared with a step, whatever its posterior is worth
+    )
+    step = 9 if noise == "none" else 2  # the last one adds no noise
+    batch = 1 if noise == "none" else 2
+    if not aligned:
+        shape = (3, shape[1] - 1, shape[2] - 1)
+    wide = getattr(torch, "float32" if dtypes == "mixed" else dtypes)
+    narrow = torch.bfloat16 if dtypes == "mixed" else wide
+
+    def event(dtype):
+        tensor = torch.empty(batch, *shape, dtype=dtype)
+        return tensor.to(memory_format=torch.channels_last) if channels_last else tensor
+
+    arguments = {"eps": event(narrow), "eps_neg": event(narrow), "state": plan.init_state(batch)}
+    if operation != "guide":
+        arguments["x"] = event(wide)
+    if operation == "update":
+        arguments["x_next"] = event(wide)
+    else:
+        arguments["eps_uncond"] = event(narrow) if plan.needs_uncond else None
+        arguments["eps_pos"] = event(narrow) if plan.needs_positive else None
+        arguments["momentum"] = plan.init_momentum(event(wide))
+        arguments["return_scale"] = outputs
+    if operation != "guide" and plan.needs_divergence:
+        arguments["divergence_gap"] = torch.empty(batch)
+    if operation == "step":
+        arguments["return_guided"] = outputs
+        arguments |= {
+            "none": {},
+            "given": {"noise": event(wide)},
+            "seed": {"seed": 5, "first_sample": 3},
+            "wide seed": {"seed": 2**64 - 1, "first_sample": 2**40 + 1},
+            "keys": {"seed": keys_of(3, batch)},
+        }[noise]
+    caught = []
+    fused.run = lambda *values: caught.append(fused.arguments(*values))
+    public = {"step": dng_step, "guide": guide, "update": update_posterior}[operation]
+    public(plan, step, **arguments, backend="triton")
+    ((_, named),) = caught
+    return named
+
+
+def source_of(named):
+    """The specialization that a launch with these arguments would compile.
+
+    Triton's rules: None, constexpr and integers equal to 1 are constants; pointers and integers
+    that 16 divides are known to be; unless a parameter says that it is not to be specialized.
+    """
+    from triton.compiler import ASTSource
+
+    from dng_kernels import fused
+
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    names |= {torch.int32: "i32", torch.int64: "i64"}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(fused.fused_step.params):
+        name, value = parameter.name, named[parameter.name]
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + names[value.dtype]
+            divisible = value.data_ptr() % 16 == 0
+        else:
+            fits = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[name] = parameter.annotation_type or fits
+            divisible = value % 16 == 0
+        if free and divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fused.fused_step, signature=signature, constexprs=constants, attrs=attributes)
+
+
+EVENTS = re.compile(
+    "x|x_next_in|eps|eps_neg|eps_third|noise|momentum|x_next|guided_out|momentum_out"
+)
+
+
+def expected_accesses(named):
+    """Accesses of 16 bytes by which a block of every tensor is read, and written.
+
+    Rules that need sums first read the predictions in two places of the program.
+    """
+    from dng_kernels.plan import UPDATE
+    from dng_math._codes import CONTRASTIVE, PERPENDICULAR
+
+    tensors = {
+        name: named["BLOCK"] * value.itemsize // (16 * THREADS)
+        for name, value in named.items()
+        if EVENTS.fullmatch(name) and value is not None
+    }
+    written = ("x_next", "guided_out", "momentum_out")
+    twice = ()
+    if named["MODE"] != UPDATE and named["RULE"] == CONTRASTIVE:
+        twice = ("eps", "eps_neg")
+    if named["MODE"] != UPDATE and named["RULE"] == PERPENDICULAR:
+        twice = ("eps", "eps_neg", "eps_third")
+    loads = sum(count for name, count in tensors.items() if name not in written)
+    loads += sum(count for name, count in tensors.items() if name in twice)
+    return loads, sum(count for name, count in tensors.items() if name in written)
+
+
+def compile_one(case, architecture, disassemble, folder):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from dng_kernels import fused
+
+    named = launch(**case)
+    options = fused.options(named)
+    kernel = triton.compile(
+        source_of(named), target=GPUTarget("cuda", architecture, 32), options=options
+    )
+    cubin = folder / f"{os.getpid()}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+
+    def tool(*arguments):
+        command = [TOOLS / "cuobjdump", *arguments, cubin]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", tool("-res-usage"))
+    accesses = {}
+    for access, vector, bits in re.findall(
+        r"\b(ld|st)\.global(?!\.cg)(?:\.[a-z0-9_:]*)*?(?:\.v(\d))?\.b(\d+)\b", kernel.asm["ptx"]
+    ):
+        size = f"{access}{int(vector or 1) * int(bits)}"
+        accesses[size] = accesses.get(size, 0) + 1
+    result = {
+        "case": case,
+        "architecture": architecture,
+        "block": named["BLOCK"],
+        "registers": int(usage[1]),
+        "stack": int(usage[2]),
+        "local": int(usage[4]),
+        "expected": expected_accesses(named),
+        "accesses": accesses,
+        "fusion": kernel.metadata.enable_fp_fusion,
+        "warps": kernel.metadata.num_warps,
+        "options": options,
+    }
+    if disassemble:
+        code = tool("-sass")
+        patterns = {
+            "ld128": r"\bLDG\.E\.128\b",
+            "st128": r"\bSTG\.E\.128\b",
+            "local": r"\b(?:LDL|STL)\b",
+            "fused": r"\bFFMA2?\b",
+        }
+        result["sass"] = {name: len(re.findall(p, code)) for name, p in patterns.items()}
+    return result
+
+
+def hashes_of_numbers():
+    """Of the specializations for calls that differ in numbers alone, by the keys of Triton."""
+    case = dict.fromkeys(("cfg", "clip", "drift", "divergence", "channels_last", "outputs"), False)
+    case |= {"shape": (4, 64, 64), "dtypes": "float32", "aligned": True}
+    named = launch(kind=("step", "paper"), noise="seed", **case)
+    numbers = [
+        {"seed": seed, "first_sample": first, "batch": batch}
+        for seed in (0, 1, 5, 16, -1, 2**62)
+        for first in (0, 1, 16, 2**40)
+        for batch in (1, 2, 3, 16)
+    ]
+    sources = [source_of(named | change) for change in numbers]
+    return [str((source.signature, source.constants, source.attrs)) for source in sources]
+
+
+def main(part, folder, arithmetic):
+    """Compile every PROCESSES-th variant; one line of JSON each."""
+    if part == "0":
+        print(json.dumps({"specializations": len(set(hashes_of_numbers()))}), flush=True)
+    work = [(case, sm) for sm, cases in variants(arithmetic == "1").items() for case in cases]
+    for i, (case, architecture) in list(enumerate(work))[int(part) :: PROCESSES]:
+        # A disassembler takes longer than the compiler: of some, and the rest from what it read.
+        print(
+            json.dumps(
+                compile_one(case, architecture, i % 8 == 0 and case["aligned"], Path(folder))
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(*sys.argv[1:])

@@ -1,0 +1,251 @@
+"""The configuration of a setting: checked, written and read back, named; and its rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dng_math import (
+    ClassifierFreeGuidance,
+    DynamicNegativeGuidance,
+    FeedbackGuidance,
+    LimitedInterval,
+    LogOddsTracker,
+    NegativePrompting,
+    PaperTracker,
+    PerpNeg,
+    SafeLatentDiffusion,
+    TimeProfile,
+    Unguided,
+)
+from dng_models.class_removal.config import PAPER, RULES, Config, rule
+from dng_models.class_removal.methods import METHODS, settings
+from dng_models.class_removal.run_folder import RunFolder
+
+SHARE = 0.1
+
+
+# ---------------------------------------------------------------------- checks
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("forget", (), r"forget must name at least one class, each once; got \(\)"),
+        ("forget", ("0", "0"), r"each once; got \('0', '0'\)"),
+        ("forget", "0", "forget must be a sequence of names, got '0'"),
+        ("forget", (0,), r"forget must be a sequence of names, got \(0,\)"),
+        ("rule", "dong", "rule must be one of 'none', 'np', .*; got 'dong'"),
+        ("networks", "three", "networks must be one of 'pair', 'conditional'; got 'three'"),
+        ("tracker", "exact", "tracker must be one of 'paper', 'log-odds'; got 'exact'"),
+        ("hyperparameters", "best", "hyperparameters must be one of .*; got 'best'"),
+        ("held_out", 1.0, r"held_out must be in \(0, 1\), got 1.0"),
+        ("steps", 1001, "steps must be an integer from 1 to 1000, got 1001"),
+        ("steps", 10.0, "steps must be an integer from 1 to 1000, got 10.0"),
+        ("num_images", 0, "num_images must be an integer >= 1, got 0"),
+        ("batch_size", 0, "batch_size must be an integer >= 1, got 0"),
+        ("seed", -1, "seed must be an integer .*, got -1"),
+        ("guidance_scale", float("nan"), "guidance_scale must be finite, got nan"),
+        ("guidance_scale", "1", "guidance_scale must be a real number"),
+        ("prior", 0.5, "prior must be None with hyperparameters='paper', .* got 0.5"),
+        ("p_max", 1.5, r"p_max must be in \(0, 1\), got 1.5"),
+        ("slope", -1.0, "slope must be finite and >= 0, got -1.0"),
+        ("contrast", -1.0, "contrast must be finite and >= 0, got -1.0"),
+        ("clip", 0.0, "clip must be finite and > 0, got 0.0"),
+        ("t_lo", 1.5, r"t_lo must be in \[0, t_hi\], got 1.5"),
+        ("autocast", "float8", "autocast must be one of 'float16', 'bfloat16'; got 'float8'"),
+        ("like", "imagenet", "like must be one of 'digits', 'mnist', 'cifar10'; got 'imagenet'"),
+        ("toward", "0", "toward must not be a forgotten class, got '0'"),
+        ("unwanted", ("a", "b"), "unwanted must be one network, or one for each"),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(field, value, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Config(**{field: value})
+
+
+def test_a_bad_hyperparameter_of_ones_own_is_refused():
+    with pytest.raises(ValueError, match=r"prior must be in \(0, 1\), got 1.0"):
+        Config(hyperparameters="own", prior=1.0)
+    with pytest.raises(ValueError, match="temperature must be finite and >= 0, got -0.1"):
+        Config(hyperparameters="own", temperature=-0.1)
+
+
+@pytest.mark.parametrize("name", ["np", "sld", "ccfg"])
+def test_only_dng_forgets_several_classes_with_a_network_each(name):
+    with pytest.raises(ValueError, match=f"forget must be one class with rule '{name}'"):
+        Config(rule=name, forget=("0", "1"))
+    assert Config(rule=name, forget=("0", "1"), unwanted=("both",)).forget == ("0", "1")
+    assert Config(rule="dng", forget=("0", "1")).forget == ("0", "1")
+
+
+@pytest.mark.parametrize("name", ["cfg", "cg", "fbg", "perp-neg"])
+def test_rules_that_lead_somewhere_need_to_know_where(name):
+    with pytest.raises(ValueError, match=r"toward \(a class\) or positive \(a network\)"):
+        Config(rule=name)
+    assert Config(rule=name, toward="3").toward == "3"
+
+
+def test_a_conditional_network_makes_every_prediction():
+    with pytest.raises(ValueError, match="must not be given with networks='conditional'"):
+        Config(networks="conditional", unwanted=("somewhere",))
+
+
+# ---------------------------------------------------------------------- JSON
+
+
+def test_a_configuration_survives_json():
+    config = Config(forget=("3", "5"), p_max=0.9, clip=1, unwanted=["a"], guidance_scale=2)
+    read = Config.from_json(json.loads(json.dumps(config.to_json())))
+    assert read == config and read.key == config.key
+    assert read.unwanted == ("a",)
+
+
+def test_an_unknown_field_is_refused():
+    with pytest.raises(ValueError, match="no field 'guidance', 'sclae'"):
+        Config.from_json({"sclae": 1.0, "guidance": 2, "rule": "np"})
+
+
+def test_the_key_names_the_setting_and_nothing_else():
+    """Written out, so that the names of files do not change from version to version unnoticed."""
+    assert Config().key == Config().key and len(Config().key) == 12
+    assert Config(guidance_scale=1).key == Config(guidance_scale=1.0).key
+    keys = {
+        dataclasses.replace(Config(), **{name: value}).key
+        for name, value in (
+            *(
+                ("rule", "np"),
+                ("guidance_scale", 2.0),
+                ("seed", 1),
+                ("steps", 10),
+                ("num_images", 7),
+            ),
+            *(("forget", ("1",)), ("tracker", "log-odds"), ("p_min", 0.1)),
+            *(("batch_size", 8), ("variance", "large"), ("base", "a"), ("held_out", 0.3)),
+        )
+    }
+    assert len(keys) == 12 and Config().key not in keys
+
+
+def test_images_are_the_same_however_many_and_whoever_judges_them():
+    config = Config()
+    for other in ({"num_images": 5}, {"classifier": "somebody"}):
+        changed = dataclasses.replace(config, **other)
+        assert changed.images_key == config.images_key and changed.key != config.key
+    assert dataclasses.replace(config, seed=1).images_key != config.images_key
+
+
+# ---------------------------------------------------------------------- rules
+
+
+def test_every_rule_is_built():
+    built = {
+        name: rule(Config(rule=name, guidance_scale=2.5, toward="3"), share=SHARE) for name in RULES
+    }
+    assert built["none"] == Unguided()
+    assert built["np"] == NegativePrompting(2.5)
+    assert built["sld"] == SafeLatentDiffusion(2.5)
+    assert built["cfg"] == ClassifierFreeGuidance(2.5)
+    assert built["fbg"] == FeedbackGuidance()
+    assert built["perp-neg"] == PerpNeg(2.5)
+    assert isinstance(built["dng"], DynamicNegativeGuidance)
+
+
+def test_sld_has_the_hyperparameters_that_were_given():
+    config = Config(
+        rule="sld", threshold=0.1, gate="absolute", slope=5.0, momentum=0.3, momentum_decay=0.4,
+        warmup_steps=3,
+    )  # fmt: skip
+    assert rule(config, share=SHARE) == SafeLatentDiffusion(1.0, 0.1, "absolute", 5.0, 0.3, 0.4, 3)
+
+
+def test_an_interval_is_around_the_rule():
+    config = Config(rule="np", t_lo=0.2, t_hi=0.8)
+    assert rule(config, share=SHARE) == LimitedInterval(NegativePrompting(1.0), 0.2, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"dataset": "digits"}, {"prior": 0.25, "temperature": 0.25}),
+        ({"dataset": "mnist"}, {"prior": 0.25, "temperature": 0.25}),
+        ({"dataset": "ylecun/mnist"}, {"prior": 0.25, "temperature": 0.25}),
+        ({"dataset": "cifar10"}, {"prior": 0.01, "temperature": 0.2, "offset": 2e-4}),
+        ({"dataset": "a/b.parquet"}, {"prior": SHARE, "temperature": 0.25}),
+        (
+            {"dataset": "a/b.parquet", "like": "cifar10"},
+            {"prior": 0.01, "temperature": 0.2, "offset": 2e-4},
+        ),
+        ({"hyperparameters": "own"}, {"prior": SHARE}),
+        (
+            {"hyperparameters": "own", "temperature": 0.5, "offset_nats": -2.0, "p_max": 0.9},
+            {"prior": SHARE, "temperature": 0.5, "offset_nats": -2.0, "p_max": 0.9},
+        ),
+        ({"p_max": 0.9}, {"prior": 0.25, "temperature": 0.25, "p_max": 0.9}),
+    ],
+)
+def test_hyperparameters_are_the_papers_or_ones_own(fields, expected):
+    built = rule(Config(**fields), share=SHARE)
+    assert built == DynamicNegativeGuidance(1.0, PaperTracker(**expected))
+
+
+def test_calibrated_hyperparameters_come_from_the_calibration():
+    trackers = {
+        ("paper", True): PaperTracker(temperature=TimeProfile((0.1, 0.5), (0.1, 0.6))),
+        ("paper", False): PaperTracker(temperature=0.3, offset_nats=-1.0),
+        ("log-odds", True): LogOddsTracker(temperature=0.05),
+        ("log-odds", False): LogOddsTracker(temperature=0.1),
+    }
+    calibration = SimpleNamespace(tracker=lambda kind, varying: trackers[kind, varying])
+    for (kind, varying), tracker in trackers.items():
+        hyperparameters = "calibrated" if varying else "calibrated-constant"
+        config = Config(tracker=kind, hyperparameters=hyperparameters, guidance_scale=2.0)
+        built = rule(config, share=SHARE, calibration=calibration)
+        expected = dataclasses.replace(tracker, prior=SHARE)
+        assert built == DynamicNegativeGuidance(2.0, expected)
+    with pytest.raises(ValueError, match="calibration must be given"):
+        rule(config, share=SHARE)
+
+
+# ---------------------------------------------------------------------- sweeps and folders
+
+
+def test_settings_are_methods_over_scales_in_their_order():
+    configs = settings(Config(), ["none", "dng-log-odds", "np"], [0.5, 2.0])
+    assert [(c.rule, c.guidance_scale) for c in configs] == [
+        ("none", 0.0),
+        ("dng", 0.5),
+        ("dng", 2.0),
+        ("np", 0.5),
+        ("np", 2.0),
+    ]
+    assert {c.tracker for c in configs if c.rule == "dng"} == {"log-odds"}
+    assert len(set(settings(Config(), list(METHODS)))) == len(settings(Config(), list(METHODS)))
+    base = Config(tracker="log-odds", hyperparameters="own", temperature=0.1)
+    own = settings(base, ["dng"], [1.0])
+    assert (own[0].tracker, own[0].temperature) == ("log-odds", 0.1)
+    with pytest.raises(ValueError, match="temperature must be None with hyperparameters='paper'"):
+        settings(base, ["dng-paper"])
+
+
+def test_an_unknown_method_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="rules must be one of 'none', .*'dng-paper'.*got 'dgn'"):
+        settings(Config(), ["np", "dgn"])
+
+
+def test_no_class_name_leaves_the_folder():
+    folder = RunFolder(Path("run"))
+    for name in ("a/b", "..", "../x", "great white shark"):
+        assert folder.class_network(name).parent == folder.networks
+        assert folder.calibration(name, "pair").parent == Path("run", "calibration")
+    assert folder.calibration("0", "pair") != folder.calibration("0", "conditional")
+
+
+def test_the_papers_settings_are_those_of_the_paper():
+    """Section 5 of arXiv 2410.14398."""
+    assert PAPER["mnist"] == {"prior": 0.25, "temperature": 0.25, "offset": 0.0}
+    assert PAPER["cifar10"] == {"prior": 0.01, "temperature": 0.2, "offset": 2e-4}
