@@ -26,6 +26,7 @@ from benchmarks.harness import AnyRow, Settings, machine, read_csv, table, write
 # the machine, and report() and draw() for all its rows.
 COMMANDS = {
     "start": "imports of each package, and first uses in new processes",
+    "host": "what the host does to start a step on a GPU, without one",
     "mixture": "exact mixtures on the CPU, against NumPy, SciPy, scikit-learn, torch and JAX",
     "step": "one step, against the published sequence and plain torch, eager and compiled",
     "overhead": "the share of the guidance step in a whole sampling step with a UNet",

@@ -378,7 +378,7 @@ class Call:
             self._event("out.momentum", given.momentum, momentum),
         )
         if out is not None:
-            _refuse_shared(found)
+            refuse_shared(found)
         return found
 
     def _event(
@@ -432,7 +432,7 @@ def _check_target(name: str, given: object, dtype: torch.dtype | None) -> None:
         raise ValueError(f"{name} requires grad, and is written into: give a detached tensor")
 
 
-def _refuse_shared(outputs: StepResult) -> None:
+def refuse_shared(outputs: StepResult) -> None:
     """Refuse outputs that overlap in memory."""
     if torch.compiler.is_compiling():
         return  # tensors have no address while compiling

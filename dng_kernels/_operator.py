@@ -57,7 +57,7 @@ def _run(*arguments: Any) -> None:
         fused.run(inputs, outputs, variant, table, index, seed, first_sample, counters, partials)
         return
     if seed is not None:
-        inputs = _with_keys(inputs, seed, first_sample)
+        inputs = with_keys(inputs, seed, first_sample)
     cpu.run(inputs, outputs, variant, table, index)
 
 
@@ -97,7 +97,7 @@ def launch(
     table = plan.table64 if eps.dtype == torch.float64 else plan.table
     if call.engine == "reference":
         if seed is not None:
-            inputs = _with_keys(inputs, seed, first_sample)
+            inputs = with_keys(inputs, seed, first_sample)
         naive.run(inputs, outputs, variant, table, index)
         return
     counters = partials = None
@@ -106,6 +106,7 @@ def launch(
     _launch(*variant, table, index, *inputs, *outputs, counters, partials, seed, first_sample)
 
 
-def _with_keys(inputs: Inputs, seed: int, first_sample: int) -> Inputs:
+def with_keys(inputs: Inputs, seed: int, first_sample: int) -> Inputs:
+    """The inputs with the keys of every sample in place of a seed."""
     keys = normal.keys_of(seed, len(inputs.eps), first_sample, inputs.eps.device)
     return inputs._replace(keys=keys)

@@ -2,10 +2,11 @@
 
 It computes what :mod:`dng_kernels.naive` does, with :mod:`dng_math.equations` compiled.
 
-One program takes one chunk of a sample.  The length of a chunk depends on the sample's size alone,
-so a sample's result does not depend on the batch.  A program writes down the sums over its chunk
-and increments the sample's counter; the program that increments it last adds up the chunks in their
-order and updates the state.  Only integers are added atomically, so two runs are bit-equal.
+One program takes one chunk of a sample.  The length of a chunk depends on the sample's size and the
+dtype alone, so a sample's result does not depend on the batch.  A program writes down the sums over
+its chunk and increments the sample's counter; the program that increments it last adds up the
+chunks in their order and updates the state.  Only integers are added atomically, so two runs are
+bit-equal.
 
 Contrastive CFG and Perp-Neg need the sums before they can guide.  Their programs draw tickets: the
 programs with a sample's first tickets compute the sums, and the others wait for them and then take
@@ -15,7 +16,8 @@ deadlock in whatever order programs are started.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -702,12 +704,14 @@ def arguments(
     counters: Tensor,
     partials: Tensor,
 ) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid of a launch and every argument of the kernel."""
+    """The grid of a launch and every argument of the kernel by name, in the kernel's order."""
     layout = inputs.eps if inputs.x is None else inputs.x
     channels_last = is_channels_last(layout)
     batch = len(layout)
     elements = layout[0].numel()
-    block, chunk, chunks = chunking(elements)
+    # Large blocks would make the kernels spill that need many registers.
+    heavy = _is_heavy(variant.cfg, variant.clip, variant.drift, channels_last, elements)
+    block, chunk, chunks = chunking(elements, 4 if heavy else layout.element_size())
     strides = {}
     events: dict[str, Tensor | None] = {}
     written = (outputs.x_next, outputs.eps_guided, outputs.momentum)
@@ -726,10 +730,11 @@ def arguments(
     return grid, {
         "table": table,
         "index": index,
-        **events,
+        **{name: events[name] for name in _EVENTS[:_READ]},
         "keys": inputs.keys,
         "state": inputs.state,
         "divergence": inputs.divergence_gap,
+        **{name: events[name] for name in _EVENTS[_READ:]},
         "state_next": outputs.state,
         "scale_out": outputs.scale,
         "counters": counters,
@@ -761,6 +766,12 @@ _EVENTS = (
     *("x", "x_next_in", "eps", "eps_neg", "eps_third", "noise", "momentum"),
     *("x_next", "guided_out", "momentum_out"),
 )
+_READ = 7
+
+
+def _is_heavy(cfg: bool, clip: bool, drift: bool, channels_last: bool, elements: int) -> bool:
+    """Whether a kernel needs more registers than common ones."""
+    return cfg or clip or drift or channels_last or elements % 16 != 0
 
 
 def options(named: dict[str, Any]) -> dict[str, Any]:
@@ -770,23 +781,85 @@ def options(named: dict[str, Any]) -> dict[str, Any]:
     kernels take at most 64 registers; for those that need more the limit is lifted, or the compiler
     would spill some to run more programs at once.
     """
-    heavy = named["CFG"] or named["CLIP"] or named["DRIFT"] or named["CHANNELS_LAST"]
-    heavy = heavy or named["D"] % 16 != 0
+    names = ("CFG", "CLIP", "DRIFT", "CHANNELS_LAST", "D")
+    heavy = _is_heavy(*(named[name] for name in names))
     common = {"num_warps": 4, "enable_fp_fusion": True}
     return common | {"maxnreg": 255} if heavy else common
 
 
-def run(*launch: Any) -> None:
-    """Launch the kernel; arguments as for :func:`arguments`."""
-    grid, named = arguments(*launch)
-    device = named["eps"].device
+# ------------------------------------------------ compiled kernels, launched directly
+
+# Arguments are tensors or None, then numbers, then constants.
+_TENSORS = 2 + len(_EVENTS) + 7
+_CONSTANTS = _TENSORS + 4 + len(_EVENTS) + 3
+_INT32 = 2**31
+
+# Kernels that were compiled, by what they were compiled for.
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+
+
+def specialization(device: torch.device, values: Sequence[Any]) -> tuple[Any, ...]:
+    """What a kernel is compiled for: the device, and something of every argument.
+
+    Tensors count by dtype and by whether their address is a multiple of 16; numbers by whether they
+    are 1, are multiples of 16 and fit 32 bits; constants by value.  That is what Triton looks at,
+    and for numbers that the kernel does not specialise on it is more.
+    """
+    key: list[Any] = [device]
+    for value in values[:_TENSORS]:
+        key += (None,) if value is None else (value.dtype, value.data_ptr() % 16 == 0)
+    for value in values[_TENSORS:_CONSTANTS]:
+        key += (value == 1, value % 16 == 0, -_INT32 <= value < _INT32)
+    key += values[_CONSTANTS:]
+    return tuple(key)
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse tensors that the compiled kernel cannot read."""
     if device.type != "cuda" and isinstance(fused_step, triton.JITFunction):
         raise ValueError(
             f"backend must not be 'triton' for tensors on {device}: the kernel runs on a GPU, or "
             "anywhere in Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported)"
         )
+
+
+def prepared(grid: tuple[int, ...], named: dict[str, Any]) -> Callable[..., Any] | None:
+    """What launches the kernel for these arguments, in their order; None if it is not compiled yet.
+
+    Launched the usual way, Triton compares all arguments and all globals that the kernel reads at
+    every launch, which takes several times as long as the launch itself.  A kernel that is kept
+    here is called by Triton's convention for compiled kernels, ``kernel[grid](*arguments)``: it
+    takes the current device and stream, and runs the launch hooks of profilers.  Nothing else in
+    this package knows that convention.
+    """
+    if not isinstance(fused_step, triton.JITFunction) or fused_step.pre_run_hooks:
+        return None
+    kernel = _COMPILED.get(specialization(named["eps"].device, list(named.values())))
+    return None if kernel is None else kernel[(*grid, 1, 1)]
+
+
+def launch(grid: tuple[int, ...], named: dict[str, Any]) -> None:
+    """Launch the kernel on the current device, and keep it if it had to be compiled."""
+    launcher = prepared(grid, named)
+    if launcher is not None:
+        launcher(*named.values())
+        return
+    kernel = fused_step[grid](**named, **options(named))
+    if isinstance(fused_step, triton.JITFunction) and hasattr(kernel, "packed_metadata"):
+        _COMPILED[specialization(named["eps"].device, list(named.values()))] = kernel
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which the device is the current one, for which Triton compiles and launches."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # Triton launches on the current one
-            fused_step[grid](**named, **options(named))
-    else:
-        fused_step[grid](**named, **options(named))
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def run(*given: Any) -> None:
+    """Launch the kernel; arguments as for :func:`arguments`."""
+    grid, named = arguments(*given)
+    device = named["eps"].device
+    check_device(device)
+    with on_device(device):
+        launch(grid, named)

@@ -384,8 +384,11 @@ class StepPlan:
             self.table[:, COLUMN["rounding_sq"]] = torch.finfo(torch.float32).eps ** 2
         self.device = self.table.device
         # Made once: indexing a tensor at every step would cost more than checking its arguments.
-        self.indices = torch.arange(len(self), device=device).unbind()
+        # All are at multiples of 16 bytes, as Triton compiles for the alignment of an address.
+        self.indices = torch.arange(len(self), device=device).repeat_interleave(2)[::2].unbind()
         self._workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # Calls that were launched before, by what they have in common (dng_kernels._known).
+        self._known: dict[tuple[Any, ...], Any] = {}
 
     def __len__(self) -> int:
         """Number of steps."""

@@ -7,10 +7,13 @@ reference.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dng_kernels._border import Backend, Call, check_events, refuse_transforms, transforms_active
+from dng_kernels._known import eager, key_of, remember
 from dng_kernels._operator import launch
 from dng_kernels.naive import Inputs, StepResult
 from dng_kernels.plan import GUIDE, STEP, UPDATE, StepPlan
@@ -90,6 +93,97 @@ def dng_step(
         no derivative, forward or backward, and none of its tensors may be batched by
         ``torch.vmap``.
     """
+    key = None
+    options = (backend, return_guided, return_scale, eps_uncond is None, eps_pos is None)
+    if eager() and _plain(plan, step, out, seed, first_sample, options):
+        third = eps_uncond if eps_pos is None else eps_pos
+        keys = seed if isinstance(seed, Tensor) else None
+        given = Inputs(x, None, eps, eps_neg, third, noise, momentum, keys, state, divergence_gap)
+        own = type(seed) is int
+        key = key_of(STEP, (*options, own, plan.noisy[step]), given, out)
+        known = plan._known.get(key) if key else None
+        if known is not None:
+            bits = seed if own else 0
+            return known.launch(plan.indices[step], given, out, bits, first_sample)
+    checked = check_step(
+        plan,
+        step,
+        x,
+        eps,
+        eps_neg,
+        state,
+        eps_uncond=eps_uncond,
+        eps_pos=eps_pos,
+        noise=noise,
+        seed=seed,
+        first_sample=first_sample,
+        momentum=momentum,
+        divergence_gap=divergence_gap,
+        out=out,
+        return_guided=return_guided,
+        return_scale=return_scale,
+        backend=backend,
+    )
+    call, inputs, result, bits = checked
+    launch(call, STEP, inputs, result, bits, first_sample)
+    remember(plan, key, call, STEP, inputs, result, bits, first_sample)
+    return result
+
+
+_USUAL = frozenset({bool, str})
+
+
+def _plain(
+    plan: object,
+    step: object,
+    out: object,
+    seed: object = None,
+    first_sample: object = 0,
+    options: tuple[object, ...] = (),
+) -> bool:
+    """Whether a call has the usual types, so that it may be one that is known."""
+    return (
+        type(plan) is StepPlan
+        and type(step) is int
+        and 0 <= step < len(plan)
+        and (out is None or type(out) is StepResult)
+        and (seed is None or type(seed) is Tensor or (type(seed) is int and 0 <= seed < 2**63))
+        and type(first_sample) is int
+        and 0 <= first_sample < 2**62
+        and _USUAL.issuperset(map(type, options))
+    )
+
+
+class CheckedStep(NamedTuple):
+    """A step after its checks: what :func:`dng_step` launches, and a bound step keeps."""
+
+    call: Call
+    inputs: Inputs
+    result: StepResult
+    bits: int | None  # of an integer seed
+
+
+def check_step(
+    plan: StepPlan,
+    step: int | Tensor,
+    x: Tensor,
+    eps: Tensor,
+    eps_neg: Tensor,
+    state: Tensor | None,
+    *,
+    eps_uncond: Tensor | None,
+    eps_pos: Tensor | None,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    first_sample: int,
+    momentum: Tensor | None,
+    divergence_gap: Tensor | None,
+    out: StepResult | None,
+    return_guided: bool,
+    return_scale: bool,
+    backend: Backend,
+) -> CheckedStep:
+    """Check the arguments of :func:`dng_step`, and allocate what is not given for its results."""
     if transforms_active():
         refuse_transforms(
             step=step,
@@ -125,8 +219,7 @@ def dng_step(
         return_scale=return_scale,
     )
     inputs = Inputs(x, None, eps, eps_neg, third, noise, momentum, keys, state, divergence_gap)
-    launch(call, STEP, inputs, result, bits, first_sample)
-    return result
+    return CheckedStep(call, inputs, result, bits)
 
 
 def guide(
@@ -164,6 +257,15 @@ def guide(
             momentum=momentum,
             out=out,
         )
+    key = None
+    options = (backend, return_scale, eps_uncond is None, eps_pos is None)
+    if eager() and _plain(plan, step, out, options=options):
+        third = eps_uncond if eps_pos is None else eps_pos
+        given = Inputs(None, None, eps, eps_neg, third, None, momentum, None, state, None)
+        key = key_of(GUIDE, options, given, out)
+        known = plan._known.get(key) if key else None
+        if known is not None:
+            return known.launch(plan.indices[step], given, out)
     check_events("eps", eps, eps_neg=eps_neg, eps_uncond=eps_uncond, eps_pos=eps_pos)
     call = Call(plan, step, "eps", eps, backend)
     third = call.third(eps_uncond, eps_pos)
@@ -178,6 +280,7 @@ def guide(
     )
     inputs = Inputs(None, None, eps, eps_neg, third, None, momentum, None, state, None)
     launch(call, GUIDE, inputs, result)
+    remember(plan, key, call, GUIDE, inputs, result, None, 0)
     return result
 
 
@@ -215,6 +318,13 @@ def update_posterior(
             divergence_gap=divergence_gap,
             out=out,
         )
+    key = None
+    if eager() and _plain(plan, step, out, options=(backend,)):
+        given = Inputs(x, x_next, eps, eps_neg, None, None, None, None, state, divergence_gap)
+        key = key_of(UPDATE, (backend,), given, out)
+        known = plan._known.get(key) if key else None
+        if known is not None:
+            return known.launch(plan.indices[step], given, out)
     check_events("x", x, x_next=x_next, eps=eps, eps_neg=eps_neg)
     call = Call(plan, step, "x", x, backend)
     if plan.tracker is None:
@@ -224,4 +334,5 @@ def update_posterior(
     result = call.results(out, state=state.dtype)
     inputs = Inputs(x, x_next, eps, eps_neg, None, None, None, None, state, divergence_gap)
     launch(call, UPDATE, inputs, result)
+    remember(plan, key, call, UPDATE, inputs, result, None, 0)
     return result

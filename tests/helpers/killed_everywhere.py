@@ -50,7 +50,7 @@ def the_sweep(shared: Path) -> Prepared:
     data = load_dataset("digits")
     train_classifier(data, shared / "classifier", ClassifierConfig(steps=5), progress=False)
     base = Config(rule="none", guidance_scale=0.0, steps=2, num_images=12, batch_size=6)
-    guided = base.to_json() | {"rule": "np", "scale": 0.5}
+    guided = base.to_json() | {"rule": "np", "guidance_scale": 0.5}
     loaded: dict[Any, Any] = {}
 
     def prepare(folder: Path) -> None:

@@ -306,8 +306,8 @@ def test_neither_noise_nor_step_depends_on_the_block(block, plan, kernel_device,
         return dng_step(fresh, 3, **given, seed=5, return_scale=True, backend="triton")
 
     expected = take()
-    monkeypatch.setattr(layout, "LARGEST_BLOCK", block)
-    assert layout.chunking(3 * 31 * 37)[0] == block
+    monkeypatch.setitem(layout.LARGEST_BLOCKS, 4, block)
+    assert layout.chunking(3 * 31 * 37, 4)[0] == block
     got = take()
     assert_close(got, expected)
     if plan in ("static", "tracked", "safe") and kernel_device == "cpu":

@@ -687,7 +687,7 @@ def data(folder: Path) -> dict[str, bytes]:
     return {
         name: data
         for name, data in contents(folder).items()
-        if not name.startswith(("figures/", "table."))
+        if not name.startswith(("figures/", "table.", "q.csv"))
     }
 
 

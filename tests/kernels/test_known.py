@@ -1,0 +1,299 @@
+"""Steps that are launched again without their checks, and steps that were bound.
+
+On a CPU the kernel runs in Triton's interpreter, which has nothing to launch directly.  So a
+program of its own, with a driver that counts (benchmarks.stand_in), looks at what would be
+launched: this file is also that program.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from dng_kernels import BoundStep, StepPlan, StepResult, dng_step
+from dng_kernels.naive import Inputs
+from dng_math import (
+    DDIM,
+    DDPM,
+    ContrastiveCFG,
+    DynamicNegativeGuidance,
+    NegativePrompting,
+    NoiseSchedule,
+    PerpNeg,
+    SafeLatentDiffusion,
+)
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+C = NoiseSchedule.linear(STEPS).coefficients(DDPM())
+DNG = DynamicNegativeGuidance.tracked(1.0, prior=0.2, temperature=0.3)
+PLANS = {
+    "np": StepPlan(C, NegativePrompting(0.5)),
+    "dng": StepPlan(C, DNG),
+    "cfg": StepPlan(C, DNG, cfg_scale=2.0),
+    "sld": StepPlan(C, SafeLatentDiffusion(0.5, threshold=0.5)),
+    "contrastive": StepPlan(C, ContrastiveCFG()),
+    "perp_neg": StepPlan(C, PerpNeg(0.5, 1.0)),
+    "no noise": StepPlan(NoiseSchedule.linear(STEPS).coefficients(DDIM()), NegativePrompting(0.5)),
+}
+SHAPE = (2, 3, 4, 4)
+
+
+def arguments(plan, seed=0, shape=SHAPE, dtype=torch.float32):
+    """Tensors of a step by name, x and predictions first."""
+    generator = torch.Generator().manual_seed(seed)
+    given = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name in ("x", "eps", "eps_neg")
+    }
+    if plan.tracker is not None:
+        given["state"] = plan.init_state(shape[0])
+    if plan.needs_uncond:
+        given["eps_uncond"] = torch.randn(shape, generator=generator).to(dtype)
+    if plan.needs_positive:
+        given["eps_pos"] = torch.randn(shape, generator=generator).to(dtype)
+    if plan.needs_momentum:
+        given["momentum"] = torch.randn(shape, generator=generator)
+    if plan.noisy[0]:
+        given["noise"] = torch.randn(shape, generator=generator).to(dtype)
+    return given
+
+
+def same(a, b):
+    return all(
+        (left is None) == (right is None) and (left is None or torch.equal(left, right))
+        for left, right in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_bound_step_is_the_step(name, backend):
+    if backend == "triton" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    plan = PLANS[name]
+    given = arguments(plan)
+    bound = BoundStep(plan, **given, return_guided=True, return_scale=True, backend=backend)
+    for step in (0, 3, STEPS - 1):
+        options = {"return_guided": True, "return_scale": True, "backend": backend}
+        expected = dng_step(plan, plan.indices[step], **given, **options)
+        assert bound(step) is bound.result
+        assert same(bound.result, expected), step
+
+
+@pytest.mark.parametrize("noise", [{"seed": 5}, {"seed": 2**64 - 1, "first_sample": 3}])
+def test_a_bound_step_makes_its_noise(noise):
+    plan = PLANS["dng"]
+    given = arguments(plan)
+    del given["noise"]
+    bound = BoundStep(plan, **given, **noise)
+    for step in (0, 2):
+        assert same(bound(step), dng_step(plan, plan.indices[step], **given, **noise))
+
+
+def test_a_loop_in_place_is_the_loop():
+    plan = PLANS["dng"]
+    given = arguments(plan)
+    x, state, expected = given["x"].clone(), given["state"].clone(), None
+    own = given | {"x": x, "state": state}
+    bound = BoundStep(plan, **own, out=StepResult(x, state))
+    for step in range(STEPS):
+        taken = (
+            given if expected is None else given | {"x": expected.x_next, "state": expected.state}
+        )
+        expected = dng_step(plan, plan.indices[step], **taken)
+        bound(step)
+        assert torch.equal(x, expected.x_next) and torch.equal(state, expected.state)
+
+
+def test_other_tensors_can_be_bound():
+    plan = PLANS["perp_neg"]
+    first, second = arguments(plan, 0), arguments(plan, 1)
+    bound = BoundStep(plan, **first)
+    bound.rebind(eps=second["eps"], eps_pos=second["eps_pos"])
+    mixed = first | {"eps": second["eps"], "eps_pos": second["eps_pos"]}
+    assert same(bound(1), dng_step(plan, plan.indices[1], **mixed))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"eps": torch.zeros(2, 3, 4, 5)}, r"eps must be torch.float32 of shape \(2, 3, 4, 4\)"),
+        ({"eps": torch.zeros(SHAPE, dtype=torch.float64)}, "eps must be torch.float32.*float64"),
+        ({"eps": torch.zeros(SHAPE).transpose(2, 3)}, "eps must be.*strides"),
+        ({"eps": torch.zeros(SHAPE, requires_grad=True)}, "eps must be.*without grad"),
+        ({"eps": None}, "eps must be a tensor, got None"),
+        ({"eps_pos": torch.zeros(SHAPE)}, "eps_pos must be one of the tensors that were bound"),
+        ({"epsilon": torch.zeros(SHAPE)}, "epsilon must be one of the tensors that were bound"),
+    ],
+)
+def test_other_kinds_of_tensors_cannot(tensors, message):
+    plan = PLANS["dng"]
+    given = arguments(plan)
+    bound = BoundStep(plan, **given)
+    with pytest.raises((ValueError, TypeError), match=message):
+        bound.rebind(**tensors)
+    assert same(bound(1), dng_step(plan, plan.indices[1], **given))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plan": "dng"}, "plan must be a StepPlan, got a str"),
+        ({"eps": torch.zeros(3)}, "eps must"),
+        ({"noise": None}, "noise or seed must be given"),
+        ({"state": None}, "state must be given"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_bad_arguments_are_refused_when_they_are_bound(change, message):
+    plan = PLANS["dng"]
+    given = {"plan": plan, **arguments(plan)} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        BoundStep(**given)
+
+
+@pytest.mark.parametrize("step", [-1, STEPS, 1.5, "1", None, True])
+def test_a_bound_step_takes_steps_of_its_plan(step):
+    bound = BoundStep(PLANS["np"], **arguments(PLANS["np"]))
+    with pytest.raises((ValueError, TypeError), match="step must be"):
+        bound(step)
+
+
+def test_nothing_is_taken_of_an_empty_batch():
+    plan = PLANS["dng"]
+    bound = BoundStep(plan, **arguments(plan, shape=(0, 3, 4, 4)))
+    assert bound(2).x_next.shape == (0, 3, 4, 4)
+
+
+# ---------------------------------------------------------------------- what would be launched
+
+
+def test_known_calls_launch_what_the_usual_way_would():
+    """In a process with the stand-in driver; see :func:`main`."""
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.splitlines()[-1] == "all the same"
+
+
+def main():
+    """Launch each kind of call twice, and compare the second launch with the usual dispatch's."""
+    from benchmarks import stand_in
+
+    stand_in.install()
+    from dng_kernels import fused, guide, update_posterior
+
+    names = [parameter.name for parameter in fused.fused_step.params]
+    launcher = stand_in.Launcher
+    launcher.keeps = True
+
+    def launched(function, *args, **options):
+        """The result of a call, and the one launch that it makes."""
+        launcher.launched.clear()
+        result = function(*args, **options)
+        (launch,) = launcher.launched
+        return result, launch
+
+    def told(launch):
+        """Grid, compiled kernel, and arguments with tensors as addresses."""
+        arguments = [
+            (value.data_ptr(), value.dtype) if isinstance(value, torch.Tensor) else value
+            for value in launch[10:]
+        ]
+        return launch[:4], arguments
+
+    def in_order(plan, given):
+        """Whether the arguments are in the kernel's order, which a direct launch takes."""
+        inputs = Inputs(**dict.fromkeys(Inputs._fields) | given)
+        more = (plan.table, plan.indices[1], None, 0, *plan.workspace(2, 48))
+        _, named = fused.arguments(inputs, StepResult(), plan.variants[0], *more)
+        return list(named) == names
+
+    def usual(function, plan, step, **options):
+        """What the same call launches where nothing is known."""
+        known, prepared = dict(plan._known), fused.prepared
+        plan._known.clear()
+        fused.prepared = lambda grid, named: None
+        try:
+            return told(launched(function, plan, step, **options)[1])
+        finally:
+            fused.prepared = prepared
+            plan._known.update(known)
+
+    def check(plan, function, given, **options):
+        results = function(plan, 1, **given, **options)
+        out = StepResult(*[None if t is None else torch.empty_like(t) for t in results])
+        function(plan, 1, **given, **options, out=out)
+        assert plan._known, "nothing was remembered"
+        for step in (2, 0):
+            other = {
+                name: value if value.ndim < 3 else value.clone().normal_()
+                for name, value in given.items()
+            }
+            call = {**other, **options, "out": out}
+            found, launch = launched(function, plan, step, **call)
+            assert told(launch) == usual(function, plan, step, **call), function.__name__
+            assert all(a is b for a, b in zip(found, out, strict=True))
+
+    assert in_order(PLANS["np"], arguments(PLANS["np"]))
+    for name, plan in PLANS.items():
+        given = arguments(plan)
+        check(plan, dng_step, given, backend="triton")
+        if "noise" in given:
+            own = {key: value for key, value in given.items() if key != "noise"}
+            check(plan, dng_step, own, backend="triton", seed=7, first_sample=5)
+        rest = {key: value for key, value in given.items() if key not in ("x", "noise")}
+        if name in ("dng", "sld"):
+            check(plan, guide, rest, backend="triton", return_scale=True)
+        if name == "dng":
+            pair = {key: given[key] for key in ("x", "eps", "eps_neg", "state")}
+            check(plan, update_posterior, {**pair, "x_next": given["noise"]}, backend="triton")
+        bound = BoundStep(plan, **given, backend="triton")
+        bound(0)
+        for step in (1, 2):
+            _, launch = launched(bound, step)
+            options = {**given, "out": bound.result, "backend": "triton"}
+            assert told(launch) == usual(dng_step, plan, step, **options)
+
+    # Another alignment is another kernel, and another entry.
+    plan = PLANS["np"]
+    given = arguments(plan)
+    moved = given | {"eps": torch.empty(given["eps"].numel() + 1)[1:].view(SHAPE)}
+    for each in (given, moved, given, moved):
+        out = StepResult(torch.empty_like(given["x"]))
+        options = {**each, "out": out, "backend": "triton"}
+        dng_step(plan, 1, **options)
+        found = told(launched(dng_step, plan, 1, **options)[1])
+        assert found == usual(dng_step, plan, 1, **options)
+
+    # A dispatch mode sees the operator.
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names = []
+    with Seen():
+        dng_step(plan, 1, **given, backend="triton")
+    assert any("dng_kernels.step" in name for name in names), names
+    print("all the same")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
