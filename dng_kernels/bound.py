@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dng_kernels.plan import STEP, StepPlan
 from dng_kernels.step import check_step
 from dng_math import checks
 
+HAS_NUMBA = find_spec("numba") is not None
 # Inputs of a step by the names of its arguments; one of two predictions is the third.
 _FIELDS = {"eps_uncond": "eps_third", "eps_pos": "eps_third"}
 
@@ -33,8 +35,11 @@ class BoundStep:
             eps.copy_(network(x, step)), eps_neg.copy_(unwanted(x, step)), z.normal_()
             bound(step)
 
-    The result is that of ``dng_step(plan, plan.indices[step], ...)``, bit for bit: as with a step
-    that is a tensor, noise must be given if any step of the plan adds some.  Not for use inside a
+    The result is that of ``dng_step(plan, plan.indices[step], ...)``: as with a step that is a
+    tensor, noise must be given if any step of the plan adds some.  It has the same bits from the
+    Triton kernel and from the reference; on a CPU, given noise and no clipping, a loop that is
+    compiled at its first use on a machine takes the step of most rules
+    (:mod:`dng_kernels._compiled_cpu`), and agrees to rounding.  Not for use inside a
     function that ``torch.compile`` compiles, where :func:`dng_step` costs nothing to check.
 
     Parameters
@@ -99,6 +104,7 @@ class BoundStep:
         self.plan, self.result = plan, checked.result
         self._engine, self._inputs, self._bits = checked.call.engine, checked.inputs, checked.bits
         self._first_sample, self._steps = first_sample, len(plan)
+        self._rows: dict[int, Any] = {}  # of the table, prepared for the loop of a CPU
         self._take = self._bound()
 
     def __call__(self, step: int) -> StepResult:
@@ -116,7 +122,7 @@ class BoundStep:
         """
         if type(step) is not int or not 0 <= step < self._steps:
             step = checks.integer("step", step, 0, self._steps - 1)
-        self._take(self.plan.indices[step])
+        self._take(step)
         return self.result
 
     def rebind(self, **tensors: Tensor) -> None:
@@ -158,22 +164,30 @@ class BoundStep:
         )
         self._take = self._bound()
 
-    def _bound(self) -> Callable[[Tensor], None]:
-        """What takes the step of an index, for the present tensors."""
+    def _bound(self) -> Callable[[int], None]:
+        """What takes a step, for the present tensors."""
         inputs, result, plan = self._inputs, self.result, self.plan
         eps, variant = inputs.eps, plan.variants[STEP]
         batch = len(eps)
         if batch == 0:
-            return lambda index: None
+            return lambda step: None
         table = plan.table64 if eps.dtype == torch.float64 else plan.table
         if self._engine == "triton":
             return self._by_triton(table)
         seed, first = self._bits, self._first_sample
         given = inputs if seed is None else with_keys(inputs, seed, first)
         run = naive.run if self._engine == "reference" else cpu.run
-        return lambda index: run(given, result, variant, table, index)
+        if self._engine == "cpu" and given.keys is None and HAS_NUMBA:
+            compiled = import_module("dng_kernels._compiled_cpu")
+            if compiled.can_take(variant, given, result):
+                take: Callable[[int], None] = compiled.bind(
+                    variant, given, result, table, self._rows
+                )
+                return take
+        indices = plan.indices
+        return lambda step: run(given, result, variant, table, indices[step])
 
-    def _by_triton(self, table: Tensor) -> Callable[[Tensor], None]:
+    def _by_triton(self, table: Tensor) -> Callable[[int], None]:
         fused = import_module("dng_kernels.fused")
         inputs, plan, eps = self._inputs, self.plan, self._inputs.eps
         workspace = plan.workspace(len(eps), eps.numel() // len(eps))
@@ -184,16 +198,17 @@ class BoundStep:
         place = list(named).index("index")
         values: list[Any] = list(named.values())
         launcher: Callable[..., Any] | None = None
+        indices = plan.indices
 
-        def take(index: Tensor) -> None:
+        def take(step: int) -> None:
             nonlocal launcher
             with fused.on_device(eps.device):
                 if launcher is None:
                     # Compiled by the first step, where no process has done so before.
-                    fused.launch(grid, named | {"index": index})
+                    fused.launch(grid, named | {"index": indices[step]})
                     launcher = fused.prepared(grid, named)
                 else:
-                    values[place] = index
+                    values[place] = indices[step]
                     launcher(*values)
 
         return take

@@ -17,14 +17,19 @@ import pytest
 import torch
 
 from dng_kernels import BoundStep, StepPlan, StepResult, dng_step
+from dng_kernels._compiled_cpu import can_take
 from dng_kernels.naive import Inputs
 from dng_math import (
     DDIM,
     DDPM,
+    ClassifierFreeGuidance,
     ContrastiveCFG,
     DynamicNegativeGuidance,
+    FeedbackGuidance,
+    LimitedInterval,
     NegativePrompting,
     NoiseSchedule,
+    PaperTracker,
     PerpNeg,
     SafeLatentDiffusion,
 )
@@ -71,6 +76,15 @@ def same(a, b):
     )
 
 
+def close(a, b):
+    """Equal to a few roundings, of numbers of about 1 and sums over a sample of them."""
+    return all(
+        (left is None) == (right is None)
+        and (left is None or torch.allclose(left, right, rtol=3e-6, atol=3e-6))
+        for left, right in zip(a, b, strict=True)
+    )
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 @pytest.mark.parametrize("name", PLANS)
 def test_a_bound_step_is_the_step(name, backend):
@@ -83,7 +97,10 @@ def test_a_bound_step_is_the_step(name, backend):
         options = {"return_guided": True, "return_scale": True, "backend": backend}
         expected = dng_step(plan, plan.indices[step], **given, **options)
         assert bound(step) is bound.result
-        assert same(bound.result, expected), step
+        if backend == "cpu":
+            assert close(bound.result, expected), step  # by another loop, for most rules
+        else:
+            assert same(bound.result, expected), step
 
 
 @pytest.mark.parametrize("noise", [{"seed": 5}, {"seed": 2**64 - 1, "first_sample": 3}])
@@ -108,13 +125,14 @@ def test_a_loop_in_place_is_the_loop():
         )
         expected = dng_step(plan, plan.indices[step], **taken)
         bound(step)
-        assert torch.equal(x, expected.x_next) and torch.equal(state, expected.state)
+        assert close((x, state), (expected.x_next, expected.state))
 
 
 def test_other_tensors_can_be_bound():
     plan = PLANS["perp_neg"]
     first, second = arguments(plan, 0), arguments(plan, 1)
     bound = BoundStep(plan, **first)
+    assert bound(1) is bound.result
     bound.rebind(eps=second["eps"], eps_pos=second["eps_pos"])
     mixed = first | {"eps": second["eps"], "eps_pos": second["eps_pos"]}
     assert same(bound(1), dng_step(plan, plan.indices[1], **mixed))
@@ -138,7 +156,79 @@ def test_other_kinds_of_tensors_cannot(tensors, message):
     bound = BoundStep(plan, **given)
     with pytest.raises((ValueError, TypeError), match=message):
         bound.rebind(**tensors)
-    assert same(bound(1), dng_step(plan, plan.indices[1], **given))
+    assert close(bound(1), dng_step(plan, plan.indices[1], **given))
+
+
+LOOPED = {
+    "interval": StepPlan(C, LimitedInterval(DNG, 0.0, 0.5), cfg_scale=3.0),
+    "fbg": StepPlan(C, FeedbackGuidance(0.9)),
+    "toward": StepPlan(C, ClassifierFreeGuidance(1.5)),
+    "log-odds, drift": StepPlan(
+        NoiseSchedule.linear(STEPS).coefficients(DDIM(0.5)),
+        DynamicNegativeGuidance.tracked(0.8, prior=0.2, temperature=0.3, tracker="log-odds"),
+        _warn=False,
+    ),
+    "divergence": StepPlan(
+        NoiseSchedule.linear(STEPS).coefficients(DDIM(0.5)),
+        DynamicNegativeGuidance(0.8, PaperTracker(prior=0.2, divergence=True)),
+    ),
+} | {name: PLANS[name] for name in ("np", "dng", "cfg", "no noise")}
+
+
+@pytest.mark.parametrize("name", LOOPED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_loop_is_the_reference(name, dtype):
+    plan = LOOPED[name]
+    given = arguments(plan, 3, (3, 5, 7, 3), dtype)
+    if dtype == torch.float64 and plan.tracker is not None:
+        given["state"] = given["state"].double()
+    if plan.needs_divergence:
+        given["divergence_gap"] = torch.tensor([0.5, -2.0, 0.0], dtype=given["state"].dtype)
+    bound = BoundStep(plan, **given, return_guided=True, return_scale=True)
+    assert can_take(plan.variants[0], bound._inputs, bound.result)
+    tolerance = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2.0**-7}
+    wide = {key: value.double() for key, value in given.items()}
+    for step in (0, 3, STEPS - 1):
+        expected = dng_step(
+            plan,
+            plan.indices[step],
+            **wide,
+            return_guided=True,
+            return_scale=True,
+            backend="reference",
+        )
+        for left, right in zip(bound(step), expected, strict=True):
+            assert (left is None) == (right is None)
+            if left is not None:
+                close_to = tolerance.get(dtype, 2.0**-10)
+                torch.testing.assert_close(left.double(), right, rtol=close_to, atol=close_to)
+
+
+def test_a_sample_has_the_same_bits_in_any_batch_of_the_loop():
+    plan = PLANS["cfg"]
+    given = arguments(plan, 5, (7, 3, 33, 31))
+    together = [t.clone() for t in BoundStep(plan, **given)(2) if t is not None]
+    for i in (0, 3, 6):
+        alone = {key: value[i : i + 1].clone() for key, value in given.items()}
+        single = [t for t in BoundStep(plan, **alone)(2) if t is not None]
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, single, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["channels last", "a slice", "repeated"])
+def test_tensors_that_do_not_lie_in_c_order_are_read_as_they_are(layout):
+    plan = PLANS["dng"]
+    given = arguments(plan)
+    eps = given["eps"]
+    given["eps"] = {
+        "channels last": lambda: eps.to(memory_format=torch.channels_last),
+        "a slice": lambda: torch.cat([eps, eps], 1)[:, :3],
+        "repeated": lambda: eps[:1].expand(SHAPE),
+    }[layout]()
+    bound = BoundStep(plan, **given)
+    assert close(bound(1), dng_step(plan, plan.indices[1], **given))
+    if layout != "repeated":
+        given["eps"].mul_(0.5)  # a loop writes new predictions into it
+        assert close(bound(2), dng_step(plan, plan.indices[2], **given))
 
 
 @pytest.mark.parametrize(
