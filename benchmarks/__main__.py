@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +32,7 @@ COMMANDS = {
     "mixture": "exact mixtures on the CPU, against NumPy, SciPy, scikit-learn, torch and JAX",
     "step": "one step, against the published sequence and plain torch, eager and compiled",
     "overhead": "the share of the guidance step in a whole sampling step with a UNet",
-    "loop": "a whole run of 1000 steps, as one CUDA graph too, against the published one",
+    "loop": "a whole run of many steps, as one CUDA graph too, against the published one",
 }
 
 # Not benchmarks/results: the committed results there, which documents quote, are of one machine.
@@ -91,12 +93,54 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--part", help="one part only, with results under its own name")
         command.add_argument("--quiet", action="store_true", help="no progress")
         command.add_argument(
+            "--seconds",
+            type=float,
+            default=math.inf,
+            metavar="S",
+            help="begin no more rounds after about this time; three of each are made anyway",
+        )
+        command.add_argument(
+            "--resume",
+            action="store_true",
+            help="keep what an earlier run on this machine has written, and measure the rest",
+        )
+        command.add_argument(
             "--read",
             type=Path,
             metavar="CSV",
             help="measure nothing: print, and draw into --out, what an earlier run wrote",
         )
+    everything = commands.add_parser(
+        GPU, help="all that is timed on a GPU, in minutes", description=gpu.__doc__
+    )
+    everything.add_argument("--out", type=Path, default=OUT)
+    everything.add_argument("--seconds", type=float, default=540.0, metavar="S")
+    everything.add_argument("--quick", action="store_true")
     return parser
+
+
+# Parts that need a GPU, and their shares of the time.
+GPU = "gpu"
+ON_GPU = {
+    ("host", "calls"): 0.04,
+    ("step", "gpu"): 0.52,
+    ("overhead", "sd15"): 0.12,
+    ("overhead", "sdxl"): 0.14,
+    ("loop", "gpu"): 0.18,
+}
+
+
+def gpu(options: argparse.Namespace) -> None:
+    """Measure all that needs a GPU, each part for its share of the time, and go on where it was.
+
+    Every part writes a table of its own; the steps' is written after every size.  Called again,
+    this measures what is missing.
+    """
+    for (command, part), share in ON_GPU.items():
+        given = [command, "--part", part, "--resume", "--out", str(options.out)]
+        given += ["--seconds", str(share * options.seconds), *["--quick"] * options.quick]
+        print(f"\n== {' '.join(given)}", flush=True)
+        main(given)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,8 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.command is None:
         parser.error(f"a command is needed, one of: {', '.join(COMMANDS)}")
-    if options.repeats < 1:
+    if not options.command == GPU and options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    if not options.seconds > 0:
+        parser.error(f"--seconds must be positive, got {options.seconds:g}")
+    if options.command == GPU:
+        gpu(options)
+        return
     # A quick run, or a part, must not overwrite the results that documents refer to.
     name = "_".join(
         [options.command, *([options.part] if options.part else []), *["quick"] * options.quick]
@@ -132,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts = {options.part: parts[options.part]}
     try:
         if options.read is None:
-            rows, where = measured(module, parts, options)
+            rows, where = measured(module, parts, options, path)
             write_csv(path, rows, where)
         else:
             rows, where = read_table(options.read, module)
@@ -158,20 +207,58 @@ def read_table(path: Path, module: Any) -> tuple[list[AnyRow], dict[str, str]]:
 
 
 def measured(
-    module: Any, parts: Mapping[str, Any], options: argparse.Namespace
+    module: Any, parts: Mapping[str, Any], options: argparse.Namespace, path: Path
 ) -> tuple[list[AnyRow], dict[str, str]]:
-    """Run all parts and print their rows; returns the rows and the machine."""
+    """Run all parts, print their rows and write them to ``path`` as they come.
+
+    Returns the rows, with those of an earlier run that is gone on with, and the machine.
+    """
     extras.hush_torchvision()
     where = machine(**getattr(module, "named_devices", dict)())
     say_where(where)
-    rows: list[AnyRow] = []
+    rows: list[Any] = earlier(path, module, where) if options.resume else []
+    known = {(row.benchmark, row.case, row.dtype) for row in rows if hasattr(row, "case")}
+    if rows and not known:
+        print(f"{path} is there, and is kept")
+        return rows, where
+
+    def keep(found: Sequence[AnyRow]) -> None:
+        kept.extend(found)
+        write_csv(path, kept, where)
+
+    kept = list(rows)
+    settings = Settings(
+        options.repeats,
+        options.quick,
+        time.monotonic() + options.seconds,
+        keep,
+        frozenset(known),
+    )
     with showing(not options.quiet), saying_what_compiles(not options.quiet):
-        for part, function in parts.items():
+        for i, (part, function) in enumerate(parts.items()):
             say(f"\n{part}: {first_line(function)}")
-            found = function(Settings(options.repeats, options.quick))
-            say(table(found))
+            found = function(settings.share(len(parts) - i))
+            if found:
+                say(table(found))
             rows += found
     return rows, where
+
+
+# What must be the same of two runs whose rows stand in one table.
+SAME = ("cpu", "gpu", "python", "dng_math", "torch", "triton")
+
+
+def earlier(path: Path, module: Any, where: Mapping[str, str]) -> list[AnyRow]:
+    """Rows that an earlier run on this machine left; ends the program if it was another."""
+    if not path.exists():
+        return []
+    rows, was = read_csv(path, module.ROW)
+    other = [name for name in SAME if was.get(name) != where.get(name)]
+    if other:
+        told = ", ".join(f"{name} {was.get(name)} before, {where.get(name)} now" for name in other)
+        print(f"python -m benchmarks: error: --resume: {path} is of {told}", file=sys.stderr)
+        sys.exit(2)
+    return rows
 
 
 def say_where(where: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import platform
 import subprocess
@@ -34,14 +35,42 @@ PACKAGES = ("numpy", "scipy", "numba", "scikit-learn", "torch", "triton", "jax",
 # Seconds.  Idle threads of a runtime spin for a while, and would take a core from the next
 # contender.
 PAUSE = 0.05
+LEAST_ROUNDS = 3  # of a comparison that has no time left
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Number of rounds of every comparison; ``quick`` selects small sizes, to test the code."""
+    """How much is measured.
+
+    Attributes
+    ----------
+    repeats : int
+        Rounds of every comparison.
+    quick : bool
+        Small sizes, to test the code.
+    deadline : float
+        When to be done, on the clock of ``time.monotonic``.  A comparison takes LEAST_ROUNDS rounds
+        in any case, and no more that begin later.
+    keep : callable
+        Takes the rows of every comparison as soon as they are there.
+    known : frozenset of tuple
+        Comparisons that an earlier run has made, by what :meth:`is_known` is asked.
+    """
 
     repeats: int = 7
     quick: bool = False
+    deadline: float = math.inf
+    keep: Callable[[Sequence[Any]], None] = lambda rows: None
+    known: frozenset[tuple[str, ...]] = frozenset()
+
+    def share(self, left: int) -> Settings:
+        """The settings of the next of the comparisons that are left, with its part of the time."""
+        now = time.monotonic()
+        return replace(self, deadline=now + max(0.0, self.deadline - now) / left)
+
+    def is_known(self, *what: str) -> bool:
+        """Whether an earlier run has measured this."""
+        return what in self.known
 
 
 @dataclass(frozen=True)
@@ -136,25 +165,29 @@ def check_close(what: str, actual: ArrayLike, expected: ArrayLike, tolerance: fl
         raise RuntimeError(f"{what} is off by {error:.3g}, more than {tolerance:g}: not timed")
 
 
-def interleaved(contenders: Sequence[Contender], repeats: int) -> dict[str, list[float]]:
-    """Seconds per call in every round, by contender."""
+def interleaved(
+    contenders: Sequence[Contender], repeats: int, deadline: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds per call in every round, by contender; see :class:`Settings` for the deadline."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     turns = [
-        contender
+        [each for each in contenders if each.rounds is None or turn < each.rounds]
         for turn in range(repeats)
-        for contender in contenders
-        if contender.rounds is None or turn < contender.rounds
     ]
-    with Progress(len(contenders) + len(turns), unit="run", leave=False) as progress:
+    count = len(contenders) + sum(map(len, turns))
+    with Progress(count, unit="run", leave=False) as progress:
         for contender in contenders:
             progress.set_description(f"{contender.name}, warm-up")
             (contender.warm_up or contender.run)()
             progress.update()
-        for contender in turns:
-            progress.set_description(contender.name)
-            elapsed = contender.clock(contender.run)
-            seconds[contender.name].append(elapsed / contender.calls)
-            progress.update()
+        for turn, own in enumerate(turns):
+            if turn >= LEAST_ROUNDS and time.monotonic() > deadline:
+                break
+            for contender in own:
+                progress.set_description(contender.name)
+                elapsed = contender.clock(contender.run)
+                seconds[contender.name].append(elapsed / contender.calls)
+                progress.update()
     return seconds
 
 
@@ -168,9 +201,11 @@ class Timing:
     ratio: float
 
 
-def measure(contenders: Sequence[Contender], repeats: int) -> dict[str, Timing]:
+def measure(
+    contenders: Sequence[Contender], repeats: int, deadline: float = math.inf
+) -> dict[str, Timing]:
     """Time the contenders in turns; ratios are NaN if the baseline is not among them."""
-    seconds = interleaved(contenders, repeats)
+    seconds = interleaved(contenders, repeats, deadline)
     timings = {}
     for contender in contenders:
         own = seconds[contender.name]

@@ -36,6 +36,7 @@ from dng_kernels import StepPlan, StepResult, dng_step, standard_normal
 __all__ = ["PARTS", "ROW", "named_devices", "report"]
 
 STEPS = len(BETAS)
+GPU_STEPS = 200  # of them, the first: more show nothing else and take minutes
 CHECKED = 5  # steps after which both runs must still agree
 PUBLISHED, EAGER = "published sequence, eager", "dng_step, eager"
 ONE_STEP, WHOLE = "dng_step, graph of a step", "dng_step, graph of the run"
@@ -180,7 +181,7 @@ def run(device: Device, batch: int, width: int, steps: int, settings: Settings) 
                 raise RuntimeError(f"{label} is not the run that it captured: not timed")
             jobs[label] = again
     contenders = [Contender(label, go, clock=device.clock) for label, go in jobs.items()]
-    seconds = harness.interleaved(contenders, settings.repeats)
+    seconds = harness.interleaved(contenders, settings.repeats, settings.deadline)
     found = []
     for label, own in seconds.items():
         q25, median, q75 = (float(q) for q in np.quantile(own, [0.25, 0.5, 0.75]))
@@ -204,15 +205,16 @@ def cpu(settings: Settings) -> list[LoopRow]:
 
 
 def gpu(settings: Settings) -> list[LoopRow]:
-    """On the GPU, 1000 steps, batches of 1 and 64, a small network and one of DDPM's width."""
+    """On the GPU, batches of 1 and 64, a small network and one of DDPM's width."""
     if not torch.cuda.is_available():
         blank = LoopRow("gpu", "", 0, 0, STEPS, PUBLISHED)
         return [replace(blank, note="skipped: no GPU (torch sees none)")]
     rows: list[Any] = []
     with torch.inference_mode():
-        for width in (32,) if settings.quick else (32, 128):
-            for batch in (1,) if settings.quick else (1, 64):
-                rows += run(gpu_device(), batch, width, 20 if settings.quick else STEPS, settings)
+        runs = [(32, 1)] if settings.quick else [(32, 1), (32, 64), (128, 1), (128, 64)]
+        for i, (width, batch) in enumerate(runs):
+            own = settings.share(len(runs) - i)
+            rows += run(gpu_device(), batch, width, 20 if settings.quick else GPU_STEPS, own)
     return rows
 
 

@@ -241,7 +241,7 @@ def shares(
                     continue
             label = f"{name} ({mode})"
             contenders.append(Contender(label, go, calls=calls, clock=device.clock))
-    seconds = harness.interleaved(contenders, settings.repeats)
+    seconds = harness.interleaved(contenders, settings.repeats, settings.deadline)
 
     found = []
     for contender in contenders:

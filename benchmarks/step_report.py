@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import style
 from benchmarks.contenders import (
+    BOUND,
     CASES,
     COMPILED,
     COPY,
@@ -24,7 +25,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.device import GRAPH, PLAIN
 from benchmarks.style import Look, seconds_text
-from dng_models.support.style import BLACK, BLUE, GREY, ORANGE, VERMILLION, save
+from dng_models.support.style import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILLION, save
 
 SKIPPED = "skipped: "
 
@@ -141,6 +142,7 @@ LOOKS = {
     PUBLISHED: Look("published", VERMILLION, "s"),
     NAIVE: Look("naive (plain torch)", ORANGE, "^"),
     OURS: Look("dng_step", BLUE, "o"),
+    BOUND: Look("BoundStep", GREEN, "D"),
     COPY: Look("copy of its bytes", BLACK, "x"),
     EMPTY: Look("empty kernel", GREY, "+"),
 }
@@ -156,6 +158,7 @@ def _panels(device: str) -> dict[str, tuple[str, list[str]]]:
         eager, compiled = (
             of((PUBLISHED, form), (NAIVE, form), (OURS, form)) for form in (EAGER, COMPILED)
         )
+        eager[-1:-1] = [label_of(BOUND, EAGER, GIVEN)]
         return {"called from Python": (PLAIN, eager), "under torch.compile": (PLAIN, compiled)}
     both = [*of((PUBLISHED, EAGER), (NAIVE, COMPILED), (OURS, KERNEL)), EMPTY]
     return {"started one by one": (PLAIN, both), "replayed from a CUDA graph": (GRAPH, both)}
