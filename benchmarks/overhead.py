@@ -362,4 +362,19 @@ def report(rows: list[ShareRow]) -> list[str]:
             if row.direct_share is not None:
                 line += f", {row.direct_share:.2%} timed alone"
             lines.append(line)
-    return lines
+    return lines + _shares_table(rows)
+
+
+def _shares_table(rows: list[ShareRow]) -> list[str]:
+    """Markdown table of the shares timed alone, with a column for each network and batch."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row.direct_share is not None:
+            column = f"{row.network}, batch {row.batch}"
+            how = "in a graph" if row.mode == GRAPH else "started one by one"
+            line = f"{row.contender.removeprefix(f'{NETWORK} + ')}, {how}"
+            cells.setdefault(line, {})[column] = f"{row.direct_share:.2%}"
+    columns = list(dict.fromkeys(column for own in cells.values() for column in own))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[line, *(own.get(column, "") for column in columns)] for line, own in cells.items()]
+    return [f"| {' | '.join(line)} |" for line in lines] if cells else []
