@@ -144,18 +144,25 @@ def remember(
     if launcher is None or not same or not eps.is_contiguous():
         return
     order = list(named)
+    read = [
+        (order.index(_READ[n]), i) for i, n in enumerate(Inputs._fields) if inputs[i] is not None
+    ]
+    written = [
+        (order.index(_WRITTEN[n]), i)
+        for i, n in enumerate(StepResult._fields)
+        if result[i] is not None
+    ]
+    values = list(named.values())
+    for place, _ in [(1, 0), *read, *written]:
+        values[place] = None  # to keep a tensor of this call would keep its memory
     known = plan._known
     if len(known) >= MOST:
         known.clear()
     known[key] = Known(
         launcher,
-        list(named.values()),
-        [(order.index(_READ[n]), i) for i, n in enumerate(Inputs._fields) if inputs[i] is not None],
-        [
-            (order.index(_WRITTEN[n]), i)
-            for i, n in enumerate(StepResult._fields)
-            if result[i] is not None
-        ],
+        values,
+        read,
+        written,
         tuple(None if value is None else value.dtype for value in result),
         order.index("seed"),
         order.index("first_sample"),

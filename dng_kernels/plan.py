@@ -400,6 +400,10 @@ class StepPlan:
             f"StepPlan({len(self)} steps, {self.rule!r}, {self.prediction_type!r}, {self.device})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the calls that are known, which belong to this process."""
+        return self.__dict__ | {"_known": {}}
+
     def to(self, device: torch.device | str) -> StepPlan:
         """A plan of the same steps on another device, with a workspace of its own."""
         if device is None:

@@ -7,7 +7,9 @@ launched: this file is also that program.
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -357,6 +359,13 @@ def main():
             _, launch = launched(bound, step)
             options = {**given, "out": bound.result, "backend": "triton"}
             assert told(launch) == usual(dng_step, plan, step, **options)
+
+    # No tensor of a call is kept: only the plan's table, counters and partial sums.
+    for plan in PLANS.values():
+        for known in plan._known.values():
+            assert sum(isinstance(value, torch.Tensor) for value in known.values) == 3
+        assert pickle.loads(pickle.dumps(plan))._known == {}
+        assert copy.deepcopy(plan)._known == {}
 
     # Another alignment is another kernel, and another entry.
     plan = PLANS["np"]
