@@ -354,6 +354,10 @@ def chunk_step(
     x_next,
     guided_out,
     momentum_out,
+    early_e,
+    early_n,
+    early_now,
+    early_z,
     first,
     end,
     D,
@@ -366,12 +370,13 @@ def chunk_step(
     DRIFT: tl.constexpr,
     NOISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Guide, take the step and add up, for the places first ... end - 1 of a sample.
 
-    Returns |delta|^2 and residual . delta if a posterior is tracked; the sum of the elementwise
-    scale for SLD.
+    With EARLY there is one block, and what it loads was loaded before.  Returns |delta|^2 and
+    residual . delta if a posterior is tracked; the sum of the elementwise scale for SLD.
     """
     if CFG:
         cfg_scale = tl.load(row + _CFG_SCALE)
@@ -402,15 +407,22 @@ def chunk_step(
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         # All loads come first, so that they are in flight together.
-        e = tl.load(eps + start + lane, mask=inside, other=0.0).to(tl.float32)
-        n = tl.load(eps_neg + start + lane, mask=inside, other=0.0).to(tl.float32)
+        if EARLY:
+            e, n = early_e.to(tl.float32), early_n.to(tl.float32)
+        else:
+            e = tl.load(eps + start + lane, mask=inside, other=0.0).to(tl.float32)
+            n = tl.load(eps_neg + start + lane, mask=inside, other=0.0).to(tl.float32)
         if CFG or RULE == _PERPENDICULAR:
             third = tl.load(eps_third + start + lane, mask=inside, other=0.0).to(tl.float32)
-        if MODE != _GUIDE:
+        if EARLY:
+            now = early_now.to(tl.float32)
+        elif MODE != _GUIDE:
             now = tl.load(x + start + lane, mask=inside, other=0.0).to(tl.float32)
         if MODE == _UPDATE:
             then = tl.load(x_next_in + start + lane, mask=inside, other=0.0).to(tl.float32)
-        if NOISE == _GIVEN:
+        if EARLY:
+            z = early_z.to(tl.float32)
+        elif NOISE == _GIVEN:
             z = tl.load(noise + start + lane, mask=inside, other=0.0).to(tl.float32)
         if RULE == _SAFE and MODE != _UPDATE:
             kept = tl.load(momentum + start + lane, mask=inside, other=0.0)
@@ -530,6 +542,7 @@ def fused_step(
     NOISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     SLOTS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per chunk, or two for rules that need the sums first; see the module."""
@@ -538,9 +551,19 @@ def fused_step(
     )
     SINGLE: tl.constexpr = SLOTS == 1
     SUMMED: tl.constexpr = (state_next is not None) or (RULE == _SAFE and scale_out is not None)
+    program = tl.program_id(0)
+    early_e, early_n, early_now, early_z = 0.0, 0.0, 0.0, 0.0
+    if EARLY:
+        # Before the step index, the row and the state, each of which waits for the one before.
+        one_sample = (program // chunks).to(tl.int64)
+        place = (program % chunks).to(tl.int64) * chunk + tl.arange(0, BLOCK)
+        within = place < D
+        early_e = tl.load(eps + one_sample * eps_stride + place, mask=within, other=0.0)
+        early_n = tl.load(eps_neg + one_sample * eps_neg_stride + place, mask=within, other=0.0)
+        early_now = tl.load(x + one_sample * x_stride + place, mask=within, other=0.0)
+        early_z = tl.load(noise + one_sample * noise_stride + place, mask=within, other=0.0)
     step_index = tl.load(index)
     row = table + step_index * _WIDTH
-    program = tl.program_id(0)
     adds_up = False
     if TWO_PASSES and not SINGLE:
         program = tl.atomic_add(counters, 1, sem="relaxed")
@@ -632,6 +655,10 @@ def fused_step(
             x_next,
             guided_out,
             momentum_out,
+            early_e,
+            early_n,
+            early_now,
+            early_z,
             first,
             end,
             D,
@@ -644,6 +671,7 @@ def fused_step(
             DRIFT,
             NOISE,
             CHANNELS_LAST,
+            EARLY,
             BLOCK,
         )
         last = part == 0  # any program, if there is nothing to add up and nothing to clear
@@ -757,6 +785,11 @@ def arguments(
         "NOISE": noise,
         "CHANNELS_LAST": channels_last,
         "SLOTS": 1 << (chunks - 1).bit_length(),
+        # A chunk of one block can be loaded at once; with more registers in use, nothing is gained.
+        "EARLY": chunk == block
+        and variant.mode == STEP
+        and noise == GIVEN
+        and not (heavy or two_passes or variant.rule == _codes.SAFE),
         "BLOCK": block,
     }
 

@@ -99,7 +99,19 @@ def variants(arithmetic):
     while missing:
         some.append(max(every[:3000], key=lambda case: len(missing & set(case.items()))))
         missing -= set(some[-1].items())
-    return {90: full} if arithmetic else dict.fromkeys(ARCHITECTURES, some)
+    # What a sampler of latents launches.
+    usual = [
+        case
+        for case in every
+        if case["kind"] in (("step", "paper"), ("step", "np"))
+        and not any(case[name] for name in ("cfg", "clip", "drift", "divergence"))
+        and not (case["channels_last"] or case["outputs"])
+        and case["aligned"]
+        and case["noise"] in ("given", "seed")
+        and case["shape"] == (4, 64, 64)
+        and case["dtypes"] in ("float32", "bfloat16")
+    ]
+    return {90: full + usual} if arithmetic else dict.fromkeys(ARCHITECTURES, some + usual)
 
 
 # ---------------------------------------------------------------- what the machine code is like
