@@ -41,7 +41,7 @@ def one_pass(  # type: ignore[no-untyped-def]
     """Write x_next and, if it is not empty, guided; add up the sums; arrays (B, D), sums (B, 5)."""
     for i in range(x.shape[0]):
         f = factors[i]
-        dd = xd = ed = gd = nd = sums[i, 0] * 0.0
+        dd = xd = ed = gd = nd = 0.0  # in float64, whatever the tensors are
         for j in range(x.shape[1]):
             e = eps[i, j]
             d = eps_neg[i, j] - e
@@ -67,8 +67,11 @@ def one_pass(  # type: ignore[no-untyped-def]
 def can_take(variant: Variant, inputs: Inputs, result: StepResult) -> bool:
     """Whether the loop computes what this step needs."""
     tensors = (*inputs[:7], result.x_next, result.eps_guided)
+    targets = [each for each in (result.x_next, result.eps_guided) if each is not None]
+    sources = [each for each in inputs[:7] if each is not None]
     return (
         not variant.clip
+        and not any(_overlap(target, source) for target in targets for source in sources)
         and variant.rule not in (SAFE, CONTRASTIVE, PERPENDICULAR)
         and result.x_next is not None
         and result.x_next.is_contiguous()
@@ -76,6 +79,12 @@ def can_take(variant: Variant, inputs: Inputs, result: StepResult) -> bool:
         and inputs.eps.numel() > 0
         and not any(tensor is not None and tensor.is_conj() for tensor in tensors)
     )
+
+
+def _overlap(target: Tensor, source: Tensor) -> bool:
+    """Whether memory is shared other than place by place, so that a write could come too early."""
+    first, last = (each.untyped_storage().data_ptr() for each in (target, source))
+    return first == last and target.data_ptr() != source.data_ptr()
 
 
 def bind(

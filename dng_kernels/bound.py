@@ -19,8 +19,12 @@ from dng_kernels.step import check_step
 from dng_math import checks
 
 HAS_NUMBA = find_spec("numba") is not None
-# Inputs of a step by the names of its arguments; one of two predictions is the third.
-_FIELDS = {"eps_uncond": "eps_third", "eps_pos": "eps_third"}
+# What can be bound to other tensors, by the names of the arguments, and where it stands in Inputs.
+_FIELDS = {
+    **{name: name for name in ("x", "eps", "eps_neg", "noise", "momentum", "state")},
+    **{"eps_uncond": "eps_third", "eps_pos": "eps_third"},
+    **{"seed": "keys", "divergence_gap": "divergence_gap"},
+}
 
 
 class BoundStep:
@@ -104,6 +108,10 @@ class BoundStep:
         self.plan, self.result = plan, checked.result
         self._engine, self._inputs, self._bits = checked.call.engine, checked.inputs, checked.bits
         self._first_sample, self._steps = first_sample, len(plan)
+        other = (
+            "eps_pos" if plan.needs_uncond else "eps_uncond"
+        )  # shares its place with one that is
+        self._names = _FIELDS.keys() - {other}
         self._rows: dict[int, Any] = {}  # of the table, prepared for the loop of a CPU
         self._take = self._bound()
 
@@ -140,9 +148,8 @@ class BoundStep:
             If a tensor is another kind than the one that it replaces, or there was none.
         """
         for name, tensor in tensors.items():
-            field = _FIELDS.get(name, name)
-            old = getattr(self._inputs, field, None)
-            if not isinstance(old, Tensor):
+            old = getattr(self._inputs, _FIELDS[name]) if name in self._names else None
+            if old is None:
                 raise ValueError(f"{name} must be one of the tensors that were bound, and is not")
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {tensor!r}")
@@ -160,7 +167,7 @@ class BoundStep:
                     f"on {tensor.device}"
                 )
         self._inputs = self._inputs._replace(
-            **{_FIELDS.get(name, name): tensor for name, tensor in tensors.items()}
+            **{_FIELDS[name]: tensor for name, tensor in tensors.items()}
         )
         self._take = self._bound()
 
@@ -195,6 +202,13 @@ class BoundStep:
         more = (self._bits, self._first_sample, *workspace)
         grid, named = fused.arguments(inputs, self.result, variant, table, index, *more)
         fused.check_device(eps.device)
+        given = [tensor for tensor in (*inputs, *self.result) if tensor is not None]
+        known = {id(value) for value in named.values()}
+        if any(id(tensor) not in known for tensor in given):
+            # A tensor that the kernel cannot read as it lies is copied anew in every step.
+            return lambda step: fused.run(
+                inputs, self.result, variant, table, plan.indices[step], *more
+            )
         place = list(named).index("index")
         values: list[Any] = list(named.values())
         launcher: Callable[..., Any] | None = None

@@ -138,6 +138,8 @@ def test_other_tensors_can_be_bound():
     bound.rebind(eps=second["eps"], eps_pos=second["eps_pos"])
     mixed = first | {"eps": second["eps"], "eps_pos": second["eps_pos"]}
     assert same(bound(1), dng_step(plan, plan.indices[1], **mixed))
+    with pytest.raises(ValueError, match="eps_uncond must be one of the tensors that were bound"):
+        bound.rebind(eps_uncond=second["eps"])
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,7 @@ def test_other_tensors_can_be_bound():
         ({"eps": torch.zeros(SHAPE, requires_grad=True)}, "eps must be.*without grad"),
         ({"eps": None}, "eps must be a tensor, got None"),
         ({"eps_pos": torch.zeros(SHAPE)}, "eps_pos must be one of the tensors that were bound"),
+        ({"eps_third": torch.zeros(SHAPE)}, "eps_third must be one of the tensors"),
         ({"epsilon": torch.zeros(SHAPE)}, "epsilon must be one of the tensors that were bound"),
     ],
 )
@@ -216,21 +219,60 @@ def test_a_sample_has_the_same_bits_in_any_batch_of_the_loop():
         assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, single, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["channels last", "a slice", "repeated"])
-def test_tensors_that_do_not_lie_in_c_order_are_read_as_they_are(layout):
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("layout", ["channels last", "transposed", "a slice", "repeated"])
+def test_tensors_that_do_not_lie_in_c_order_are_read_as_they_are(layout, backend):
+    if backend == "triton" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
     plan = PLANS["dng"]
     given = arguments(plan)
     eps = given["eps"]
     given["eps"] = {
         "channels last": lambda: eps.to(memory_format=torch.channels_last),
+        "transposed": lambda: eps.transpose(2, 3).contiguous().transpose(2, 3),
         "a slice": lambda: torch.cat([eps, eps], 1)[:, :3],
         "repeated": lambda: eps[:1].expand(SHAPE),
     }[layout]()
+    bound = BoundStep(plan, **given, backend=backend)
+    for step in (1, 2, 3):
+        expected = dng_step(plan, plan.indices[step], **given, backend=backend)
+        assert close(bound(step), expected)
+        if layout != "repeated":
+            given["eps"].mul_(0.5)  # a loop writes new predictions into it
+
+
+def test_numbers_that_are_none_are_gone_with_the_step():
+    plan = PLANS["dng"]
+    given = arguments(plan)
     bound = BoundStep(plan, **given)
+    kept = given["eps"].clone()
+    given["eps"].fill_(float("nan"))
+    assert bound(1).x_next.isnan().all()
+    given["eps"].copy_(kept)
     assert close(bound(1), dng_step(plan, plan.indices[1], **given))
-    if layout != "repeated":
-        given["eps"].mul_(0.5)  # a loop writes new predictions into it
-        assert close(bound(2), dng_step(plan, plan.indices[2], **given))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 7])
+def test_outputs_may_lie_on_an_input_or_beside_it(shift):
+    plan = PLANS["dng"]
+    given = arguments(plan)
+    count = given["x"].numel()
+    memory = torch.zeros(count + 8)
+    own = memory[8 - shift : 8 - shift + count].view(SHAPE).copy_(given["x"])
+    expected = dng_step(plan, plan.indices[1], **given)
+    out = StepResult(memory[8:].view(SHAPE))
+    assert close(BoundStep(plan, **given | {"x": own}, out=out)(1), expected)
+
+
+def test_sums_over_large_samples_keep_their_digits():
+    plan = PLANS["dng"]
+    given = arguments(plan, 1, (1, 2**21))
+    gap = 1e-3 * given["eps_neg"]
+    given["eps_neg"] = given["eps"] + gap
+    wide = {key: value.double() for key, value in given.items()}
+    expected = dng_step(plan, plan.indices[1], **wide).state
+    found = BoundStep(plan, **given)(1).state
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
