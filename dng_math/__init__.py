@@ -29,6 +29,7 @@ __all__ = [
     "NegativePrompting",
     "NoiseSchedule",
     "PaperTracker",
+    "PathTracker",
     "PerpNeg",
     "ProbabilityFlow",
     "SafeLatentDiffusion",
@@ -40,6 +41,7 @@ __all__ = [
     "divergence_gap",
     "guided_density",
     "guided_log_density",
+    "path_ends",
     "predict",
     "sample",
 ]
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
         GuidedPrediction,
         divergence_correction,
         divergence_gap,
+        path_ends,
         predict,
     )
     from dng_math.rules import (
@@ -74,7 +77,13 @@ if TYPE_CHECKING:
         ProbabilityFlow,
         StepCoefficients,
     )
-    from dng_math.trackers import ExactPosterior, LogOddsTracker, PaperTracker, TimeProfile
+    from dng_math.trackers import (
+        ExactPosterior,
+        LogOddsTracker,
+        PaperTracker,
+        PathTracker,
+        TimeProfile,
+    )
 else:
     # Hidden from type checkers, which take a module __getattr__ to mean that every name exists.
     _HOME = {
@@ -95,10 +104,12 @@ else:
         "ExactPosterior": "trackers",
         "LogOddsTracker": "trackers",
         "PaperTracker": "trackers",
+        "PathTracker": "trackers",
         "TimeProfile": "trackers",
         "GuidedPrediction": "prediction",
         "divergence_correction": "prediction",
         "divergence_gap": "prediction",
+        "path_ends": "prediction",
         "predict": "prediction",
         "ChainResult": "sampling",
         "sample": "sampling",

@@ -14,7 +14,17 @@ from __future__ import annotations
 import numpy as np
 
 from dng_math import equations
-from dng_math._codes import EXACT, FEEDBACK, NO_TRACKER, PERPENDICULAR, RATIO, SAFE, TOWARD
+from dng_math._codes import (
+    EXACT,
+    FEEDBACK,
+    NO_TRACKER,
+    PATH,
+    PATH_BASE,
+    PERPENDICULAR,
+    RATIO,
+    SAFE,
+    TOWARD,
+)
 from dng_math._elementary import exp, log
 from dng_math._jit import block_kernel, kernel, scalar
 from dng_math._mixture_kernels import BLOCK, block_groups
@@ -32,6 +42,7 @@ from dng_math._rule_kernels import (
     fill,
     guide,
     track,
+    track_path,
     tracked_odds,
 )
 from dng_math.noise import STEP_STREAM
@@ -149,6 +160,14 @@ def advance(  # type: ignore[no-untyped-def]
                 copy(positive[0] if has_positive else value[0], positive[1])
             if tracker != NO_TRACKER:
                 tracked_odds(tracker, own_state, tracker_parameters[n, 4], odds)
+            if tracker == PATH or tracker == PATH_BASE:
+                before = max(n - 1, 0)  # the step that led here
+                divergences(alpha, sigma, share, value, x0, trace, spread, divergence)
+                track_path(
+                    tracker, tracker_parameters[before], n == 0, steps[n], now, x0, value, odds,
+                    divergence, memory[b], work, own_state,
+                )  # fmt: skip
+                tracked_odds(tracker, own_state, tracker_parameters[n, 4], odds)
             if active[n]:
                 guide(
                     rule, parameters, n, -alpha / sigma, x0, value, share, log_sum, positive,
@@ -188,7 +207,7 @@ def advance(  # type: ignore[no-untyped-def]
                             log_sum[k, i] - highest - log(whole)
                         )
 
-            if tracker != NO_TRACKER and variances[n] > 0.0:
+            if PATH > tracker > NO_TRACKER and variances[n] > 0.0:
                 if with_divergence:
                     divergences(alpha, sigma, share, value, x0, trace, spread, divergence)
                 others = positive if tracker == RATIO else value
@@ -239,13 +258,13 @@ def chain(  # type: ignore[no-untyped-def]
 ):
     """Run all steps for blocks x (blocks, D, BLOCK) and states (blocks, M, BLOCK), in place.
 
-    steps (N, 9) holds alpha_t, sigma_t, x_factor, x0_factor, sqrt(step_var), the transition's
-    factors of x and x0, eta and beta_ts.  variances (N,) are those the tracker divides by,
-    tracker_parameters (N, 5) are as `track` takes them, and active (N,) marks the steps where the
-    rule acts.  groups holds the component boundaries of the concepts and, last, of the rest;
-    positive_groups those of the positive, if it is not the rest, and for Perp-Neg of all other
-    components.  Records of all chunks have shape (N + 1, lanes, ...), record_scale (N, lanes, ...),
-    or are empty; first_lane is the lane of this chunk's first sample.
+    steps (N, 15) holds alpha_t, sigma_t, x_factor, x0_factor, sqrt(step_var), the transition's
+    factors of x and x0, eta, beta_ts, and the six numbers of the way here (PathWay). variances (N,)
+    are those the tracker divides by, tracker_parameters (N, 5) are as `track` takes them, and
+    active (N,) marks the steps where the rule acts. groups holds the component boundaries of the
+    concepts and, last, of the rest; positive_groups those of the positive, if it is not the rest,
+    and for Perp-Neg of all other components. Records of all chunks have shape (N + 1, lanes, ...),
+    record_scale (N, lanes, ...), or are empty; first_lane is the lane of this chunk's first sample.
     """
     n_blocks, dimensions, _ = x.shape
     concepts = state.shape[1]
@@ -271,6 +290,8 @@ def chain(  # type: ignore[no-untyped-def]
         np.empty(positive_covariance.shape),
     )
     carried = dimensions if rule == SAFE else 0
+    if tracker == PATH or tracker == PATH_BASE:  # with DNG, which has no memory of its own
+        carried = dimensions + concepts * dimensions + concepts
     rows = largest + 4 + dimensions
     rows += n_groups * (dimensions + 7) + 1
     rows += 2 * (dimensions + 2)

@@ -9,11 +9,18 @@ from typing import NamedTuple
 
 from dng_math import rules
 from dng_math.rules import Rule, innermost
-from dng_math.trackers import ExactPosterior, LogOddsTracker, PaperTracker, Tracker
+from dng_math.trackers import (
+    ExactPosterior,
+    LogOddsTracker,
+    PaperTracker,
+    PathTracker,
+    Tracker,
+)
 
 # TOWARD is classifier-free guidance; EXACT and TRACKED are DNG with an exact or tracked posterior.
 UNGUIDED, TOWARD, NEGATIVE, SAFE, PERPENDICULAR, CONTRASTIVE, EXACT, TRACKED, FEEDBACK = range(9)
-NO_TRACKER, PAPER, LOG_ODDS, RATIO = range(4)
+# PATH and PATH_BASE are the path tracker's two states, log p/(1-p) and log p.
+NO_TRACKER, PAPER, LOG_ODDS, RATIO, PATH, PATH_BASE = range(6)
 
 
 class RuleCode(NamedTuple):
@@ -50,7 +57,9 @@ def rule_code(rule: Rule) -> RuleCode | None:
             return RuleCode(CONTRASTIVE, g, {"contrastive_temperature": temperature})
         case rules.DynamicNegativeGuidance(g, ExactPosterior()):
             return RuleCode(EXACT, g, {})
-        case rules.DynamicNegativeGuidance(g, PaperTracker() | LogOddsTracker() as tracker):
+        case rules.DynamicNegativeGuidance(
+            g, PaperTracker() | LogOddsTracker() | PathTracker() as tracker
+        ):
             return RuleCode(TRACKED, g, {"p_max": tracker.p_max})
         case rules.FeedbackGuidance(pi):
             return RuleCode(FEEDBACK, 1.0, {"pi": pi})
@@ -66,4 +75,6 @@ def tracker_code(tracker: Tracker | None) -> int:
             return LOG_ODDS
         case PaperTracker():
             return PAPER
+        case PathTracker(compare=compare):
+            return PATH if compare == "rest" else PATH_BASE
     return RATIO

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
@@ -15,8 +17,11 @@ from dng_math.reference_chain import Chain
 from dng_math.rules import Rule, innermost
 from dng_math.schedules import StepCoefficients
 from dng_math.trackers import (
+    PathTracker,
+    PathWay,
     RatioTracker,
     Tracker,
+    path_way,
     temperatures,
 )
 
@@ -53,6 +58,19 @@ def _tracker_parameters(tracker: Tracker | None, c: StepCoefficients) -> tuple[i
             offsets = [tracker.offset, tracker.offset_nats / len(c)]
         rows[:, 1:] = [*offsets, *tracker.bounds]
     return tracker_code(tracker), rows
+
+
+def _ways(tracker: Tracker | None, c: StepCoefficients) -> Array:
+    """The numbers of the way to every step's point from the one before, (6, N); zero at first."""
+    ways = np.zeros((len(PathWay._fields), len(c)))
+    if isinstance(tracker, PathTracker):
+        levels = list(zip(c.alpha_t.tolist(), c.sigma_t.tolist(), strict=True))
+        ways[:, 1:] = (
+            np.array([path_way(*before, *at) for before, at in pairwise(levels)])
+            .reshape(-1, len(ways))
+            .T
+        )
+    return ways
 
 
 def _component_arrays(
@@ -103,6 +121,7 @@ def run_fused(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str, Ar
         c.transition_x0_factor,
         c.eta,
         c.beta_ts,
+        *_ways(chain.tracker, c),
     )
     # Blocks start at multiples of BLOCK in the sample index, so a sample always has the same lane.
     skip = chain.first_sample % BLOCK

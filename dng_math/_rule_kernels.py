@@ -14,13 +14,15 @@ from dng_math._codes import (
     LOG_ODDS,
     NEGATIVE,
     PAPER,
+    PATH,
+    PATH_BASE,
     PERPENDICULAR,
     SAFE,
     TOWARD,
     TRACKED,
     UNGUIDED,
 )
-from dng_math._elementary import exp
+from dng_math._elementary import exp, log
 from dng_math._jit import block_kernel, scalar
 from dng_math._mixture_kernels import BLOCK
 from dng_math.rules import PerpNeg
@@ -42,6 +44,9 @@ log_odds_ratio = scalar(equations.log_odds_ratio)
 tracker_update = scalar(equations.tracker_update)
 divergence_correction = scalar(equations.divergence_correction)
 rest_divergence_gap = scalar(equations.rest_divergence_gap)
+path_rate = scalar(equations.path_rate)
+path_end = scalar(equations.path_end)
+path_log_ratio = scalar(equations.path_log_ratio)
 
 
 @block_kernel
@@ -67,7 +72,7 @@ def tracked_odds(tracker, state, cap, odds):  # type: ignore[no-untyped-def]
     """p / (1 - p) from the tracker's state (e^L for feedback guidance)."""
     for k in range(state.shape[0]):
         row, out = state[k], odds[k]
-        if tracker == PAPER:
+        if tracker == PAPER or tracker == PATH_BASE:
             for i in range(BLOCK):
                 p = exp(row[i])
                 out[i] = p / (1.0 - p)
@@ -311,3 +316,71 @@ def divergences(alpha, sigma, share, value, x0, trace, spread, out):  # type: ig
         row = out[g]
         for i in range(BLOCK):
             row[i] = (alpha * row[i] - dimensions) / (sigma * sigma)
+
+
+@block_kernel
+def track_path(  # type: ignore[no-untyped-def]
+    tracker, t, first, step, x, x0, others, odds, divergence, memory, work, state
+):
+    """Update the state (M, BLOCK) of a path tracker at a point, before the step from it.
+
+    t is as for :func:`track`, of the step that led here, and ``high`` is the cap of the odds (their
+    logarithm for PATH, of p for PATH_BASE).  step is this one's row, with the numbers of the way
+    here.  memory (D + M D + M, BLOCK) holds the previous x, the differences of its predictions of
+    x0, and its rates; it is overwritten with those of this point.
+    """
+    temperature, nats, low, high = t[0], t[2], t[3], t[4]
+    alpha, sigma = step[0], step[1]
+    here, there, pull, pull_0, weight, weight_0 = (
+        step[9],
+        step[10],
+        step[11],
+        step[12],
+        step[13],
+        step[14],
+    )
+    dimensions, concepts = x0.shape[0], state.shape[0]
+    product, after, before = work[0], work[1], work[2]
+    whole = divergence[len(divergence) - 1]
+    cap = high if tracker == PATH_BASE else high - log(1.0 + exp(high))  # log p_max
+    for k in range(concepts):
+        for i in range(BLOCK):
+            product[i] = 0.0
+            after[i] = 0.0
+            before[i] = 0.0
+        for d in range(dimensions):
+            base, other, now = x0[d], others[k, d], x[d]
+            x_0, gap_0 = memory[d], memory[dimensions + k * dimensions + d]
+            for i in range(BLOCK):
+                gap = other[i] - base[i]
+                product[i] += gap * (2.0 * now[i] - alpha * (other[i] + base[i]))
+                moved = here * now[i] + there * x_0[i]
+                after[i] += gap * moved
+                before[i] += gap_0[i] * moved
+                gap_0[i] = gap
+        row, o, rates = state[k], odds[k], memory[dimensions + concepts * dimensions + k]
+        for i in range(BLOCK):
+            gap = sigma * sigma * (divergence[k, i] - whole[i])
+            rate = path_rate(product[i] * (-alpha / (sigma * sigma)), gap)
+            start = path_end(pull_0 * before[i], rates[i], weight_0)
+            end = path_end(pull * after[i], rate, weight)
+            if first:
+                start = -rate
+                end = -rate
+            rates[i] = rate
+            now_odds, next_odds = 0.0, 0.0
+            if tracker == PATH:
+                now_odds = o[i]
+                level = row[i]
+                log_p = min(level, 0.0) - log(1.0 + exp(-abs(level)))
+                p = exp(min(log_p + temperature * 0.5 * (start + end), cap))
+                next_odds = p / (1.0 - p)
+            ratio = path_log_ratio(start, end, now_odds, next_odds)
+            updated = row[i] + temperature * ratio + nats
+            if tracker == PATH_BASE:
+                updated = min(updated, high)
+            row[i] = max(updated, low)
+    for d in range(dimensions):
+        now, x_0 = x[d], memory[d]
+        for i in range(BLOCK):
+            x_0[i] = now[i]

@@ -186,3 +186,39 @@ def rest_divergence_gap(odds, divergence_gap, score_gap_sq):
     Derived; docs/theory.md, section 6.9.
     """
     return (1.0 + odds) * (divergence_gap + odds * score_gap_sq)
+
+
+# ------------------------------------------------- the posterior, along the path of the points
+
+
+def path_rate(product, divergence_term):
+    """tau dL/dtau of L = log p(x|c)/p(x) at fixed u = x/alpha, with tau = sigma^2/alpha^2.
+
+    Derived; docs/theory.md, section 6.11.
+
+    ``product`` is (eps_c - eps) . (eps_c + eps), and ``divergence_term`` is
+    sigma^2 (div s_c - div s), for the scores in x.
+    """
+    return 0.5 * (product + divergence_term)
+
+
+def path_end(pull, rate, weight):
+    """What one end of a step adds to the line integral of L.
+
+    Derived; docs/theory.md, section 6.11.
+
+    ``pull`` is the gradient of L at this end along the way, and ``weight`` what the rate counts
+    for; both depend on the coordinates in which the trapezoid is taken.
+    """
+    return pull - rate * weight
+
+
+def path_log_ratio(before, after, odds, next_odds):
+    """Trapezoid of the line integral of L, or of log p/(1-p), between two points.
+
+    Derived; docs/theory.md, section 6.11.
+
+    ``before`` and ``after`` are the :func:`path_end` of the two points.  The log-odds change
+    1 + o times as fast as log p; with odds of 0 the result is the change of log p.
+    """
+    return 0.5 * ((1.0 + odds) * before + (1.0 + next_odds) * after)

@@ -24,7 +24,9 @@ from dng_math.trackers import (
     ExactPosterior,
     LogOddsTracker,
     PaperTracker,
+    PathTracker,
     log_odds_from_log_posterior,
+    path_way,
     refuse_no_coefficients,
 )
 
@@ -391,6 +393,8 @@ def _odds(rule: Rule, log_posterior: ArrayLike | None, shape: tuple[int, int]) -
     if isinstance(inner, rules.FeedbackGuidance):
         return np.exp(np.clip(values, inner._floor, inner.log_ratio_max))
     assert tracker is not None
+    if isinstance(tracker, PathTracker):
+        tracker = tracker.first_order
     state = values if isinstance(tracker, PaperTracker) else log_odds_from_log_posterior(values)
     return tracker.odds(tracker._clamped(state))
 
@@ -544,3 +548,124 @@ def divergence_correction(
             equations.divergence_correction(coefficients.eta[step], coefficients.beta_ts[step], gap)
         )
     return np.array(corrections)
+
+
+# ---------------------------------------------------------------- the path of the points
+
+
+@dataclass(frozen=True, eq=False)
+class PathPoint:
+    """What a path tracker keeps of a point: N points in D dimensions, M concepts.
+
+    Attributes
+    ----------
+    x : ndarray, shape (N, D)
+    alpha, sigma : float
+        Noise level of the point.
+    gap : ndarray, shape (M, N, D)
+        E[x0 | x, c] - E[x0 | x].
+    rate : ndarray, shape (M, N)
+        tau dL/dtau, :func:`dng_math.equations.path_rate`; 0 at alpha = 0.
+    """
+
+    x: Array
+    alpha: float
+    sigma: float
+    gap: Array
+    rate: Array
+
+
+def path_point(
+    x: Array, alpha: float, sigma: float, base: Array, negative: Array, divergence_gap: Array
+) -> PathPoint:
+    """A point from its predictions of x0, (N, D) and (M, N, D), and div s_c - div s, (M, N)."""
+    gap = negative - base
+    # (eps_c - eps) . (eps_c + eps) in terms of x0, with eps = (x - alpha x0)/sigma.
+    product = np.sum(gap * (2.0 * x - alpha * (negative + base)), axis=-1) * (-alpha / sigma**2)
+    return PathPoint(x, alpha, sigma, gap, equations.path_rate(product, sigma**2 * divergence_gap))
+
+
+def ends_of(previous: PathPoint | None, point: PathPoint) -> tuple[Array, Array]:
+    """The two ends of the line integral between two points, each of shape (M, N), in nats.
+
+    Derived; docs/theory.md, section 6.11.  Without a previous point the path starts at infinite
+    noise, and the gap of this end stands for that of the other one.
+    """
+    if previous is None:
+        return -point.rate, -point.rate
+    way = path_way(previous.alpha, previous.sigma, point.alpha, point.sigma)
+    moved = way.here * point.x + way.there * previous.x
+    before, after = (np.sum(each.gap * moved, axis=-1) for each in (previous, point))
+    return (
+        equations.path_end(way.pull_before * before, previous.rate, way.weight_before),
+        equations.path_end(way.pull * after, point.rate, way.weight),
+    )
+
+
+def path_ends(
+    mixture: GaussianMixture,
+    x: ArrayLike,
+    alpha: float,
+    sigma: float,
+    *,
+    forbidden: ArrayLike | Sequence[ArrayLike],
+    previous: tuple[ArrayLike, float, float] | None = None,
+) -> tuple[Array, Array]:
+    """The two ends of the line integral of log p(x | c)/p(x) from a point to the next.
+
+    Half their sum is the change of the log ratio between the points, to second order in their
+    distance, whatever lies between them (derived; docs/theory.md, section 6.11).
+    :class:`dng_math.PathTracker` turns them into a posterior.
+
+    Parameters
+    ----------
+    mixture : GaussianMixture
+        The data distribution p_0.
+    x : array_like, shape (N, D)
+        The points x_t = alpha x0 + sigma eps.
+    alpha, sigma : float
+        Their noise level, alpha >= 0 and sigma > 0.
+    forbidden : component indices, mask, or a list of several such
+        As for :func:`dng_math.sample`; M concepts.
+    previous : (x, alpha, sigma), optional
+        The points before, at a noise level sigma/alpha that is not lower.  Without them the path
+        starts at infinite noise, where the log ratio is 0.
+
+    Returns
+    -------
+    before, after : ndarray, shape (M, N), float64
+        In nats.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid; the message names it, its value and what is allowed.
+    """
+
+    def at(x: ArrayLike, alpha: object, sigma: object) -> PathPoint:
+        points, noisy, concepts = _divergence_arguments(mixture, x, alpha, sigma, forbidden)
+        a, s = float(alpha), float(sigma)  # type: ignore[arg-type]
+        parts = [mixture.restrict(concept) for concept in concepts]
+        whole = noisy.score_divergence(points)
+        gap = [part.diffuse(a, s).score_divergence(points) - whole for part in parts]
+        negative = [part.posterior_mean(points, a, s) for part in parts]
+        base = mixture.posterior_mean(points, a, s)
+        return path_point(points, a, s, base, np.array(negative), np.array(gap))
+
+    point = at(x, alpha, sigma)
+    if previous is None:
+        return ends_of(None, point)
+    if not isinstance(previous, tuple) or len(previous) != 3:
+        raise TypeError(f"previous must be (x, alpha, sigma), got {checks.shown(previous)}")
+    before = at(*previous)
+    if before.x.shape != point.x.shape:
+        raise ValueError(f"previous must have x of shape {point.x.shape}, got {before.x.shape}")
+    if point.alpha == 0.0:
+        raise ValueError("alpha must be > 0 after a previous point, got 0.0")
+    if point.alpha * before.sigma < before.alpha * point.sigma:
+        raise ValueError(
+            "previous must not have less noise (sigma/alpha) than x: it has "
+            f"alpha = {before.alpha:g}, sigma = {before.sigma:g}, and x has alpha = "
+            f"{point.alpha:g}, sigma = {point.sigma:g}"
+        )
+    return ends_of(before, point)

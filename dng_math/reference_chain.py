@@ -5,21 +5,25 @@ It runs any rule object, and the fused engine is tested against it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dng_math import equations, noise
 from dng_math.prediction import (
+    PathPoint,
     Roles,
     divergence_correction,
+    ends_of,
     guided_by,
+    path_point,
     predictions_at,
 )
 from dng_math.rules import Rule
 from dng_math.schedules import StepCoefficients
 from dng_math.trackers import (
+    PathTracker,
     RatioTracker,
     Tracker,
     at_steps,
@@ -74,12 +78,13 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
         The recorded arrays by name.
     """
     roles, c, rule, tracker = chain.roles, chain.coefficients, chain.rule, chain.tracker
-    mixture = roles.mixture
+    mixture, parts = roles.mixture, roles.forbidden_parts
     memory = rule.init(chain.n, mixture.dim)
     state = None
     if tracker is not None:
         state = tracker.init(np.repeat(chain.prior[:, None], chain.n, axis=1))
     trackers = None if tracker is None else at_steps(tracker, c)
+    previous: PathPoint | None = None
     rows: dict[str, list[Array]] = {name: [] for name in chain.record}
 
     def keep(name: str, value: Array | None) -> None:
@@ -95,10 +100,23 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
             alpha,
             sigma,
             "sample",
-            odds=None if tracker is None or state is None else tracker.odds(state),
+            odds=None,
             step=i,
             time=float(c.time[i]),
         )
+        if isinstance(tracker, PathTracker) and trackers is not None and state is not None:
+            # Before the step: the state is that of the point where the predictions were made.
+            base, others = predictions.base, predictions.negative
+            noisy = mixture.diffuse(alpha, sigma)
+            whole = noisy.score_divergence(x)
+            gaps = [part.diffuse(alpha, sigma).score_divergence(x) - whole for part in parts]
+            point = path_point(x, alpha, sigma, base, others, np.array(gaps))
+            of_step = trackers[max(i - 1, 0)]  # that of the way here
+            assert isinstance(of_step, PathTracker)
+            state = of_step.update(state, *ends_of(previous, point), len(c))
+            previous = point
+        if tracker is not None and state is not None:
+            predictions = replace(predictions, odds=tracker.odds(state))
         guided, scale, memory = guided_by(rule, predictions, memory)
         x_next = equations.step_mean(x, guided, c.x_factor[i], c.x0_factor[i])
         if c.step_var[i] > 0:
@@ -112,7 +130,12 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
         if "exact" in rows:
             noisy = mixture.diffuse(alpha, sigma)
             keep("exact", np.array([noisy.log_posterior(x, part) for part in roles.concepts]))
-        if tracker is not None and trackers is not None and state is not None:
+        if (
+            tracker is not None
+            and trackers is not None
+            and state is not None
+            and not isinstance(tracker, PathTracker)
+        ):
             base, others = predictions.base, predictions.negative
             if isinstance(tracker, RatioTracker):
                 assert predictions.positive is not None
@@ -126,7 +149,9 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
                 correction = divergence_correction(
                     mixture, x, c, i, tracker, state, forbidden=roles.concepts
                 )
-            state = trackers[i].update(
+            step_tracker = trackers[i]
+            assert not isinstance(step_tracker, PathTracker)
+            state = step_tracker.update(
                 state,
                 np.sum(gap * gap, axis=-1),
                 np.sum(residual * gap, axis=-1),

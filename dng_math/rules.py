@@ -21,14 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dng_math import checks, equations
-from dng_math.schedules import StepCoefficients, TrackerVariance
+from dng_math.schedules import TRACKER_VARIANCES, StepCoefficients, TrackerVariance
 from dng_math.trackers import (
+    TRACKERS,
     ExactPosterior,
     LogOddsTracker,
     PaperTracker,
+    PathTracker,
     RatioTracker,
     TimeProfile,
     Tracker,
+    TrackerName,
     refuse_no_coefficients,
 )
 
@@ -383,7 +386,7 @@ class DynamicNegativeGuidance(_Memoryless):
     ----------
     guidance_scale : float
         g; at g = 1 with the exact posterior the samples follow p(x | not c) exactly.
-    posterior : ExactPosterior, PaperTracker or LogOddsTracker
+    posterior : ExactPosterior, PaperTracker, LogOddsTracker or PathTracker
         How p is obtained: exactly from the mixture, or tracked along the chain.
 
     Raises
@@ -393,16 +396,18 @@ class DynamicNegativeGuidance(_Memoryless):
     """
 
     guidance_scale: float = 1.0
-    posterior: ExactPosterior | PaperTracker | LogOddsTracker = field(
+    posterior: ExactPosterior | PaperTracker | LogOddsTracker | PathTracker = field(
         default_factory=ExactPosterior
     )
     several_concepts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.finite("guidance_scale", self.guidance_scale)
-        if not isinstance(self.posterior, ExactPosterior | PaperTracker | LogOddsTracker):
+        if not isinstance(
+            self.posterior, ExactPosterior | PaperTracker | LogOddsTracker | PathTracker
+        ):
             raise TypeError(
-                "posterior must be an ExactPosterior, PaperTracker or LogOddsTracker, "
+                "posterior must be an ExactPosterior, PaperTracker, LogOddsTracker or PathTracker, "
                 f"got {self.posterior!r}"
             )
 
@@ -417,8 +422,9 @@ class DynamicNegativeGuidance(_Memoryless):
         offset_nats: float = 0.0,
         p_min: float = 1e-6,
         p_max: float = 0.99,
-        tracker: Literal["paper", "log-odds"] = "paper",
+        tracker: TrackerName = "paper",
         variance: TrackerVariance = "matched",
+        probes: int = 1,
     ) -> DynamicNegativeGuidance:
         """DNG with a tracked posterior, from all its hyperparameters (DNG Eqs. 10 and 12).
 
@@ -436,10 +442,12 @@ class DynamicNegativeGuidance(_Memoryless):
             Offset in nats over the whole run, spread equally over its steps.
         p_min, p_max : float
             Clamp of the posterior; p_max also caps the scale at g p_max / (1 - p_max).
-        tracker : {"paper", "log-odds"}
-            :class:`PaperTracker` or :class:`LogOddsTracker`.
+        tracker : {"paper", "log-odds", "path"}
+            :class:`PaperTracker`, :class:`LogOddsTracker` or :class:`PathTracker`.
         variance : {"matched", "small", "large", "published"}
-            Variance that the tracker divides by.
+            Variance that the first two divide by.
+        probes : int
+            Random directions of the path tracker, >= 0.
 
         Raises
         ------
@@ -452,8 +460,32 @@ class DynamicNegativeGuidance(_Memoryless):
                 f"{guidance_scale!r} and {prior!r}; for unwanted concepts with priors or scales of "
                 "their own give apply_guidance a rule for each, a list"
             )
-        checks.choice("tracker", tracker, ("paper", "log-odds"))
+        checks.choice("tracker", tracker, TRACKERS)
         checks.real("prior", prior, "in (0, 1)", 0.0, 1.0, closed="()")
+        if tracker == "path":
+            if checks.finite("offset", offset) != 0.0:
+                raise ValueError(
+                    "offset must be 0 for tracker='path', which divides by no variance; "
+                    f"use offset_nats; got {offset!r}"
+                )
+            if checks.choice("variance", variance, TRACKER_VARIANCES) != "matched":
+                raise ValueError(
+                    "variance must be 'matched' for tracker='path', which divides by none, "
+                    f"got {variance!r}"
+                )
+            return cls(
+                guidance_scale,
+                PathTracker(
+                    prior=prior,
+                    temperature=temperature,
+                    offset_nats=offset_nats,
+                    p_min=p_min,
+                    p_max=p_max,
+                    probes=probes,
+                ),
+            )
+        if checks.integer("probes", probes, 0) != 1:
+            raise ValueError(f"probes must be 1, its default, for {tracker=}, got {probes!r}")
         kind = PaperTracker if tracker == "paper" else LogOddsTracker
         return cls(
             guidance_scale,
@@ -703,10 +735,15 @@ def rule_named(name: str, guidance_scale: float, **parameters: object) -> Rule:
 
 
 def tracker_of(rule: Rule, coefficients: StepCoefficients) -> Tracker | None:
-    """The tracker that a rule carries along a chain, if any."""
+    """The tracker that a rule carries along a chain, if any.
+
+    A path tracker without probes is the tracker of transitions that it means.
+    """
     inner = innermost(rule)
     if isinstance(inner, FeedbackGuidance):
         return inner.tracker(coefficients)
+    if isinstance(inner, DynamicNegativeGuidance) and isinstance(inner.posterior, PathTracker):
+        return inner.posterior if inner.posterior.probes else inner.posterior.first_order
     if isinstance(inner, DynamicNegativeGuidance) and not isinstance(
         inner.posterior, ExactPosterior
     ):
@@ -735,7 +772,10 @@ def warn_where_noise_is_missing(
         return
     cure = "use DDPM, or DDIM with eta=1"
     if not isinstance(tracker, RatioTracker):
-        cure += f", or {type(tracker).__name__}(..., divergence=True), which adds the missing term"
+        cure += (
+            f", or {type(tracker).__name__}(..., divergence=True), which adds the missing term, "
+            "or a PathTracker, which assumes no noise"
+        )
     warnings.warn(
         f"the sampler adds {'no' if eta.min() == 0 else 'too little'} noise (eta = "
         f"{eta.min():g}, and the tracker takes it to be 1): the tracked posterior is wrong however "

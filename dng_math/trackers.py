@@ -8,12 +8,16 @@ The paper's tracker keeps log p and clamps it.  The log-odds tracker compares wi
 the distribution instead of with the whole, so p stays in (0, 1) by construction.  Both assume that
 the step is the DDPM transition; with less noise (eta < 1) they are wrong however many steps are
 taken, unless the divergence of the scores is known (``divergence=True``; exact for mixtures).
+
+The path tracker assumes no step.  The log ratio is a function of x and of the noise level, so its
+difference between two points is a line integral, whoever moved the point.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -371,6 +375,198 @@ class LogOddsTracker(_Tracker):
         return np.exp(np.minimum(checks.known("state", state), self.bounds[1]))
 
 
+class PathWay(NamedTuple):
+    """The numbers of the way between two points, for a path tracker.
+
+    Derived; docs/theory.md, section 6.11.
+
+    With ``w = here x_s + there x_t``, and differences of predictions of x0, the ends of the line
+    integral are ``pull (difference . w) - weight rate``, each with the numbers of its end.
+    """
+
+    here: float
+    there: float
+    pull: float
+    pull_before: float
+    weight: float
+    weight_before: float
+
+
+# Up to this alpha/sigma at the noisier point the trapezoid is in x/sigma and alpha/sigma, from
+# there on in x/alpha and log(sigma/alpha): measured, docs/theory.md, section 6.11.
+NOISY = 2.0
+
+
+def path_way(alpha_t: float, sigma_t: float, alpha_s: float, sigma_s: float) -> PathWay:
+    """The way from a point at (alpha_t, sigma_t) to one at (alpha_s, sigma_s).
+
+    Parameters
+    ----------
+    alpha_t, sigma_t, alpha_s, sigma_s : float
+        Noise levels, sigma > 0 and alpha_s > 0; sigma/alpha does not grow.
+    """
+    rho_t, rho_s = alpha_t / sigma_t, alpha_s / sigma_s
+    if rho_t == 0.0:
+        return PathWay(0.0, 1.0 / sigma_t, -rho_s, rho_s, 2.0, 0.0)
+    k = rho_s / rho_t
+    here, there = -1.0 / (k * sigma_s), 1.0 / sigma_t
+    if rho_t < NOISY:
+        return PathWay(here, there, -rho_s, -rho_s, 2.0 * (1.0 - 1.0 / k), 2.0 * (k - 1.0))
+    log_ratio = 2.0 * math.log(k)
+    return PathWay(here, there, -k * rho_s, -rho_t, log_ratio, log_ratio)
+
+
+@dataclass(frozen=True)
+class PathTracker:
+    """The posterior as a line integral along the points that were evaluated, for any sampler.
+
+    Derived; docs/theory.md, section 6.11.
+
+    log p(x_t | c) / p(x_t) is a function of the point and its noise level.  Its gradient is the
+    difference of two scores, and its rate in the noise level follows from both scores and their
+    divergences.  The trapezoid of both between consecutive points is all that is added: nothing
+    is assumed of the sampler, its noise, guidance, or whatever else moved the point.  It needs the
+    divergence: exact for mixtures, estimated with ``probes`` forward derivatives for networks.
+
+    The state is log p/(1-p) for ``compare="rest"`` and log p for ``compare="base"``, float64, any
+    shape.  It is that of the last point at which predictions were made, and so it is updated
+    before a step and not after it.
+
+    Parameters
+    ----------
+    prior : float, optional
+        p(c) at infinite noise, in (0, 1) and at least p_min, with ``compare="base"`` at most
+        p_max.  Default: the mixture's own weight of c.
+    temperature : float or TimeProfile
+        Factor of the log ratio, >= 0; below 1 for networks, whose errors make it overconfident.
+    offset_nats : float
+        Offset in nats over the whole run, spread equally over its steps.
+    p_min, p_max : float
+        Clamp of the posterior; p_max also caps the scale at g p_max / (1 - p_max).
+    compare : {"rest", "base"}
+        "rest" multiplies the change of log p by 1 + o, with the tracked odds o, so that p stays in
+        (0, 1).  "base" is linear in the predictions, but p can pass 1 before it is clamped; it is
+        for a base that is no mixture with c in it, such as another prompt.
+    probes : int
+        Random directions for each divergence of networks, >= 0.  With 0 there are no derivatives:
+        the tracker is then the :class:`LogOddsTracker` (or, for "base", the
+        :class:`PaperTracker`), and right for samplers with DDPM's noise only.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a value is out of range.
+
+    Examples
+    --------
+    A user-written loop over noise levels, with any step::
+
+        previous = None
+        state = tracker.init(np.full((1, len(x)), 0.25))
+        for alpha, sigma in levels:
+            before, after = dng_math.path_ends(
+                mixture, x, alpha, sigma, previous=previous, forbidden=[1]
+            )
+            state = tracker.update(state, before, after, len(levels))
+            previous = x, alpha, sigma
+            x = any_step(x, tracker.odds(state))
+    """
+
+    prior: float | None = None
+    temperature: float | TimeProfile = 1.0
+    offset_nats: float = 0.0
+    p_min: float = 1e-6
+    p_max: float = 0.99
+    compare: Literal["rest", "base"] = "rest"
+    probes: int = 1
+    offset: ClassVar[float] = 0.0  # the paper's is divided by a variance, and there is none
+    variance: ClassVar[TrackerVariance] = "matched"
+    divergence: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checks.choice("compare", self.compare, ("rest", "base"))
+        checks.integer("probes", self.probes, 0)
+        self.first_order  # noqa: B018 - checks what the trackers share
+
+    @property
+    def first_order(self) -> PaperTracker | LogOddsTracker:
+        """The tracker of transitions with these hyperparameters; the one that probes=0 means."""
+        kind = LogOddsTracker if self.compare == "rest" else PaperTracker
+        return kind(
+            prior=self.prior,
+            temperature=self.temperature,
+            offset_nats=self.offset_nats,
+            p_min=self.p_min,
+            p_max=self.p_max,
+        )
+
+    def init(self, prior: Array) -> Array:
+        """State from p(c) at infinite noise, in [0, 1], any shape."""
+        return self.first_order.init(prior)
+
+    def update(self, state: Array, before: Array, after: Array, steps: int) -> Array:
+        """State at a point, from the state at the point before it.
+
+        Parameters
+        ----------
+        state : ndarray
+            State at the previous point, or of :meth:`init` for the first point.
+        before, after : ndarray, shape of state
+            The two ends of the line integral of log p(x | c)/p(x), in nats:
+            :func:`dng_math.path_ends`.
+        steps : int
+            Number of steps of the run, for ``offset_nats``.
+
+        Returns
+        -------
+        ndarray, shape of state
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the temperature is a profile (:func:`dng_math.trackers.at_steps`), steps is not a
+            positive integer, or an end has another shape than the state or is not finite.
+        """
+        checks.integer("steps", steps, 1)
+        if isinstance(self.temperature, TimeProfile):
+            raise TypeError(
+                "temperature must be a number in an update: dng_math.trackers.at_steps gives "
+                f"the tracker of each step; got {self.temperature!r}"
+            )
+        shape = checks.known("state", state).shape
+        for name, value in (("before", before), ("after", after)):
+            given = checks.reals(name, value)
+            if given.shape != shape:
+                raise ValueError(f"{name} must have the shape of state, {shape}, got {given.shape}")
+            checks.array(name, given, shape)  # raises if not finite
+        odds: Array | float = 0.0
+        next_odds: Array | float = 0.0
+        if self.compare == "rest":
+            odds = self.odds(state)
+            # The odds at the point itself, predicted by the linear form: an explicit second order.
+            predicted = -np.logaddexp(0.0, -state) + self.temperature * 0.5 * (before + after)
+            p = np.exp(np.minimum(predicted, np.log(self.p_max)))
+            next_odds = p / (1.0 - p)
+        log_ratio = equations.path_log_ratio(before, after, odds, next_odds)
+        return self._clamped(state + self.temperature * log_ratio + self.offset_nats / steps)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """As for the tracker of :attr:`first_order`."""
+        return self.first_order.bounds
+
+    def _clamped(self, state: Array) -> Array:
+        return self.first_order._clamped(state)
+
+    def log_posterior(self, state: Array) -> Array:
+        """log p(c | x_t) of a state; raises if it holds NaN."""
+        return self.first_order.log_posterior(state)
+
+    def odds(self, state: Array) -> Array:
+        """p / (1 - p) of a state, capped at p_max / (1 - p_max)."""
+        return self.first_order.odds(state)
+
+
 @dataclass(frozen=True)
 class RatioTracker:
     """FBG's estimate of L = log p(positive | x_t) / p(positive) up to a constant, clamped."""
@@ -419,7 +615,13 @@ class RatioTracker:
         return np.exp(state)
 
 
-Tracker = PaperTracker | LogOddsTracker | RatioTracker
+Tracker = PaperTracker | LogOddsTracker | PathTracker | RatioTracker
+TrackerName = Literal["paper", "log-odds", "path"]
+TRACKERS: dict[TrackerName, type[PaperTracker] | type[LogOddsTracker] | type[PathTracker]] = {
+    "paper": PaperTracker,
+    "log-odds": LogOddsTracker,
+    "path": PathTracker,
+}
 
 
 def temperatures(tracker: Tracker, coefficients: StepCoefficients) -> Array:
@@ -427,7 +629,8 @@ def temperatures(tracker: Tracker, coefficients: StepCoefficients) -> Array:
     refuse_no_coefficients(coefficients)
     if isinstance(tracker, type) or not hasattr(tracker, "temperature"):
         raise TypeError(
-            f"tracker must be a PaperTracker or LogOddsTracker, got {checks.shown(tracker)}"
+            f"tracker must be a PaperTracker, LogOddsTracker or PathTracker, got "
+            f"{checks.shown(tracker)}"
         )
     if isinstance(tracker.temperature, TimeProfile):
         return tracker.temperature.over(coefficients)

@@ -94,6 +94,7 @@ def tracked(evidence: Evidence, tracker: PaperTracker | LogOddsTracker) -> Array
     state = tracker.init(np.full(len(evidence.forbidden), tracker.prior))
     rows = [state]
     for step, at in enumerate(at_steps(tracker, c)):
+        assert isinstance(at, PaperTracker | LogOddsTracker)
         state = at.update(
             state,
             evidence.gap_sq[step],

@@ -31,6 +31,7 @@ from dng_math import (
     NegativePrompting,
     NoiseSchedule,
     PaperTracker,
+    PathTracker,
     PerpNeg,
     ProbabilityFlow,
     SafeLatentDiffusion,
@@ -42,6 +43,7 @@ from dng_math import (
     guided_density,
     guided_log_density,
     noise,
+    path_ends,
     predict,
     sample,
 )
@@ -166,6 +168,7 @@ CORRECTION = {
     "mixture": MIXTURE, "x": X, "coefficients": SCHEDULE.coefficients(DDIM(0.0)), "step": 2,
     "tracker": PaperTracker(divergence=True), "state": np.full((1, 2), -1.0), "forbidden": [0],
 }  # fmt: skip
+ONES = np.ones((1, 2))
 OPTIONAL_REAL = without(NO_REAL, None)
 OPTIONAL_INTEGER = without(NO_INTEGER, None)
 PARTS = {name: getattr(COEFFICIENTS, name) for name in vars(COEFFICIENTS)}
@@ -419,6 +422,25 @@ TABLE: list[Case] = [
         )
     ),
     *bad(
+        PathTracker,
+        {},
+        prior=[*OPTIONAL_REAL, 0.0, 1.0, 1e-9],
+        temperature=[*NO_REAL, -1.0],
+        offset_nats=NO_REAL,
+        p_min=[*NO_REAL, -0.1, 0.995],
+        p_max=[*NO_REAL, 1.0],
+        compare=NO_CHOICE,
+        probes=[*NO_INTEGER, -1],
+    ),
+    *bad(
+        PathTracker().update,
+        {"state": np.full((1, 2), -1.0), "before": ONES, "after": ONES, "steps": 10},
+        state=[RAGGED, None, "a", [[NAN, 0.0]], [True, False], [1j, 0], [-1.0] * 5],
+        before=[RAGGED, None, "a", [[NAN, 0.0]], [INF], [1.0] * 5],
+        after=[RAGGED, None, "a", [[NAN, 0.0]], [INF], [1.0] * 5],
+        steps=[*NO_INTEGER, 0],
+    ),
+    *bad(
         TimeProfile,
         {"times": (0.2, 0.8), "values": (0.5, 1.0)},
         times=[*NO_FINITE_ARRAY, (0.8, 0.2), (-0.1, 0.5), (0.5,), ()],
@@ -523,6 +545,16 @@ TABLE: list[Case] = [
         alpha=[*NO_REAL, -1.0],
         sigma=[*NO_REAL, 0.0],
         forbidden=[*NO_COMPONENTS, None],
+    ),
+    *bad(
+        path_ends,
+        {"mixture": MIXTURE, "x": X, **LEVEL, "forbidden": [0], "previous": (X, 0.7, 0.7)},
+        mixture=NO_MIXTURE,
+        x=[RAGGED, None, [0.0]],
+        alpha=[*NO_REAL, -1.0],
+        sigma=[*NO_REAL, 0.0],
+        forbidden=[*NO_COMPONENTS, None],
+        previous=["a", X, (X, 0.7), (X, 0.9, 0.1), (X[:1], 0.7, 0.7)],
     ),
     *bad(
         divergence_correction,

@@ -24,6 +24,7 @@ from dng_math import (
     NegativePrompting,
     NoiseSchedule,
     PaperTracker,
+    PathTracker,
     PerpNeg,
     ProbabilityFlow,
     SafeLatentDiffusion,
@@ -59,6 +60,10 @@ RULES = {
     "log-odds": DynamicNegativeGuidance(1.0, LogOddsTracker(prior=0.3)),
     "paper, divergence": DynamicNegativeGuidance(1.0, PaperTracker(divergence=True)),
     "log-odds, divergence": DynamicNegativeGuidance(1.0, LogOddsTracker(divergence=True)),
+    "path": DynamicNegativeGuidance(
+        1.0, PathTracker(offset_nats=0.5, temperature=TimeProfile((0.1, 0.5), (0.2, 1.0)))
+    ),
+    "path, base": DynamicNegativeGuidance(0.7, PathTracker(prior=0.3, compare="base")),
     "fbg": FeedbackGuidance(),
 }
 # Posteriors are wrong there, which `sample` says: these tests compare them with one another.
@@ -83,7 +88,7 @@ def assert_same(a, b, tolerance):
 def both(mixture, schedule, rule, **options):
     record = ["trajectory", "scale", "exact"]
     inner = rule.rule if isinstance(rule, LimitedInterval) else rule
-    if isinstance(getattr(inner, "posterior", None), PaperTracker | LogOddsTracker):
+    if isinstance(getattr(inner, "posterior", None), PaperTracker | LogOddsTracker | PathTracker):
         record.append("tracked")
     options = {"n": 37, "forbidden": [1, 3], "first_sample": 300, "record": record, **options}
     fused = sample(mixture, schedule, rule, **options)
@@ -141,7 +146,9 @@ def test_matrix_products_are_the_reference(rule):
 
 
 @TOO_LITTLE_NOISE
-@pytest.mark.parametrize("tracker", [None, PaperTracker(), LogOddsTracker(divergence=True)])
+@pytest.mark.parametrize(
+    "tracker", [None, PaperTracker(), LogOddsTracker(divergence=True), PathTracker()]
+)
 def test_several_concepts(tracker):
     mixture = moderate(3, "diagonal", 5, 2)
     rule = (
