@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ class Device:
     ``kernel`` says whether the Triton kernel runs there; ``cache`` is the size in bytes that the
     input sets together must exceed (0: one set will do); ``capture`` makes a graph replay of a
     lap; ``launches`` counts the device operations of a call; ``free`` gives the free memory in
-    bytes; ``least_lap`` is how many seconds a lap of many steps should take.
+    bytes; ``least_lap`` is how many seconds a lap of many steps should take.  Of a GPU,
+    ``peak`` is what its memory moves at most, in bytes per second, if torch tells it, and ``host``
+    times what the host does to start a call.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Device:
     launches: Callable[[Callable[[], object]], int | None] = lambda run: None
     free: Callable[[], float] = lambda: math.inf
     least_lap: float = 0.005
+    peak: float | None = None
+    host: Callable[[Callable[[], object]], float] | None = None
 
 
 def named_devices() -> dict[str, str]:
@@ -87,7 +92,37 @@ def gpu_device() -> Device:
         launches=device_operations,
         free=lambda: float(torch.cuda.mem_get_info()[0]),
         least_lap=0.002,
+        peak=peak_bandwidth(properties),
+        host=host_clock,
     )
+
+
+def peak_bandwidth(properties: object) -> float | None:
+    """Bytes per second that a card's memory moves at most; None if torch does not tell.
+
+    Memory moves data twice a tick: at both edges of a clock that torch gives in kHz, over a bus
+    whose width it gives in bits.
+    """
+    clock = getattr(properties, "memory_clock_rate", None)
+    width = getattr(properties, "memory_bus_width", None)
+    return 2.0 * clock * 1e3 * width / 8.0 if clock and width else None
+
+
+HOST_CALLS = 16  # so few that the device's queue of launches does not fill up
+HOST_LAPS = 5
+
+
+def host_clock(run: Callable[[], object]) -> float:
+    """Seconds that the host takes for a call, while the device works off what it was told."""
+    laps = []
+    for _ in range(HOST_LAPS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            run()
+        laps.append((time.perf_counter() - start) / HOST_CALLS)
+    torch.cuda.synchronize()
+    return statistics.median(laps)
 
 
 def event_clock(run: Callable[[], object]) -> float:

@@ -25,7 +25,7 @@ warnings.simplefilter("ignore")
 import torch
 from benchmarks import stand_in
 stand_in.install()
-from dng_kernels import BoundStep, StepPlan, StepResult, dng_step, fused
+from dng_kernels import BoundStep, StepPlan, StepResult, dng_step, fused, guide, update_posterior
 from dng_kernels.naive import Inputs
 from dng_math import DDPM, DynamicNegativeGuidance, NoiseSchedule
 
@@ -42,12 +42,21 @@ inputs = Inputs(x, None, eps, eps_neg, None, noise, None, None, state, None)
 more = (plan.variants[0], plan.table, plan.indices[3], None, 0, *plan.workspace(1, x[0].numel()))
 grid, named = fused.arguments(inputs, out, *more)
 given = dict(noise=noise, backend="triton")
+x_next, alone = x + 0.1 * noise, dict(backend="triton")
+
+def rebound():
+    bound.rebind(x=x, eps=eps, eps_neg=eps_neg)
+    bound(3)
+
 runs = {
     "EMPTY": lambda: stand_in.empty[(1,)](x),
     "step's kernel, usual launch": lambda: fused.fused_step[grid](**named, **fused.options(named)),
     "dng_step": lambda: dng_step(plan, 3, x, eps, eps_neg, state, **given),
     "dng_step, outputs given": lambda: dng_step(plan, 3, x, eps, eps_neg, state, out=out, **given),
     "BoundStep": lambda: bound(3),
+    "BoundStep, three tensors rebound": rebound,
+    "guide": lambda: guide(plan, 3, eps, eps_neg, state, return_scale=True, **alone),
+    "update_posterior": lambda: update_posterior(plan, 3, x, x_next, eps, eps_neg, state, **alone),
 }
 rounds, calls = ROUNDS, CALLS
 found = {name: [] for name in runs}

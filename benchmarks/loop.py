@@ -1,9 +1,9 @@
 """A whole sampling run, network and guidance, of CIFAR-10's size and 1000 steps.
 
 The published sequence, launched operation by operation, is compared with the same run with the
-fused step: launched step by step, as a CUDA graph of one step that is replayed, and as one graph of
-all steps.  A network of random weights takes as long as a trained one; both predictions of a step
-come from one call on a doubled batch.
+fused step: called step by step, bound once (a BoundStep), as a CUDA graph of one step that is
+replayed, and as one graph of all steps.  A network of random weights takes as long as a trained
+one; both predictions of a step come from one call on a doubled batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.device import Device, cpu_device, gpu_device, named_devices
 from benchmarks.harness import Contender, Settings, first_words
 from benchmarks.overhead import SmallUNet, parameters
 from benchmarks.published import Published
-from dng_kernels import StepPlan, StepResult, dng_step, standard_normal
+from dng_kernels import BoundStep, StepPlan, StepResult, dng_step, standard_normal
 
 __all__ = ["PARTS", "ROW", "named_devices", "report"]
 
@@ -39,6 +39,7 @@ STEPS = len(BETAS)
 GPU_STEPS = 200  # of them, the first: more show nothing else and take minutes
 CHECKED = 5  # steps after which both runs must still agree
 PUBLISHED, EAGER = "published sequence, eager", "dng_step, eager"
+BOUND = "BoundStep, eager"
 ONE_STEP, WHOLE = "dng_step, graph of a step", "dng_step, graph of the run"
 Net = Callable[[Tensor, Tensor], Tensor]  # x (2 B, ...), timesteps (2 B,) -> (2 B, ...)
 
@@ -120,18 +121,33 @@ class OurRun:
         self.state.copy_(self.prior)
         self.step.zero_()
 
-    def one(self) -> None:
-        """Take one step."""
+    def predicted(self) -> tuple[Tensor, Tensor]:
+        """Both predictions, in new tensors."""
         self.doubled[len(self.x) :] = self.x
         time = (self.last - self.step).expand(len(self.doubled))
         eps, eps_neg = self.net(self.doubled, time).chunk(2)
-        dng_step(self.plan, self.step, self.x, eps, eps_neg, self.state, seed=SEED, out=self.out)
-        self.step += 1
+        return eps, eps_neg
 
     def many(self, steps: int) -> None:
-        """Take several steps."""
+        """Take several steps, each a call."""
+        given: dict[str, Any] = {"seed": SEED, "out": self.out}
         for _ in range(steps):
-            self.one()
+            eps, eps_neg = self.predicted()
+            dng_step(self.plan, self.step, self.x, eps, eps_neg, self.state, **given)
+            self.step += 1
+
+    def many_bound(self, steps: int) -> None:
+        """Take several steps, the first ones of the run, with a step that is bound once."""
+        bound = None
+        for step in range(steps):
+            eps, eps_neg = self.predicted()
+            if bound is None:
+                own = (self.x, eps, eps_neg, self.state)
+                bound = BoundStep(self.plan, *own, seed=SEED, out=self.out)
+            else:
+                bound.rebind(eps=eps, eps_neg=eps_neg)
+            bound(step)
+            self.step += 1
 
 
 def check(net: Net, shape: tuple[int, ...], device: Device, ours: OurRun) -> None:
@@ -164,10 +180,13 @@ def run(device: Device, batch: int, width: int, steps: int, settings: Settings) 
     jobs: dict[str, Callable[[], object]] = {
         PUBLISHED: lambda: published_run(net, shape, steps, device.place, seeded=False),
         EAGER: from_the_start(lambda: ours.many(steps)),
+        BOUND: from_the_start(lambda: ours.many_bound(steps)),
     }
+    expected = ended(jobs[EAGER], ours)
+    if not torch.equal(ended(jobs[BOUND], ours), expected):
+        raise RuntimeError(f"{BOUND} is not the run of {EAGER}: not timed")
     rows = []
     if device.capture is not None:
-        expected = ended(jobs[EAGER], ours)
         for label, length in ((ONE_STEP, 1), (WHOLE, steps)):
             try:
                 ours.reset()

@@ -174,13 +174,14 @@ def time_case(case: Case, dtype: torch.dtype, device: Device, settings: Settings
     check(entries, f"{case.name}, {dtype_name}", sets[0], plan, dtype)
     entries += other_entries(sets[0], device)
 
-    jobs: list[tuple[Entry, str, Contender, int | None]] = []
+    jobs: list[tuple[Entry, str, Contender, int | None, float | None]] = []
     for entry in entries:
         own = sets[:1] if entry.one_set else sets
         entry.run(own[0])
         once = min(device.clock(partial(entry.run, own[0])) for _ in range(3))
         calls = calls_of_lap(once, own, device)
         operations = device.launches(partial(entry.run, own[0]))
+        host = None if device.host is None else device.host(partial(entry.run, own[0]))
         for mode in (PLAIN, GRAPH):
             go: Callable[[], object] = lap(entry.run, own, calls)
             note = entry.note
@@ -205,18 +206,19 @@ def time_case(case: Case, dtype: torch.dtype, device: Device, settings: Settings
                 baseline=f"{baseline_of(entry, device)} ({mode})",
                 clock=device.clock,
             )
-            jobs.append((entry, mode, contender, operations))
-    contenders = [contender for _, _, contender, _ in jobs]
+            jobs.append((entry, mode, contender, operations, host if mode == PLAIN else None))
+    contenders = [contender for _, _, contender, *_ in jobs]
     timings = harness.measure(contenders, settings.repeats, settings.deadline)
 
     floor = copy_per_byte(entries, timings)
     found = []
-    for entry, mode, contender, operations in jobs:
+    for entry, mode, contender, operations, host in jobs:
         row = replace(
             timed_row(blank, entry, contender, timings[contender.name], settings),
             mode=mode,
             baseline=contender.baseline.removesuffix(f" ({mode})"),
             operations=operations,
+            host_s=host,
             sets=1 if entry.one_set else min(len(sets), contender.calls),
         )
         moved = entry.moved or (step_bytes(sets[0], entry.noise) if entry.noise else 0)
@@ -225,6 +227,7 @@ def time_case(case: Case, dtype: torch.dtype, device: Device, settings: Settings
                 row,
                 bytes=moved,
                 bandwidth=moved / row.median_s * 1e-9,
+                peak_percent=100.0 * moved / row.median_s / device.peak if device.peak else None,
                 floor_s=moved * floor,
                 times_floor=row.median_s / (moved * floor),
             )

@@ -35,8 +35,9 @@ class StepRow:
     """Result of one contender at one size: a line of the table and of the CSV.
 
     ``ratio`` is its time over that of ``baseline`` in the same round and mode; ``bandwidth``, in
-    GB/s, is ``bytes`` over its time; the floor is the time of a copy of as many bytes in the same
-    run.
+    GB/s, is ``bytes`` over its time, and ``peak_percent`` its part of what the card's memory moves
+    at most; the floor is the time of a copy of as many bytes in the same run.  ``host_s`` is what
+    the host takes to start a call on a GPU.
     """
 
     benchmark: str
@@ -50,11 +51,13 @@ class StepRow:
     q75: float | None = None
     bytes: int | None = None
     bandwidth: float | None = None
+    peak_percent: float | None = None
     floor_s: float | None = None
     times_floor: float | None = None
     ratio: float | None = None
     baseline: str = ""
     operations: int | None = None
+    host_s: float | None = None
     sets: int | None = None
     goal: str = ""
     measured: str = ""
@@ -95,6 +98,8 @@ def _group_report(where: str, rows: Sequence[StepRow]) -> list[str]:
             cases,
             {(_bare(row.contender), row.case): seconds_text(row.median_s or 0.0) for row in own},
         )
+    if rows[0].benchmark == "gpu":
+        lines += _gpu_tables(where, cases, rows)
     ratios: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.ratio is not None and row.contender not in (row.baseline, COPY, EMPTY):
@@ -112,6 +117,26 @@ def _group_report(where: str, rows: Sequence[StepRow]) -> list[str]:
     for pair, found in ratios.items():
         low, high = min(found.values()), max(found.values())
         lines.append(f"{where}: {pair}: {_times(low)} to {_times(high)} the time")
+    return lines
+
+
+def _gpu_tables(where: str, cases: Sequence[str], rows: Sequence[StepRow]) -> list[str]:
+    """Bandwidth, its part of the card's peak, and what the host takes to start a call."""
+    tables = {
+        "GB/s": {(r.contender, r.case): f"{r.bandwidth:.4g}" for r in rows if r.bandwidth},
+        "percent of the card's peak bandwidth": {
+            (r.contender, r.case): f"{r.peak_percent:.0f}%" for r in rows if r.peak_percent
+        },
+        "host time of a call": {
+            (r.contender, r.case): seconds_text(r.host_s) for r in rows if r.host_s
+        },
+    }
+    lines = []
+    for title, cells in tables.items():
+        if cells:
+            lines += ["", f"{where}: {title}", "", *_table(cases, cells)]
+    if not any(row.peak_percent for row in rows):
+        lines += ["", f"{where}: this torch does not tell the card's peak bandwidth"]
     return lines
 
 

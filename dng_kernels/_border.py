@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch.autograd import forward_ad
 
 from dng_kernels import normal
 from dng_kernels.layout import batch_stride, empty_like, is_channels_last
-from dng_kernels.naive import StepResult
+from dng_kernels.naive import Inputs, StepResult
 from dng_kernels.plan import StepPlan
 from dng_math import checks
 
@@ -370,16 +369,13 @@ class Call:
             raise TypeError(
                 f"out must be a StepResult of tensors and None, got {type(out).__name__}"
             )
-        found = StepResult(
+        return StepResult(
             self._event("out.x_next", given.x_next, x_next),
             self._per_sample("out.state", given.state, state),
             self._event("out.eps_guided", given.eps_guided, eps_guided, return_guided),
             self._per_sample("out.scale", given.scale, scale, return_scale),
             self._event("out.momentum", given.momentum, momentum),
         )
-        if out is not None:
-            refuse_shared(found)
-        return found
 
     def _event(
         self, name: str, given: Tensor | None, dtype: torch.dtype | None, asked: bool = True
@@ -432,21 +428,108 @@ def _check_target(name: str, given: object, dtype: torch.dtype | None) -> None:
         raise ValueError(f"{name} requires grad, and is written into: give a detached tensor")
 
 
-def refuse_shared(outputs: StepResult) -> None:
-    """Refuse outputs that overlap in memory."""
-    if torch.compiler.is_compiling():
-        return  # tensors have no address while compiling
-    spans = [
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
-        for name, tensor in zip(StepResult._fields, outputs, strict=True)
-        if tensor is not None
-        and tensor.numel()
-        and not (isinstance(tensor, FakeTensor) or tensor.is_meta)
-    ]
-    spans.sort()
-    for (_, end, name), (start, _, other) in pairwise(spans):
-        if start < end:
-            raise ValueError(
-                f"out.{name} and out.{other} must not share memory: one result would be written "
-                "over the other; give a tensor of its own to each"
-            )
+# ---------------------------------------------------------------------- memory
+
+_EVENTS = frozenset(Inputs._fields[:7])
+# Inputs that an output may be, place by place: every engine has read them before it writes there.
+_MAY_BE: dict[str, frozenset[str]] = {
+    "x_next": _EVENTS,
+    "state": frozenset({"state"}),
+    "eps_guided": _EVENTS,
+    "scale": frozenset(),
+    "momentum": frozenset({"momentum"}),
+}
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from a tensor's first number to its last."""
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that begin at one address are the same, place by place."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True) if a.shape == b.shape else ()
+    return (
+        a.shape == b.shape
+        and a.element_size() == b.element_size()
+        and all(n == 1 or own == other for n, own, other in strides)
+    )
+
+
+class Memory:
+    """Which outputs of a call share memory with other tensors of it, for tensors of one kind.
+
+    Made from tensors with memory; what depends on their shapes and strides is computed once, so
+    that a check costs about as much as reading their addresses.
+
+    Parameters
+    ----------
+    inputs, outputs : Inputs, StepResult
+    third : str
+        What the argument ``inputs.eps_third`` is called.
+    """
+
+    __slots__ = ("_names", "_read", "_spans", "_written")
+
+    def __init__(self, inputs: Inputs, outputs: StepResult, third: str) -> None:
+        self._read = [i for i, tensor in enumerate(inputs) if tensor is not None and tensor.numel()]
+        read = [tensor for i in self._read if (tensor := inputs[i]) is not None]
+        self._spans = [_span(tensor) for tensor in read]
+        public = {"eps_third": third, "keys": "seed"}
+        self._names = [public.get(name, name) for name in Inputs._fields]
+        self._written: list[tuple[int, int, list[bool]]] = []
+        for i, (name, tensor) in enumerate(zip(StepResult._fields, outputs, strict=True)):
+            if tensor is not None and tensor.numel():
+                may_be = [
+                    Inputs._fields[j] in _MAY_BE[name] and _alike(tensor, other)
+                    for j, other in zip(self._read, read, strict=True)
+                ]
+                self._written.append((i, _span(tensor), may_be))
+
+    def check(self, inputs: Inputs, outputs: StepResult) -> None:
+        """Raise unless each output has memory of its own, or is an input that it may be."""
+        starts = [inputs[i].data_ptr() for i in self._read]  # type: ignore[union-attr]
+        spans = self._spans
+        written: list[tuple[int, int, int]] = []
+        for i, span, may_be in self._written:
+            tensor = outputs[i]
+            if tensor is None:
+                continue
+            first = tensor.data_ptr()
+            end = first + span
+            for k, start in enumerate(starts):
+                if start < end and first < start + spans[k] and (start != first or not may_be[k]):
+                    raise self._over_input(i, self._names[self._read[k]], may_be[k])
+            for j, start, other_end in written:
+                if start < end and first < other_end:
+                    name, other = (f"out.{StepResult._fields[n]}" for n in (j, i))
+                    raise ValueError(
+                        f"{name} and {other} must not share memory: one result would be written "
+                        "over the other; give a tensor of its own to each"
+                    )
+            written.append((i, first, end))
+
+    def _over_input(self, output: int, name: str, may_be: bool) -> ValueError:
+        itself = f"be {name} place by place, or " if may_be else ""
+        return ValueError(
+            f"out.{StepResult._fields[output]} must {itself}lie outside the memory that {name} "
+            f"spans: it would be written while {name} is still read; give it a tensor of its own"
+        )
+
+
+def memory_of(plan: StepPlan, inputs: Inputs, outputs: StepResult) -> Memory | None:
+    """The memory of a call; None where tensors have no address: compiling, or fake tensors."""
+    if torch.compiler.is_compiling() or any(
+        isinstance(tensor, FakeTensor) or (tensor is not None and tensor.is_meta)
+        for tensor in (*inputs, *outputs)
+    ):
+        return None
+    return Memory(inputs, outputs, "eps_pos" if plan.needs_positive else "eps_uncond")
+
+
+def refuse_shared(plan: StepPlan, inputs: Inputs, outputs: StepResult) -> None:
+    """Refuse outputs that overlap in memory with another tensor of the call."""
+    memory = memory_of(plan, inputs, outputs)
+    if memory is not None:
+        memory.check(inputs, outputs)

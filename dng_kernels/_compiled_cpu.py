@@ -66,35 +66,18 @@ def one_pass(  # type: ignore[no-untyped-def]
 
 def can_take(variant: Variant, inputs: Inputs, result: StepResult) -> bool:
     """Whether the loop computes what this step needs."""
-    tensors = (*inputs[:7], result.x_next, result.eps_guided)
-    targets = [each for each in (result.x_next, result.eps_guided) if each is not None]
-    sources = [each for each in inputs[:7] if each is not None]
     return (
         not variant.clip
-        and not any(_overlap(target, source) for target in targets for source in sources)
         and variant.rule not in (SAFE, CONTRASTIVE, PERPENDICULAR)
         and result.x_next is not None
         and result.x_next.is_contiguous()
         and (result.eps_guided is None or result.eps_guided.is_contiguous())
         and inputs.eps.numel() > 0
-        and not any(tensor is not None and tensor.is_conj() for tensor in tensors)
     )
 
 
-def _overlap(target: Tensor, source: Tensor) -> bool:
-    """Whether memory is shared other than place by place, so that a write could come too early."""
-    first, last = (each.untyped_storage().data_ptr() for each in (target, source))
-    return first == last and target.data_ptr() != source.data_ptr()
-
-
-def bind(
-    variant: Variant,
-    inputs: Inputs,
-    result: StepResult,
-    table: Tensor,
-    rows: dict[int, Prepared],
-) -> Callable[[int], None]:
-    """What takes a step, for tensors on a CPU that stay where they are.
+class OnePass:
+    """Takes a step, for tensors on a CPU that stay where they are.
 
     Parameters
     ----------
@@ -108,42 +91,67 @@ def bind(
     rows : dict
         Rows of the table that were prepared, by step; filled here.
     """
-    dtype = table.dtype
-    batch, eps = len(inputs.eps), inputs.eps
-    shape = (batch, eps.numel() // batch)
-    noisy = inputs.noise is not None
 
-    numpy = np.float64 if dtype == torch.float64 else np.float32
+    def __init__(
+        self,
+        variant: Variant,
+        inputs: Inputs,
+        result: StepResult,
+        table: Tensor,
+        rows: dict[int, Prepared],
+    ) -> None:
+        self._variant, self._table, self._rows = variant, table, rows
+        self._dtype = table.dtype
+        batch = len(inputs.eps)
+        self._shape = batch, inputs.eps.numel() // batch
+        number = np.float64 if self._dtype == torch.float64 else np.float32
+        nothing = np.empty((0, 0), dtype=number)
+        # Copies of what the loop cannot read or write as it lies, by the names of the tensors.
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        self._after: dict[str, tuple[Tensor, Tensor]] = {}
+        self._events = dict.fromkeys(("x", "eps", "eps_neg", "eps_third", "noise"), nothing)
+        self._numbers: dict[str, Callable[[], Any]] = {}
+        for name, tensor in zip(Inputs._fields, inputs, strict=True):
+            if tensor is not None:
+                self.read(name, tensor)
+        self._has = inputs.eps_third is not None, inputs.noise is not None
+        self._written = [
+            nothing if tensor is None else self._array(name, tensor, self._after)
+            for name, tensor in (("x_next", result.x_next), ("eps_guided", result.eps_guided))
+        ]
+        self._factors = np.zeros((batch, 8), dtype=number)
+        self._sums = np.zeros((batch, len(_SUMS)), dtype=number)
+        self._state_next = None if result.state is None else result.state.numpy()
+        self._scale_out = None if result.scale is None else result.scale.numpy()
 
-    def array(tensor: Tensor | None, copies: list[tuple[Tensor, Tensor]]) -> Any:
+    def read(self, name: str, tensor: Tensor) -> bool:
+        """Read this in place of the input of that name, another of the same kind."""
+        if name in self._events:
+            self._events[name] = self._array(name, tensor, self._before)
+        else:
+            self._numbers[name] = _numbers(tensor, self._dtype)
+        return True
+
+    def _array(self, name: str, tensor: Tensor, copies: dict[str, tuple[Tensor, Tensor]]) -> Any:
         """The memory of a tensor, or of a copy in the precision of the step and in C order."""
-        if tensor is None:
-            return np.empty((0, 0), dtype=numpy)
         own = tensor
-        if tensor.dtype is not dtype or not tensor.is_contiguous():
-            own = torch.empty(tensor.shape, dtype=dtype)
-            copies.append((own, tensor))
-        return own.detach().view(shape).numpy()
+        if tensor.dtype is not self._dtype or not tensor.is_contiguous():
+            if name in copies:
+                own, _ = copies[name]
+            else:
+                own = torch.empty(tensor.shape, dtype=self._dtype)
+            copies[name] = own, tensor
+        return own.detach().numpy().reshape(self._shape)
 
-    before_step: list[tuple[Tensor, Tensor]] = []
-    after_step: list[tuple[Tensor, Tensor]] = []
-    given = (inputs.x, inputs.eps, inputs.eps_neg, inputs.eps_third, inputs.noise)
-    arrays = [array(tensor, before_step) for tensor in given]
-    x_next, guided = (array(target, after_step) for target in (result.x_next, result.eps_guided))
-    factors = np.zeros((batch, 8), dtype=numpy)
-    sums = np.zeros((batch, len(_SUMS)), dtype=numpy)
-    state = _numbers(inputs.state, dtype)
-    gap = _numbers(inputs.divergence_gap, dtype)
-    state_next = None if result.state is None else result.state.numpy()
-    scale_out = None if result.scale is None else result.scale.numpy()
-    has_third, has_noise = inputs.eps_third is not None, noisy
-
-    def take(step: int) -> None:
-        row = rows.get(step)
+    def __call__(self, step: int) -> None:
+        variant, numbers, factors = self._variant, self._numbers, self._factors
+        has_third, has_noise = self._has
+        row = self._rows.get(step)
         if row is None:
-            row = rows[step] = prepared(variant, noisy, tuple(table[step].tolist()))
+            values = tuple(self._table[step].tolist())
+            row = self._rows[step] = prepared(variant, has_noise, values)
         at = row.at
-        before = None if state is None else state()
+        before = numbers["state"]() if "state" in numbers else None
         odds = None if before is None else tracked_odds(variant.tracker, at, before)
         scale, projection = scale_of(variant.rule, at, odds, {})
         forms = row.forms(scale, projection)
@@ -152,28 +160,24 @@ def bind(
             factors[:, _OF_X_NEXT[name]] = factor
         for name, factor in forms.guided.items():
             factors[:, _OF_GUIDED[name]] = factor
-        for own, tensor in before_step:
+        for own, tensor in self._before.values():
             own.copy_(tensor)
-        one_pass(factors, *arrays, has_third, has_noise, x_next, guided, sums)
-        for own, target in after_step:
+        one_pass(factors, *self._events.values(), has_third, has_noise, *self._written, self._sums)
+        for own, target in self._after.values():
             target.copy_(own)
-        if scale_out is not None:
-            scale_out[...] = scale
-        if state_next is not None:
-            dots = dict(zip(_SUMS, sums.T, strict=True))
+        if self._scale_out is not None:
+            self._scale_out[...] = scale
+        if self._state_next is not None:
+            dots = dict(zip(_SUMS, self._sums.T, strict=True))
             residual = forms.residual.dot(dots)
-            told = None if gap is None else gap()
-            state_next[...] = updated_state(
-                variant, at, before, odds, dots["delta"], residual, told
+            gap = numbers["divergence_gap"]() if "divergence_gap" in numbers else None
+            self._state_next[...] = updated_state(
+                variant, at, before, odds, dots["delta"], residual, gap
             )
 
-    return take
 
-
-def _numbers(values: Tensor | None, dtype: torch.dtype) -> Callable[[], Any] | None:
+def _numbers(values: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
     """What reads one number a sample, in the precision of the step."""
-    if values is None:
-        return None
     if values.dtype is dtype:
         array = values.detach().numpy()
         return array.copy

@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dng_kernels._border import Call, refuse_shared, transforms_active
+from dng_kernels._border import Call, Memory, memory_of, transforms_active
 from dng_kernels.naive import Inputs, StepResult
-from dng_kernels.plan import StepPlan
+from dng_kernels.plan import StepPlan, capturing, keep_captured
 
 MOST = 64  # calls that a plan keeps
 
 # Arguments of the kernel by the fields of Inputs and of StepResult.
-_READ = dict(
+READ = dict(
     zip(Inputs._fields, ("x", "x_next_in", *Inputs._fields[2:9], "divergence"), strict=True)
 )
-_WRITTEN = dict(
+WRITTEN = dict(
     zip(
         StepResult._fields,
         ("x_next", "state_next", "guided_out", "scale_out", "momentum_out"),
@@ -75,6 +75,7 @@ class Known(NamedTuple):
     seed: int  # places of these numbers
     first_sample: int
     device: torch.device
+    memory: Memory  # which says whether given outputs lie on other tensors
 
     def launch(
         self,
@@ -87,7 +88,7 @@ class Known(NamedTuple):
         """Launch the kernel on other tensors of the same kind, and return its results."""
         eps, fields = inputs.eps, []
         if out is not None:
-            refuse_shared(out)
+            self.memory.check(inputs, out)
         for number, dtype in enumerate(self.dtypes):
             given = None if out is None else out[number]
             if given is None and dtype is not None:
@@ -101,6 +102,8 @@ class Known(NamedTuple):
         result = StepResult(*fields)
         values = self.values.copy()
         values[1] = index
+        if capturing(self.device):
+            keep_captured(*(value for value in values if isinstance(value, Tensor)))
         values[self.seed], values[self.first_sample] = seed, first_sample
         for place, number in self.read:
             values[place] = inputs[number]
@@ -134,21 +137,22 @@ def remember(
     grid, named = fused.arguments(inputs, result, *more)
     launcher = fused.prepared(grid, named)
     same = all(
-        named[_READ[name]] is value for name, value in zip(Inputs._fields, inputs, strict=True)
+        named[READ[name]] is value for name, value in zip(Inputs._fields, inputs, strict=True)
     )
     same &= all(
-        named[_WRITTEN[name]] is value
+        named[WRITTEN[name]] is value
         for name, value in zip(StepResult._fields, result, strict=True)
     )
+    memory = memory_of(plan, inputs, result)
     # Otherwise some tensor was copied into another order; and outputs are allocated in C order.
-    if launcher is None or not same or not eps.is_contiguous():
+    if launcher is None or not same or not eps.is_contiguous() or memory is None:
         return
     order = list(named)
     read = [
-        (order.index(_READ[n]), i) for i, n in enumerate(Inputs._fields) if inputs[i] is not None
+        (order.index(READ[n]), i) for i, n in enumerate(Inputs._fields) if inputs[i] is not None
     ]
     written = [
-        (order.index(_WRITTEN[n]), i)
+        (order.index(WRITTEN[n]), i)
         for i, n in enumerate(StepResult._fields)
         if result[i] is not None
     ]
@@ -167,4 +171,5 @@ def remember(
         order.index("seed"),
         order.index("first_sample"),
         eps.device,
+        memory,
     )

@@ -16,7 +16,7 @@ import torch
 from dng_kernels import cpu, naive, normal
 from dng_kernels._border import Call
 from dng_kernels.naive import Inputs, StepResult
-from dng_kernels.plan import Variant
+from dng_kernels.plan import Variant, capturing, keep_captured
 
 # Where table, inputs, outputs and the rest begin among the operator's arguments.
 _TABLE = len(Variant._fields)
@@ -54,6 +54,8 @@ def _run(*arguments: Any) -> None:
     counters, partials, seed, first_sample = arguments[_REST:]
     if counters is not None:
         fused = import_module("dng_kernels.fused")
+        if capturing(table.device):
+            keep_captured(table, index, counters, partials)
         fused.run(inputs, outputs, variant, table, index, seed, first_sample, counters, partials)
         return
     if seed is not None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dng_kernels import cpu, naive
-from dng_kernels._border import Backend
+from dng_kernels._border import Backend, memory_of
+from dng_kernels._known import READ
 from dng_kernels._operator import with_keys
-from dng_kernels.naive import StepResult
-from dng_kernels.plan import STEP, StepPlan
+from dng_kernels.naive import Inputs, StepResult
+from dng_kernels.plan import STEP, StepPlan, capturing, keep_captured
 from dng_kernels.step import check_step
 from dng_math import checks
 
@@ -27,12 +28,97 @@ _FIELDS = {
 }
 
 
+class Taker(Protocol):
+    """What takes a step on the tensors that are bound."""
+
+    def __call__(self, step: int) -> None:
+        """Take a step."""
+
+    def read(self, name: str, tensor: Tensor) -> bool:
+        """Read another tensor of the same kind from now on, for the input of that name.
+
+        False if all must be bound anew for it.
+        """
+        ...
+
+
+class _Anew:
+    """An engine that is called with whole tensors in every step."""
+
+    def __init__(self, run: Callable[..., None], inputs: Inputs, *more: Any) -> None:
+        self._run, self._inputs = run, inputs
+        *self._more, self._indices, self._rest = more
+
+    def __call__(self, step: int) -> None:
+        self._run(self._inputs, *self._more, self._indices[step], *self._rest)
+
+    def read(self, name: str, tensor: Tensor) -> bool:
+        self._inputs = self._inputs._replace(**{name: tensor})
+        return True
+
+
+class _Launched:
+    """The Triton kernel, launched on a list of arguments in which the step index changes."""
+
+    def __init__(
+        self,
+        fused: Any,
+        grid: tuple[int, ...],
+        named: dict[str, Any],
+        indices: tuple[Tensor, ...],
+    ) -> None:
+        self._fused, self._grid, self._indices = fused, grid, indices
+        self._order = {name: place for place, name in enumerate(named)}
+        self._values: list[Any] = list(named.values())
+        self._index = self._order["index"]
+        self._of_plan = [self._order[name] for name in ("table", "index", "counters", "partials")]
+        self._device: torch.device = named["eps"].device
+        self._launcher: Callable[..., Any] | None = None
+
+    def __call__(self, step: int) -> None:
+        fused, values = self._fused, self._values
+        values[self._index] = self._indices[step]
+        with fused.on_device(self._device):
+            if capturing(self._device):
+                keep_captured(*(values[place] for place in self._of_plan))
+            if self._launcher is None:
+                # Compiled by the first step, where no process has done so before.
+                named = dict(zip(self._order, values, strict=True))
+                fused.launch(self._grid, named)
+                self._launcher = fused.prepared(self._grid, named)
+            else:
+                self._launcher(*values)
+
+    def read(self, name: str, tensor: Tensor) -> bool:
+        place = self._order[READ[name]]
+        aligned = self._values[place].data_ptr() % 16 == 0
+        if (tensor.data_ptr() % 16 == 0) != aligned:
+            return False  # another kernel
+        self._values[place] = tensor
+        return True
+
+
+class _Nothing:
+    """No step, of an empty batch."""
+
+    def __call__(self, step: int) -> None:
+        pass
+
+    def read(self, name: str, tensor: Tensor) -> bool:
+        return True
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
 class BoundStep:
     """A step on fixed tensors: ``bound(step)`` takes it with the arguments of :func:`dng_step`.
 
     Checks, allocation and layout are done here, once, so that a call costs little more than
     starting the kernel.  The loop writes each new prediction into the tensors that were bound, or
-    names other ones with :meth:`rebind`.  To go on from a step, let it write where it reads::
+    names other ones with :meth:`rebind`, which for three of them takes about as long as a call.  To
+    go on from a step, let it write where it reads::
 
         bound = BoundStep(plan, x, eps, eps_neg, state, noise=z, out=StepResult(x, state))
         for step in range(len(plan)):
@@ -44,7 +130,8 @@ class BoundStep:
     Triton kernel and from the reference; on a CPU, given noise and no clipping, a loop that is
     compiled at its first use on a machine takes the step of most rules
     (:mod:`dng_kernels._compiled_cpu`), and agrees to rounding.  Not for use inside a
-    function that ``torch.compile`` compiles, where :func:`dng_step` costs nothing to check.
+    function that ``torch.compile`` compiles, where :func:`dng_step` costs nothing to check.  Keep
+    what was bound, and :attr:`result`, as long as a captured graph whose steps it took.
 
     Parameters
     ----------
@@ -113,6 +200,12 @@ class BoundStep:
         )  # shares its place with one that is
         self._names = _FIELDS.keys() - {other}
         self._rows: dict[int, Any] = {}  # of the table, prepared for the loop of a CPU
+        self._memory = memory_of(plan, self._inputs, self.result)
+        self._kinds = {
+            name: None if tensor is None else _kind(tensor)
+            for name in self._names
+            for tensor in [getattr(self._inputs, _FIELDS[name])]
+        }
         self._take = self._bound()
 
     def __call__(self, step: int) -> StepResult:
@@ -136,6 +229,9 @@ class BoundStep:
     def rebind(self, **tensors: Tensor) -> None:
         """Read other tensors from now on.
 
+        Only addresses change, unless the Triton kernel reads the new ones in another way: where one
+        is a multiple of 16 and the other is not, all is bound anew.
+
         Parameters
         ----------
         **tensors : Tensor
@@ -145,56 +241,51 @@ class BoundStep:
         Raises
         ------
         ValueError, TypeError
-            If a tensor is another kind than the one that it replaces, or there was none.
+            If a tensor is another kind than the one that it replaces, or there was none, or a
+            result would be written over it.
         """
+        inputs, kinds = self._inputs, self._kinds
         for name, tensor in tensors.items():
-            old = getattr(self._inputs, _FIELDS[name]) if name in self._names else None
-            if old is None:
+            kind = kinds.get(name)
+            if kind is None:
                 raise ValueError(f"{name} must be one of the tensors that were bound, and is not")
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {tensor!r}")
-            if (
-                tensor.dtype is not old.dtype
-                or tensor.shape != old.shape
-                or tensor.stride() != old.stride()
-                or tensor.device != old.device
-                or tensor.requires_grad
-            ):
+            if _kind(tensor) != kind or tensor.requires_grad:
+                dtype, shape, strides, device = kind
                 raise ValueError(
-                    f"{name} must be {old.dtype} of shape {tuple(old.shape)} and strides "
-                    f"{old.stride()} on {old.device}, without grad, as was bound; got "
-                    f"{tensor.dtype} of shape {tuple(tensor.shape)} and strides {tensor.stride()} "
-                    f"on {tensor.device}"
+                    f"{name} must be {dtype} of shape {tuple(shape)} and strides {strides} on "
+                    f"{device}, without grad, as was bound; got {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)} and strides {tensor.stride()} on {tensor.device}"
                 )
-        self._inputs = self._inputs._replace(
-            **{_FIELDS[name]: tensor for name, tensor in tensors.items()}
-        )
-        self._take = self._bound()
+        fields = {_FIELDS[name]: tensor for name, tensor in tensors.items()}
+        inputs = inputs._replace(**fields)
+        if self._memory is not None:
+            self._memory.check(inputs, self.result)
+        self._inputs = inputs
+        if not all([self._take.read(name, tensor) for name, tensor in fields.items()]):
+            self._take = self._bound()
 
-    def _bound(self) -> Callable[[int], None]:
+    def _bound(self) -> Taker:
         """What takes a step, for the present tensors."""
         inputs, result, plan = self._inputs, self.result, self.plan
         eps, variant = inputs.eps, plan.variants[STEP]
-        batch = len(eps)
-        if batch == 0:
-            return lambda step: None
+        if len(eps) == 0:
+            return _Nothing()
         table = plan.table64 if eps.dtype == torch.float64 else plan.table
         if self._engine == "triton":
             return self._by_triton(table)
         seed, first = self._bits, self._first_sample
         given = inputs if seed is None else with_keys(inputs, seed, first)
-        run = naive.run if self._engine == "reference" else cpu.run
         if self._engine == "cpu" and given.keys is None and HAS_NUMBA:
             compiled = import_module("dng_kernels._compiled_cpu")
             if compiled.can_take(variant, given, result):
-                take: Callable[[int], None] = compiled.bind(
-                    variant, given, result, table, self._rows
-                )
+                take: Taker = compiled.OnePass(variant, given, result, table, self._rows)
                 return take
-        indices = plan.indices
-        return lambda step: run(given, result, variant, table, indices[step])
+        run = naive.run if self._engine == "reference" else cpu.run
+        return _Anew(run, given, result, variant, table, plan.indices, ())
 
-    def _by_triton(self, table: Tensor) -> Callable[[int], None]:
+    def _by_triton(self, table: Tensor) -> Taker:
         fused = import_module("dng_kernels.fused")
         inputs, plan, eps = self._inputs, self.plan, self._inputs.eps
         workspace = plan.workspace(len(eps), eps.numel() // len(eps))
@@ -206,23 +297,5 @@ class BoundStep:
         known = {id(value) for value in named.values()}
         if any(id(tensor) not in known for tensor in given):
             # A tensor that the kernel cannot read as it lies is copied anew in every step.
-            return lambda step: fused.run(
-                inputs, self.result, variant, table, plan.indices[step], *more
-            )
-        place = list(named).index("index")
-        values: list[Any] = list(named.values())
-        launcher: Callable[..., Any] | None = None
-        indices = plan.indices
-
-        def take(step: int) -> None:
-            nonlocal launcher
-            with fused.on_device(eps.device):
-                if launcher is None:
-                    # Compiled by the first step, where no process has done so before.
-                    fused.launch(grid, named | {"index": indices[step]})
-                    launcher = fused.prepared(grid, named)
-                else:
-                    values[place] = indices[step]
-                    launcher(*values)
-
-        return take
+            return _Anew(fused.run, inputs, self.result, variant, table, plan.indices, more)
+        return _Launched(fused, grid, named, plan.indices)

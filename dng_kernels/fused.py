@@ -3,10 +3,14 @@
 It computes what :mod:`dng_kernels.naive` does, with :mod:`dng_math.equations` compiled.
 
 One program takes one chunk of a sample.  The length of a chunk depends on the sample's size and the
-dtype alone, so a sample's result does not depend on the batch.  A program writes down the sums over
-its chunk and increments the sample's counter; the program that increments it last adds up the
+dtype alone, so a sample's result does not depend on the batch.  A program writes down the two sums
+over its chunk and increments the sample's counter; the program that increments it last adds up the
 chunks in their order and updates the state.  Only integers are added atomically, so two runs are
 bit-equal.
+
+The two sums are one number of 64 bits that is never zero, in a place that was zero: whoever reads
+it sees both or none.  So nothing orders the sums and the counter, which would be a wait for memory
+each; the last program waits for what it does not see yet, and that is on its way.
 
 Contrastive CFG and Perp-Neg need the sums before they can guide.  Their programs draw tickets: the
 programs with a sample's first tickets compute the sums, and the others wait for them and then take
@@ -60,8 +64,7 @@ log_odds_ratio = _compiled(equations.log_odds_ratio)
 tracker_update = _compiled(equations.tracker_update)
 divergence_correction = _compiled(equations.divergence_correction)
 rest_divergence_gap = _compiled(equations.rest_divergence_gap)
-philox_round = _compiled(normal.philox_round)
-log_tail = _compiled(normal.log_tail)
+minus_two_log = _compiled(normal.minus_two_log)
 sine = _compiled(normal.sine)
 cosine = _compiled(normal.cosine)
 
@@ -113,13 +116,14 @@ _STEP_STREAM = tl.constexpr(normal.STEP_STREAM)
 _TO_UNIT, _HALF_UNIT = tl.constexpr(normal.TO_UNIT), tl.constexpr(normal.HALF_UNIT)
 _TO_ANGLE = tl.constexpr(normal.TO_ANGLE)
 _HALF_ROOT = tl.constexpr(normal.HALF_ROOT)
-_LN2_HIGH, _LN2_LOW = tl.constexpr(normal.LN2_HIGH), tl.constexpr(normal.LN2_LOW)
 
 # Where the kernel takes its noise from.
 NO_NOISE, GIVEN, SEED, KEYS = range(4)
 _GIVEN, _SEED, _KEYS = tl.constexpr(GIVEN), tl.constexpr(SEED), tl.constexpr(KEYS)
 
 _SUMS = tl.constexpr(SUMS)
+# With so many chunks at most, a program reads their sums before it knows whether it is the last.
+_FEW_CHUNKS = tl.constexpr(32)
 
 
 # ------------------------------------------------ standard normals
@@ -127,57 +131,96 @@ _SUMS = tl.constexpr(SUMS)
 
 @triton.jit
 def philox(seed, sample, group, tag):
-    """Four random words for each counter, in 64-bit integers."""
-    c0 = sample & 0xFFFFFFFF
-    c1 = (sample >> 32) & 0xFFFFFFFF
-    c2 = group
-    c3 = tag
-    k0 = seed & 0xFFFFFFFF
-    k1 = (seed >> 32) & 0xFFFFFFFF
+    """Four random words for each counter, uint32, as :func:`dng_kernels.normal.philox`.
+
+    The compiler sees that words have 32 bits: a product of two is one instruction, where a product
+    of 64-bit integers would be two.
+    """
+    c0, c1 = sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
+    c2, c3 = group.to(tl.uint32), tag.to(tl.uint32)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
-        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
 def normal_pair(radius_word, angle_word):
     """Two independent standard normals from uint32 words, as in :mod:`dng_kernels.normal`."""
     u = radius_word.to(tl.float32) * _TO_UNIT + _HALF_UNIT
-    bits = u.to(tl.int32, bitcast=True) + (0x3F800000 - _HALF_ROOT)
-    exponent = ((bits >> 23) - 127).to(tl.float32)
-    f = ((bits & 0x7FFFFF) + _HALF_ROOT).to(tl.float32, bitcast=True) - 1.0
-    log_u = (exponent * _LN2_LOW + log_tail(f)) + f + exponent * _LN2_HIGH
-    radius = tl.sqrt(-2.0 * log_u)
-    quarter = (angle_word + 0x20000000) >> 30
-    rest = (angle_word - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * _TO_ANGLE
+    bits = u.to(tl.int32, bitcast=True)
+    power = (bits - _HALF_ROOT) & -0x800000
+    f = (bits - power).to(tl.float32, bitcast=True) - 1.0
+    radius = tl.sqrt(minus_two_log(power.to(tl.float32), f))
+    rest = (angle_word << 2).to(tl.int32, bitcast=True).to(tl.float32) * _TO_ANGLE
     s, c = sine(rest), cosine(rest)
-    odd = (quarter & 1) == 1
-    sin = tl.where(odd, c, s)
-    cos = tl.where(odd, s, c)
-    sin = tl.where(quarter >= 2, -sin, sin)
-    cos = tl.where((quarter == 1) | (quarter == 2), -cos, cos)
+    # Two bits say the quarter turn: sine and cosine are exchanged in an odd one, the sine is
+    # negative in the last two, the cosine in the middle ones.
+    turned = angle_word + 0x20000000
+    odd = (turned & 0x40000000) != 0
+    sin = signed(tl.where(odd, c, s), turned)
+    cos = signed(tl.where(odd, s, c), turned + 0x40000000)
     return radius * cos, radius * sin
 
 
 @triton.jit
+def signed(value, word):
+    """The value, its sign changed where the highest bit of a word is 1."""
+    bits = value.to(tl.uint32, bitcast=True) ^ (word & 0x80000000)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def four_normals(seed, sample, group, tag):
+    """The normals of the elements 4 group ... 4 group + 3."""
+    c0, c1, c2, c3 = philox(seed, sample, group, tag)
+    z0, z1 = normal_pair(c0, c1)
+    z2, z3 = normal_pair(c2, c3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
 def normals(
-    seed, sample, tag, first, D, channels, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr
+    seed,
+    sample,
+    tag,
+    first,
+    D,
+    channels,
+    CHANNELS_LAST: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Normals for the places first ... first + BLOCK - 1 in memory; first is a multiple of 4."""
+    """Normals for the places first ... first + BLOCK - 1 in memory; first is a multiple of 8.
+
+    A thread makes TOGETHER of them, 4 or 8, that lie together: what it reads and writes at once, so
+    that threads need not exchange them.
+    """
     if CHANNELS_LAST:
         # Normals are numbered by the elements in C order: every place computes its element.
         place = first + tl.arange(0, BLOCK).to(tl.int64)
+        if D.dtype == tl.int32:
+            # Divisions of 64 bits would take longer than the normals.
+            place, D, channels = place.to(tl.uint32), D.to(tl.uint32), channels.to(tl.uint32)
         element = (place % channels) * (D // channels) + place // channels
         c0, c1, c2, c3 = philox(seed, sample, element >> 2, tag)
         late = (element & 2) != 0
         cos, sin = normal_pair(tl.where(late, c2, c0), tl.where(late, c3, c1))
         return tl.where((element & 1) != 0, sin, cos)
-    group = (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64)
-    c0, c1, c2, c3 = philox(seed, sample, group, tag)
-    z0, z1 = normal_pair(c0, c1)
-    z2, z3 = normal_pair(c2, c3)
+    if TOGETHER == 8:
+        group = (first >> 2) + 2 * tl.arange(0, BLOCK // 8).to(tl.int64)
+        a0, a1, a2, a3 = four_normals(seed, sample, group, tag)
+        b0, b1, b2, b3 = four_normals(seed, sample, group + 1, tag)
+        z0, z1 = tl.interleave(a0, b0), tl.interleave(a1, b1)
+        z2, z3 = tl.interleave(a2, b2), tl.interleave(a3, b3)
+    else:
+        group = (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64)
+        z0, z1, z2, z3 = four_normals(seed, sample, group, tag)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
@@ -267,6 +310,21 @@ def updated_state(
         tl.load(row + _OFFSET_NATS),
     )
     return tl.where(moves, clamp(updated, low, high), state)
+
+
+@triton.jit
+def packed(a, b):
+    """Two numbers in float32 as 64 bits, of which the highest is 1; ``a`` is not negative."""
+    high = (a.to(tl.int32, bitcast=True) | -0x80000000).to(tl.int64)
+    return (high << 32) | b.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def added_up(pairs, there):
+    """The sums of both numbers of pairs that were packed, and how many of them are missing."""
+    a = ((pairs >> 32).to(tl.int32) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    b = pairs.to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.sum(a), tl.sum(b), tl.sum((there & (pairs >= 0)).to(tl.int32))
 
 
 @triton.jit
@@ -370,13 +428,15 @@ def chunk_step(
     DRIFT: tl.constexpr,
     NOISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    ONCE: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Guide, take the step and add up, for the places first ... end - 1 of a sample.
 
-    With EARLY there is one block, and what it loads was loaded before.  Returns |delta|^2 and
-    residual . delta if a posterior is tracked; the sum of the elementwise scale for SLD.
+    With ONCE there is one block; with EARLY, too, and what it loads was loaded before.  Returns
+    |delta|^2 and residual . delta if a posterior is tracked; the sum of the elementwise scale for
+    SLD.
     """
     if CFG:
         cfg_scale = tl.load(row + _CFG_SCALE)
@@ -404,7 +464,10 @@ def chunk_step(
     a = tl.zeros([BLOCK], tl.float32)
     b = tl.zeros([BLOCK], tl.float32)
     lane = tl.arange(0, BLOCK)
-    for start in range(first, end, BLOCK):
+    # One block is no loop, which the assembler would unroll.
+    length = BLOCK if ONCE else end - first
+    for offset in range(0, length, BLOCK):
+        start = first + offset
         inside = lane < end - start
         # All loads come first, so that they are in flight together.
         if EARLY:
@@ -427,7 +490,8 @@ def chunk_step(
         if RULE == _SAFE and MODE != _UPDATE:
             kept = tl.load(momentum + start + lane, mask=inside, other=0.0)
         if NOISE == _SEED or NOISE == _KEYS:
-            z = normals(seed, sample_index, tag, start, D, channels, CHANNELS_LAST, BLOCK)
+            TOGETHER: tl.constexpr = 4 if x.dtype.element_ty == tl.float32 else 8
+            z = normals(seed, sample_index, tag, start, D, channels, CHANNELS_LAST, TOGETHER, BLOCK)
 
         delta = n - e
         if MODE == _UPDATE:
@@ -487,7 +551,8 @@ def chunk_step(
                         )
                     a += delta * delta
                     b += residual * delta
-    return tl.sum(a), tl.sum(b)
+    # Together: threads exchange both in one go.
+    return tl.split(tl.sum(tl.join(a, b), axis=0))
 
 
 # ------------------------------------------------ the kernel
@@ -542,6 +607,8 @@ def fused_step(
     NOISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     SLOTS: tl.constexpr,
+    FLAT: tl.constexpr,
+    ONCE: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -551,18 +618,26 @@ def fused_step(
     )
     SINGLE: tl.constexpr = SLOTS == 1
     SUMMED: tl.constexpr = (state_next is not None) or (RULE == _SAFE and scale_out is not None)
-    program = tl.program_id(0)
+    if FLAT:
+        program = tl.program_id(0)
+        sample = (program // chunks).to(tl.int64)
+        part = program % chunks
+    else:
+        part = tl.program_id(0)
+        sample = tl.program_id(1).to(tl.int64)
+    first = part.to(tl.int64) * chunk
+    step_index = tl.load(index)
     early_e, early_n, early_now, early_z = 0.0, 0.0, 0.0, 0.0
     if EARLY:
-        # Before the step index, the row and the state, each of which waits for the one before.
-        one_sample = (program // chunks).to(tl.int64)
-        place = (program % chunks).to(tl.int64) * chunk + tl.arange(0, BLOCK)
+        # Before the row and the state, each of which waits for the one before.
+        place = first + tl.arange(0, BLOCK)
         within = place < D
-        early_e = tl.load(eps + one_sample * eps_stride + place, mask=within, other=0.0)
-        early_n = tl.load(eps_neg + one_sample * eps_neg_stride + place, mask=within, other=0.0)
-        early_now = tl.load(x + one_sample * x_stride + place, mask=within, other=0.0)
-        early_z = tl.load(noise + one_sample * noise_stride + place, mask=within, other=0.0)
-    step_index = tl.load(index)
+        early_e = tl.load(eps + sample * eps_stride + place, mask=within, other=0.0)
+        early_n = tl.load(eps_neg + sample * eps_neg_stride + place, mask=within, other=0.0)
+        early_now = tl.load(x + sample * x_stride + place, mask=within, other=0.0)
+        early_z = tl.load(noise + sample * noise_stride + place, mask=within, other=0.0)
+        # Or the assembler, which spares registers, would move these loads behind those.
+        tl.debug_barrier()
     row = table + step_index * _WIDTH
     adds_up = False
     if TWO_PASSES and not SINGLE:
@@ -571,14 +646,12 @@ def fused_step(
         part = program % (2 * chunks)
         adds_up = part < chunks
         part = part % chunks
-    else:
-        sample = (program // chunks).to(tl.int64)
-        part = program % chunks
-    first = part.to(tl.int64) * chunk
+        first = part.to(tl.int64) * chunk
     end = tl.minimum(first + chunk, D)
     arrived = counters + 2 + sample
     left = counters + 2 + batch + sample
     sums = partials + (sample * chunks) * _SUMS
+    pairs = partials.to(tl.pointer_type(tl.int64), bitcast=True) + sample * chunks
     slot = tl.arange(0, SLOTS)
 
     if x is not None:
@@ -671,27 +744,31 @@ def fused_step(
             DRIFT,
             NOISE,
             CHANNELS_LAST,
+            ONCE,
             EARLY,
             BLOCK,
         )
         last = part == 0  # any program, if there is nothing to add up and nothing to clear
+        there = slot < chunks
+        found = tl.zeros([SLOTS], tl.int64)
         if TWO_PASSES and not SINGLE:
             tl.debug_barrier()
             last = tl.atomic_add(left, 1, sem="acq_rel") == chunks - 1
         elif SUMMED and not SINGLE:
-            own = sums + part * _SUMS
-            tl.store(own, a)
-            tl.store(own + 1, b)
-            tl.debug_barrier()
-            last = tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1
+            own_pair = packed(a, b)
+            tl.atomic_add(pairs + part, own_pair, sem="relaxed")
+            if SLOTS <= _FEW_CHUNKS:
+                # On the way together with the number of programs that arrived before.
+                found = tl.load(pairs + slot, mask=there, other=0, volatile=True)
+                found = tl.where(slot == part, own_pair, found)
+            last = tl.atomic_add(arrived, 1, sem="relaxed") == chunks - 1
         if last:
             # Triton 3.3 does not accept chains of three conditions, hence the parentheses.
             if (SUMMED and not SINGLE) and not TWO_PASSES:
-                tl.debug_barrier()
-                there = slot < chunks
-                at = sums + slot * _SUMS
-                a = tl.sum(tl.load(at, mask=there, other=0.0, cache_modifier=".cg"))
-                b = tl.sum(tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg"))
+                a, b, missing = added_up(found, there)
+                while missing > 0:
+                    found = tl.load(pairs + slot, mask=there, other=0, volatile=True)
+                    a, b, missing = added_up(found, there)
             finish(
                 row,
                 sample,
@@ -708,7 +785,10 @@ def fused_step(
                 TRACKER,
                 DIVERGENCE,
             )
-            # Reset the counters, which the next launch expects at zero.
+            # Reset what the next launch expects at zero.
+            if (SUMMED and not SINGLE) and not TWO_PASSES:
+                tl.debug_barrier()  # until no warp waits for a chunk's sums
+                tl.store(pairs + slot, tl.zeros([SLOTS], tl.int64), mask=there)
             if TWO_PASSES and not SINGLE:
                 tl.store(left, 0)
                 if tl.atomic_add(counters + 1, 1, sem="acq_rel") == batch - 1:
@@ -731,7 +811,7 @@ def arguments(
     first_sample: int,
     counters: Tensor,
     partials: Tensor,
-) -> tuple[tuple[int], dict[str, Any]]:
+) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid of a launch and every argument of the kernel by name, in the kernel's order."""
     layout = inputs.eps if inputs.x is None else inputs.x
     channels_last = is_channels_last(layout)
@@ -754,7 +834,10 @@ def arguments(
     noise = GIVEN if inputs.noise is not None else KEYS if inputs.keys is not None else NO_NOISE
     if seed is not None:
         noise = SEED
-    grid = (batch * chunks * (2 if two_passes and not single else 1),)
+    # An axis of samples saves a division before the first load.
+    flat = batch > LARGEST_AXIS or (two_passes and not single)
+    programs = batch * chunks * (2 if two_passes and not single else 1)
+    grid = (programs, 1) if flat else (chunks, batch)
     return grid, {
         "table": table,
         "index": index,
@@ -785,6 +868,8 @@ def arguments(
         "NOISE": noise,
         "CHANNELS_LAST": channels_last,
         "SLOTS": 1 << (chunks - 1).bit_length(),
+        "FLAT": flat,
+        "ONCE": chunk == block,
         # A chunk of one block can be loaded at once; with more registers in use, nothing is gained.
         "EARLY": chunk == block
         and variant.mode == STEP
@@ -793,6 +878,8 @@ def arguments(
         "BLOCK": block,
     }
 
+
+LARGEST_AXIS = 65535  # programs along the second axis of a grid
 
 # Tensors (B, ...) that the kernel reads, and those that it writes.
 _EVENTS = (
@@ -868,7 +955,7 @@ def prepared(grid: tuple[int, ...], named: dict[str, Any]) -> Callable[..., Any]
     if not isinstance(fused_step, triton.JITFunction) or fused_step.pre_run_hooks:
         return None
     kernel = _COMPILED.get(specialization(named["eps"].device, list(named.values())))
-    return None if kernel is None else kernel[(*grid, 1, 1)]
+    return None if kernel is None else kernel[(*grid, 1)]
 
 
 def launch(grid: tuple[int, ...], named: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def readable(tensor: Tensor, channels_last: bool) -> tuple[Tensor, int]:
 # ---------------------------------------------------------------------- chunks of a sample
 
 MOST_CHUNKS = 1024  # a sample: one program adds up their sums at once
-SUMS = 3  # numbers that each chunk writes
+SUMS = 3  # numbers that each chunk writes, at most
 
 # Elements of a block, at most, by the bytes of an element of x.  Microseconds in a graph on H100,
 # blocks of 1024 and of 2048, DNG with given noise (Triton 3.6):
@@ -89,7 +89,10 @@ def chunking(elements: int, width: int) -> tuple[int, int, int]:
 
 
 def workspace(batch: int, elements: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Counters, zero before and after every launch, and room for the chunks' sums."""
+    """Counters and room for the chunks' sums; zero, as every launch expects and leaves it.
+
+    But for the sums of rules that need them first, which are written before they are read.
+    """
     chunks = max(chunking(elements, width)[2] for width in LARGEST_BLOCKS)
     counters = torch.zeros(2 + 2 * batch, dtype=torch.int32, device=device)
-    return counters, torch.empty(batch * chunks * SUMS, dtype=torch.float32, device=device)
+    return counters, torch.zeros(batch * chunks * SUMS, dtype=torch.float32, device=device)

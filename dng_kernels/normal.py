@@ -24,32 +24,29 @@ BLOCK = 2**15  # counters at a time on a CPU: their words stay in its cache
 
 TO_UNIT = 2.0**-32
 HALF_UNIT = 2.0**-33
-TO_ANGLE = math.pi * 2.0**-31  # a signed word in units of 2^-32 turns, to radians
+TO_ANGLE = math.pi * 2.0**-33  # a signed word in units of 2^-34 turns, to radians
 HALF_ROOT = 0x3F3504F3  # bits of sqrt(1/2) in float32
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # their product with an exponent is exact
 
 # ------------------------------------------------ written once, for torch and for Triton
 
 
-def philox_round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
-    """One round on 32-bit words held in 64-bit integers."""
-    low = 0xFFFFFFFF
-    p0 = c0 * 0xD2511F53
-    p1 = c2 * 0xCD9E8D57
-    return ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+def minus_two_log(power, f):  # type: ignore[no-untyped-def]
+    """-2 log(2^e (1 + f)) for 1 + f in [sqrt(1/2), sqrt(2)]; ``power`` is 2^23 e.
 
-
-def log_tail(f):  # type: ignore[no-untyped-def]
-    """log(1 + f) - f for 1 + f in [sqrt(1/2), sqrt(2)] (Cephes logf, error 2^-24 relative)."""
-    p = 7.0376836292e-2 * f - 1.1514610310e-1
-    p = p * f + 1.1676998740e-1
-    p = p * f - 1.2420140846e-1
-    p = p * f + 1.4249322787e-1
-    p = p * f - 1.6668057665e-1
-    p = p * f + 2.0000714765e-1
-    p = p * f - 2.4999993993e-1
-    p = p * f + 3.3333331174e-1
-    return f * f * (p * f - 0.5)
+    Cephes logf (error 2^-24 relative) with every coefficient times -2, and those of e times 2^-23:
+    powers of two change no rounding.
+    """
+    p = -0.140753672584 * f + 0.2302922062
+    p = p * f - 0.2335399748
+    p = p * f + 0.24840281692
+    p = p * f - 0.28498645574
+    p = p * f + 0.3333611533
+    p = p * f - 0.4000142953
+    p = p * f + 0.49999987986
+    p = p * f - 0.66666662348
+    tail = f * f * (p * f + 1.0)
+    # log 2 in two parts: the product of e with the larger one is exact.
+    return (power * 5.059109687805176e-11 + tail) - 2.0 * f - power * 1.6530975699424744e-07
 
 
 def sine(a):  # type: ignore[no-untyped-def]
@@ -76,7 +73,9 @@ def philox(
     c0, c1, c2, c3 = sample & low, (sample >> 32) & low, group, step_and_stream
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):
-        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low
+        c2, c3 = ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return c0, c1, c2, c3
 
@@ -84,14 +83,14 @@ def philox(
 def normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals, float32 (Box and Muller 1958)."""
     u = radius_word.to(torch.float32) * TO_UNIT + HALF_UNIT
-    bits = u.view(torch.int32) + (0x3F800000 - HALF_ROOT)
-    exponent = ((bits >> 23) - 127).to(torch.float32)
-    f = ((bits & 0x7FFFFF) + HALF_ROOT).view(torch.float32) - 1.0
-    log_u = (exponent * LN2_LOW + log_tail(f)) + f + exponent * LN2_HIGH
-    radius = torch.sqrt(-2.0 * log_u)
+    # u = 2^e (1 + f), and 2^23 e is what a float32 has in the place of its exponent.
+    bits = u.view(torch.int32)
+    power = (bits - HALF_ROOT) & -0x800000
+    f = (bits - power).view(torch.float32) - 1.0
+    radius = torch.sqrt(minus_two_log(power.to(torch.float32), f))
     # The nearest quarter turn, and the rest of the angle.
     quarter = (angle_word + 0x20000000) >> 30
-    rest = (angle_word - (quarter << 30)).to(torch.float32) * TO_ANGLE
+    rest = (angle_word - (quarter << 30) << 2).to(torch.float32) * TO_ANGLE
     quarter = quarter & 3
     s, c = sine(rest), cosine(rest)
     odd = (quarter & 1) == 1

@@ -38,7 +38,13 @@ from dng_math.rules import (
     warn_where_noise_is_missing,
 )
 from dng_math.schedules import PREDICTION_TYPES, PredictionType, StepCoefficients, x0_of
-from dng_math.trackers import LogOddsTracker, RatioTracker, Tracker, temperatures
+from dng_math.trackers import (
+    LogOddsTracker,
+    PathTracker,
+    RatioTracker,
+    Tracker,
+    temperatures,
+)
 
 Array = NDArray[np.float64]
 
@@ -148,8 +154,8 @@ def _coded(rule: Rule) -> RuleCode:
         raise TypeError(f"rule must be one of dng_math.rules, got {rule!r}")
     if coded.code == EXACT:
         raise ValueError(
-            "rule must track its posterior with a PaperTracker or a LogOddsTracker: networks have "
-            f"no exact one; got {innermost(rule)!r}"
+            "rule must track its posterior with a PaperTracker, a LogOddsTracker or a PathTracker: "
+            f"networks have no exact one; got {innermost(rule)!r}"
         )
     return coded
 
@@ -165,6 +171,10 @@ def _tracker_columns(tracker: Tracker, c: StepCoefficients) -> dict[str, Array |
     low, high = tracker.bounds
     if isinstance(tracker, RatioTracker):
         return columns | {"offset_nats": tracker.step_offset, "low": low, "high": high}
+    if isinstance(tracker, PathTracker):
+        # A step reads the odds and leaves the state, as it does where the variance is 0.
+        columns["variance"] = 0.0
+        tracker = tracker.first_order
     columns["offset"] = tracker.offset
     columns["offset_nats"] = tracker.offset_nats / len(c)
     if isinstance(tracker, LogOddsTracker):
@@ -172,6 +182,21 @@ def _tracker_columns(tracker: Tracker, c: StepCoefficients) -> dict[str, Array |
     else:
         columns["high"] = high
     return columns | {"low": max(low, -LARGEST)}
+
+
+# What captured graphs read and write of plans: a graph keeps no tensor of its own accord, and a
+# replay on memory that went to others would be silently wrong.  Kilobytes for each plan and batch.
+_CAPTURED: dict[int, Tensor] = {}
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches on this device go into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def keep_captured(*tensors: Tensor) -> None:
+    """Keep tensors that a graph will read or write until StepPlan.release_captured."""
+    _CAPTURED.update((id(tensor), tensor) for tensor in tensors)
 
 
 class StepPlan:
@@ -198,8 +223,13 @@ class StepPlan:
     ----------
     coefficients, rule, prediction_type, clip, device
         As given.
-    tracker : PaperTracker, LogOddsTracker, RatioTracker or None
+    tracker : PaperTracker, LogOddsTracker, PathTracker, RatioTracker or None
         What the rule tracks; steps then take and return a ``state``.
+    has_log_odds : bool
+        Whether the state is log p/(1-p).
+    tracks_path : bool
+        Whether it is a path tracker: steps then return the state as it was, and
+        :func:`update_path` changes it before each.
     needs_uncond, needs_positive, needs_momentum, needs_divergence : bool
         Whether steps take ``eps_uncond``, ``eps_pos``, ``momentum``, ``divergence_gap``.
     noisy : list of bool
@@ -266,7 +296,15 @@ class StepPlan:
         self.needs_positive = coded.code == PERPENDICULAR
         self.needs_momentum = coded.code == SAFE
         self.needs_uncond = cfg_scale is not None
-        self.needs_divergence = self.tracker is not None and self.tracker.divergence
+        tracked = self.tracker
+        if isinstance(tracked, PathTracker):
+            tracked = tracked.first_order
+        self.has_log_odds = isinstance(tracked, LogOddsTracker)
+        # update_path takes a path tracker's divergence, and no step does.
+        self.tracks_path = isinstance(self.tracker, PathTracker)
+        self.needs_divergence = (
+            self.tracker is not None and self.tracker.divergence and not self.tracks_path
+        )
         if self.needs_uncond and self.needs_positive:
             raise ValueError(
                 "cfg_scale must be None for PerpNeg, whose positive_scale does the same; "
@@ -367,7 +405,10 @@ class StepPlan:
 
     def _all_variants(self, rule: int, table: Array) -> tuple[Variant, Variant, Variant]:
         """What the kernels of STEP, GUIDE and UPDATE are compiled for."""
-        tracker, cfg, clip = tracker_code(self.tracker), self.needs_uncond, self.clip is not None
+        tracked = self.tracker
+        if isinstance(tracked, PathTracker):
+            tracked = tracked.first_order  # whose state is the same
+        tracker, cfg, clip = tracker_code(tracked), self.needs_uncond, self.clip is not None
         drift = bool(np.any(table[:, [COLUMN["x_drift"], COLUMN["drift"]]]))
         divergence = self.needs_divergence
         return (
@@ -418,18 +459,38 @@ class StepPlan:
         """Counters and room for sums, for launches of batches of that shape; made once.
 
         A plan serves one stream at a time.  Call this, or a step, before a graph is captured.
+        What a graph reads of a plan outlives the plan: see :meth:`release_captured`.
         """
         key = batch, elements
         if key not in self._workspaces:
             checks.integer("batch", batch, 0)
             checks.integer("elements", elements, 0)
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if capturing(self.device):
                 raise RuntimeError(
                     "the workspace of a batch must exist before a graph is captured: take a step "
                     f"first, or call plan.workspace({batch}, {elements})"
                 )
             self._workspaces[key] = layout.workspace(batch, elements, self.device)
         return self._workspaces[key]
+
+    @staticmethod
+    def release_captured() -> int:
+        """Free what was kept of plans because a graph was captured; call it when no graph is left.
+
+        A captured graph reads the table of a plan and writes into its workspace when it is
+        replayed, and nobody tells when a graph is gone.  So these tensors, kilobytes for each plan
+        and batch, are kept even after the plan, until this is called.  Tensors that steps in a
+        graph were given, and those that a :class:`BoundStep` made for its results, are not among
+        them: keep these yourself, as with any graph.
+
+        Returns
+        -------
+        int
+            Number of tensors that were kept.
+        """
+        count = len(_CAPTURED)
+        _CAPTURED.clear()
+        return count
 
     def column(self, name: str) -> Tensor:
         """One number of every step, by its name in :data:`COLUMN`; (N,), float64 on the CPU."""
@@ -442,7 +503,8 @@ class StepPlan:
     def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """The tracker's state before the first step, shape (batch,); None without a tracker.
 
-        It is log p for :class:`PaperTracker`, log p/(1-p) for :class:`LogOddsTracker`, L for FBG.
+        It is log p for :class:`PaperTracker`, log p/(1-p) for :class:`LogOddsTracker`, either for
+        :class:`PathTracker`, L for FBG.
         """
         checks.integer("batch", batch, 0)
         if dtype not in (torch.float32, torch.float64):
@@ -474,6 +536,6 @@ class StepPlan:
         """log p(c | x) from a tracker's state, any shape; for FBG the log ratio L itself."""
         if not isinstance(state, Tensor) or not state.is_floating_point():
             raise TypeError(f"state must be a floating-point tensor, got {_shown(state)}")
-        if isinstance(self.tracker, LogOddsTracker):
+        if self.has_log_odds:
             return torch.nn.functional.logsigmoid(state)
         return state

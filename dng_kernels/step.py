@@ -12,7 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dng_kernels._border import Backend, Call, check_events, refuse_transforms, transforms_active
+from dng_kernels._border import (
+    Backend,
+    Call,
+    check_events,
+    refuse_shared,
+    refuse_transforms,
+    transforms_active,
+)
 from dng_kernels._known import eager, key_of, remember
 from dng_kernels._operator import launch
 from dng_kernels.naive import Inputs, StepResult
@@ -75,7 +82,9 @@ def dng_step(
     divergence_gap : Tensor, shape (B,)
         div s_neg - div s, for trackers with ``divergence=True``.
     out : StepResult, optional
-        Tensors to write into, which may be the inputs; what is None is allocated.
+        Tensors to write into; what is None is allocated.  x_next and eps_guided may be any input
+        of their shape, place by place, state and momentum the input of that name; nothing else may
+        share memory.
     return_guided, return_scale : bool
         Whether to return the guided prediction and the scale.
     backend : {"auto", "triton", "cpu", "reference"}
@@ -219,6 +228,8 @@ def check_step(
         return_scale=return_scale,
     )
     inputs = Inputs(x, None, eps, eps_neg, third, noise, momentum, keys, state, divergence_gap)
+    if out is not None:
+        refuse_shared(plan, inputs, result)
     return CheckedStep(call, inputs, result, bits)
 
 
@@ -279,6 +290,8 @@ def guide(
         return_scale=return_scale,
     )
     inputs = Inputs(None, None, eps, eps_neg, third, None, momentum, None, state, None)
+    if out is not None:
+        refuse_shared(plan, inputs, result)
     launch(call, GUIDE, inputs, result)
     remember(plan, key, call, GUIDE, inputs, result, None, 0)
     return result
@@ -329,10 +342,17 @@ def update_posterior(
     call = Call(plan, step, "x", x, backend)
     if plan.tracker is None:
         raise ValueError(f"plan must have a rule that tracks a posterior, got {plan.rule!r}")
+    if plan.tracks_path:
+        raise ValueError(
+            "plan must have a tracker of transitions here; the state of a PathTracker is updated "
+            f"by update_path, got {plan.rule!r}"
+        )
     call.state(state)
     call.divergence(divergence_gap)
     result = call.results(out, state=state.dtype)
     inputs = Inputs(x, x_next, eps, eps_neg, None, None, None, None, state, divergence_gap)
+    if out is not None:
+        refuse_shared(plan, inputs, result)
     launch(call, UPDATE, inputs, result)
     remember(plan, key, call, UPDATE, inputs, result, None, 0)
     return result

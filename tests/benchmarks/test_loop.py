@@ -35,12 +35,23 @@ def test_every_contender_makes_the_same_run(monkeypatch):
     assert [row.contender for row in rows] == [
         loop.PUBLISHED,
         loop.EAGER,
+        loop.BOUND,
         loop.ONE_STEP,
         loop.WHOLE,
     ]
     assert all(row.median_s > 0 and row.speedup > 0 for row in rows)
     assert rows[0].speedup == 1.0
-    assert all(loop.PUBLISHED in line or "dng_step" in line for line in loop.report(rows))
+    assert all(row.contender in line for row, line in zip(rows, loop.report(rows), strict=True))
+
+
+def test_a_bound_run_that_is_another_is_not_timed(monkeypatch):
+    monkeypatch.setattr(loop, "network", lambda place, width: ("flat", 0, flat))
+    monkeypatch.setattr(loop.BoundStep, "rebind", lambda self, **tensors: None)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"BoundStep, eager is not the run of dng_step, eager"),
+    ):
+        loop.run(cpu_device(), 2, 32, 6, QUICK)
 
 
 def test_a_graph_of_something_else_is_not_timed(monkeypatch):
@@ -92,7 +103,7 @@ def test_a_run_begins_at_the_noise_and_ends_at_the_last_step():
 
 def test_parts_run_here():
     rows = loop.cpu(QUICK)
-    assert [row.contender for row in rows] == [loop.PUBLISHED, loop.EAGER]
+    assert [row.contender for row in rows] == [loop.PUBLISHED, loop.EAGER, loop.BOUND]
     assert rows[0].parameters > 1_000_000
     if not torch.cuda.is_available():
         assert loop.gpu(QUICK)[0].note.startswith("skipped: no GPU")

@@ -8,7 +8,9 @@ import io
 import math
 import re
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +35,16 @@ from benchmarks.contenders import (
     Entry,
     label_of,
 )
-from benchmarks.device import GRAPH, PLAIN, Device, cpu_device
+from benchmarks.device import (
+    GRAPH,
+    HOST_CALLS,
+    HOST_LAPS,
+    PLAIN,
+    Device,
+    cpu_device,
+    host_clock,
+    peak_bandwidth,
+)
 from benchmarks.harness import Settings
 from benchmarks.published import Published
 from benchmarks.step_report import StepRow
@@ -315,7 +326,7 @@ def test_the_whole_gpu_path_with_the_kernel_interpreted():
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the kernel is compiled here, and reads no tensors of the CPU")
-    device = fake_gpu(kernel=True)
+    device = fake_gpu(kernel=True, peak=2e9, host=lambda run: (run(), 25e-6)[1])
     # Without the compiler: it has its own test, and takes seconds.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "compiled_entries", lambda *arguments: [])
@@ -329,6 +340,14 @@ def test_the_whole_gpu_path_with_the_kernel_interpreted():
         "copy",
     ):
         assert {(name, "plain"), (name, "graph")} <= names
+    for row in rows:  # 2 GB/s at most, and 25 us of the host where it starts the calls one by one
+        assert (row.peak_percent is None) == (row.bandwidth is None)
+        if row.bandwidth is not None:
+            assert row.peak_percent == pytest.approx(50.0 * row.bandwidth)
+        assert row.host_s == (25e-6 if row.mode == PLAIN else None)
+    told = step.report(rows)
+    assert "gpu, float32, plain: percent of the card's peak bandwidth" in told
+    assert any(line.startswith("| dng_step, Triton kernel, given noise | 25 µs") for line in told)
     assert ("dng_step, Triton kernel from the cache, given noise", "graph") in names
     by_name = {(row.contender, row.mode): row for row in rows}
     assert (
@@ -342,6 +361,43 @@ def test_the_whole_gpu_path_with_the_kernel_interpreted():
     assert by_name["published, eager, own noise", "graph"].baseline == (
         "dng_step, Triton kernel, noise of a seed"
     )
+
+
+@pytest.mark.parametrize(
+    ("properties", "peak"),
+    [
+        # H100 SXM5: 5120 bits at 2619 MHz; A100 40 GB: 5120 bits at 1215 MHz
+        ({"memory_clock_rate": 2_619_000, "memory_bus_width": 5120}, 3352.32e9),
+        ({"memory_clock_rate": 1_215_000, "memory_bus_width": 5120}, 1555.2e9),
+        ({"memory_clock_rate": 2_619_000}, None),
+        ({"memory_clock_rate": 0, "memory_bus_width": 5120}, None),
+        ({}, None),
+    ],
+)
+def test_the_peak_is_of_the_cards_clock_and_bus(properties, peak):
+    found = peak_bandwidth(SimpleNamespace(**properties))
+    assert found == (None if peak is None else pytest.approx(peak))
+
+
+def test_a_peak_that_torch_does_not_tell_is_left_empty_and_said():
+    row = StepRow("gpu", "2^24 elements", "float32", 2**24, "copy", median_s=1.0, bandwidth=2.0)
+    for rows, silent in (([row], True), ([replace(row, peak_percent=80.0)], False)):
+        told = "\n".join(step.report(rows))
+        assert ("this torch does not tell the card's peak bandwidth" in told) == silent
+        assert ("| copy | 80% |" in told) != silent
+        assert "| copy | 2 |" in told and "host time" not in told
+    assert "GB/s" not in "\n".join(step.report([replace(row, benchmark="cpu")]))
+
+
+def test_the_host_is_timed_alone(monkeypatch):
+    """While a device is busy: between two waits for it, and with few enough launches."""
+    said, clock = [], iter(range(10**6))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    seconds = host_clock(lambda: said.append("call"))
+    lap = ["wait", *["call"] * HOST_CALLS]
+    assert said == [*lap * HOST_LAPS, "wait"]
+    assert seconds == 1.0 / HOST_CALLS
 
 
 def test_what_no_graph_can_hold_is_skipped_and_the_rest_is_timed(monkeypatch):

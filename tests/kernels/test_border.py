@@ -881,7 +881,7 @@ class TestAPlan:
         ],
     )
     def test_has_no_exact_posterior(self, rule):
-        with pytest.raises(ValueError, match="rule must .* PaperTracker or a LogOddsTracker.*got"):
+        with pytest.raises(ValueError, match="rule must .* LogOddsTracker or a PathTracker.*got"):
             StepPlan(C, rule)
 
     @pytest.mark.parametrize("value", ["x0", "eps", None, 1])

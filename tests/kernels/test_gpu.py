@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from dng_kernels import (
+    BoundStep,
     StepPlan,
     StepResult,
     dng_step,
@@ -435,6 +438,53 @@ def test_a_step_is_one_launch(rule, shape):
 
 
 # ---------------------------------------------------------------- graphs and compilers
+
+
+def captured_step(rule, bound):
+    """A graph of one step, its inputs and its results; the plan is gone, and what it made."""
+    shape = (3, 4, 64, 64)
+    plan = plan_for(rule, shape)
+    inputs = inputs_for(plan, shape)
+    out = poisoned(plan, inputs["x"])
+    if bound:
+        step = BoundStep(plan, **inputs, seed=1, out=out)
+
+        def take():
+            step(STEP)
+    else:
+
+        def take():
+            dng_step(plan, STEP, **inputs, seed=1, out=out)
+
+    take()
+    torch.cuda.synchronize()
+    expected = [None if value is None else value.clone() for value in out]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        take()
+    return graph, inputs, out, expected, weakref.ref(plan)
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["a call", "a bound step"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_graph_outlives_its_plan(rule, bound):
+    """Its kernels too: everything that could be freed is freed, and written over."""
+    StepPlan.release_captured()
+    graph, _inputs, out, expected, plan = captured_step(rule, bound)
+    gc.collect()
+    assert plan() is None
+    # Small tensors in place of those that were freed, with numbers that no counter has.
+    filled = [torch.full((2**i,), 7, dtype=torch.int32, device="cuda") for i in range(18)] * 8
+    for value in out:
+        if value is not None:
+            value.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    for value, wanted in zip(out, expected, strict=True):
+        assert value is None or torch.equal(value, wanted)
+    assert all(bool((each == 7).all()) for each in filled)
+    del graph
+    assert StepPlan.release_captured() >= 4
 
 
 class Network(torch.nn.Module):

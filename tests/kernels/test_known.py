@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dng_kernels import BoundStep, StepPlan, StepResult, dng_step
+from dng_kernels import BoundStep, StepPlan, StepResult, dng_step, noise_keys
+from dng_kernels import bound as bound_module
 from dng_kernels._compiled_cpu import can_take
 from dng_kernels.naive import Inputs
 from dng_math import (
@@ -241,6 +242,16 @@ def test_tensors_that_do_not_lie_in_c_order_are_read_as_they_are(layout, backend
             given["eps"].mul_(0.5)  # a loop writes new predictions into it
 
 
+def test_without_numba_a_bound_step_has_the_bits_of_the_step(monkeypatch):
+    monkeypatch.setattr(bound_module, "HAS_NUMBA", False)
+    plan = PLANS["dng"]
+    first, second = arguments(plan, 0), arguments(plan, 1)
+    bound = BoundStep(plan, **first)
+    for given in (first, second):
+        bound.rebind(**given)
+        assert same(bound(1), dng_step(plan, plan.indices[1], **given))
+
+
 def test_numbers_that_are_none_are_gone_with_the_step():
     plan = PLANS["dng"]
     given = arguments(plan)
@@ -252,16 +263,90 @@ def test_numbers_that_are_none_are_gone_with_the_step():
     assert close(bound(1), dng_step(plan, plan.indices[1], **given))
 
 
-@pytest.mark.parametrize("shift", [0, 1, 7])
-def test_outputs_may_lie_on_an_input_or_beside_it(shift):
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+def test_a_result_may_lie_on_an_input_or_beside_it(backend):
+    if backend == "triton" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    plan = PLANS["dng"]
+    given = arguments(plan)
+    count = given["x"].numel()
+    memory = torch.zeros(2 * count)
+    own = memory[:count].view(SHAPE).copy_(given["x"])
+    expected = dng_step(plan, plan.indices[1], **given, backend=backend)
+    for at in (count, 0):  # last on x itself
+        out = StepResult(memory[at : at + count].view(SHAPE))
+        bound = BoundStep(plan, **given | {"x": own}, out=out, backend=backend)
+        assert close(bound(1), expected)
+
+
+def test_other_tensors_must_not_lie_half_on_a_result():
     plan = PLANS["dng"]
     given = arguments(plan)
     count = given["x"].numel()
     memory = torch.zeros(count + 8)
-    own = memory[8 - shift : 8 - shift + count].view(SHAPE).copy_(given["x"])
+    result = memory[8:].view(SHAPE)
+    bound = BoundStep(plan, **given, out=StepResult(result))
+    for shift in (1, 7):
+        half = memory[8 - shift : 8 - shift + count].view(SHAPE)
+        for name in ("x", "eps", "noise"):
+            with pytest.raises(ValueError, match=rf"out.x_next must be {name} place by place, or"):
+                bound.rebind(**{name: half})
     expected = dng_step(plan, plan.indices[1], **given)
-    out = StepResult(memory[8:].view(SHAPE))
-    assert close(BoundStep(plan, **given | {"x": own}, out=out)(1), expected)
+    assert close(bound(1), expected)  # with the tensors of before
+    result.copy_(given["x"])
+    bound.rebind(x=result)
+    assert close(bound(1), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("kind", ["c order", "bfloat16", "transposed", "misaligned", "by keys"])
+@pytest.mark.parametrize("name", ["cfg", "sld", "perp_neg"])
+def test_what_was_bound_later_is_what_was_bound_first(name, kind, backend):
+    """Every tensor replaced, one after the other and together, has the bits of a new bound step."""
+    if backend == "triton" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    plan = PLANS[name]
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+
+    def made(seed):
+        tensors = arguments(plan, seed, dtype=dtype)
+        for key, value in tensors.items():
+            if kind == "transposed" and value.ndim > 1:
+                tensors[key] = value.transpose(2, 3).contiguous().transpose(2, 3)
+            if kind == "misaligned" and seed:
+                memory = torch.empty(value.numel() + 1, dtype=value.dtype)
+                tensors[key] = memory[1:].view(value.shape).copy_(value)
+        if kind == "by keys":
+            del tensors["noise"]
+            tensors["seed"] = noise_keys(seed, SHAPE[0])
+        return tensors
+
+    first, second = made(0), made(1)
+    options = {"return_guided": True, "return_scale": True, "backend": backend}
+    bound = BoundStep(plan, **first, **options)
+    bound(0)
+    mixed = dict(first)
+    for key, value in second.items():
+        bound.rebind(**{key: value})
+        mixed[key] = value
+        assert same(bound(1), BoundStep(plan, **mixed, **options)(1)), key
+    bound.rebind(**first)
+    assert same(bound(2), BoundStep(plan, **first, **options)(2))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+def test_tensors_that_a_kernel_reads_alike_are_only_exchanged(backend):
+    if backend == "triton" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    plan = PLANS["dng"]
+    first, second = arguments(plan, 0), arguments(plan, 1)
+    bound = BoundStep(plan, **first, backend=backend)
+    before = bound._take
+    bound.rebind(**second)
+    assert bound._take is before
+    misaligned = torch.empty(second["eps"].numel() + 1)[1:].view(SHAPE)
+    bound.rebind(eps=misaligned)  # for which Triton compiles another kernel
+    assert (bound._take is before) == (backend != "triton")
 
 
 def test_sums_over_large_samples_keep_their_digits():
@@ -328,7 +413,8 @@ def main():
     from benchmarks import stand_in
 
     stand_in.install()
-    from dng_kernels import fused, guide, update_posterior
+    from dng_kernels import _known, fused, guide, update_posterior
+    from dng_kernels import plan as plans
 
     names = [parameter.name for parameter in fused.fused_step.params]
     launcher = stand_in.Launcher
@@ -397,10 +483,15 @@ def main():
             check(plan, update_posterior, {**pair, "x_next": given["noise"]}, backend="triton")
         bound = BoundStep(plan, **given, backend="triton")
         bound(0)
-        for step in (1, 2):
-            _, launch = launched(bound, step)
-            options = {**given, "out": bound.result, "backend": "triton"}
-            assert told(launch) == usual(dng_step, plan, step, **options)
+        other = arguments(plan, 1)
+        apart = torch.empty(given["eps"].numel() + 1)[1:].view(SHAPE).copy_(other["eps"])
+        for tensors in (given, other, {"eps": apart}, {"eps_neg": given["eps_neg"]}, given):
+            bound.rebind(**tensors)
+            given = given | tensors
+            for step in (1, 2):
+                _, launch = launched(bound, step)
+                options = {**given, "out": bound.result, "backend": "triton"}
+                assert told(launch) == usual(dng_step, plan, step, **options)
 
     # No tensor of a call is kept: only the plan's table, counters and partial sums.
     for plan in PLANS.values():
@@ -408,6 +499,20 @@ def main():
             assert sum(isinstance(value, torch.Tensor) for value in known.values) == 3
         assert pickle.loads(pickle.dumps(plan))._known == {}
         assert copy.deepcopy(plan)._known == {}
+
+    # In a capture, a known call keeps the plan's table, step, counters and partial sums.
+    plan = StepPlan(C, DNG)
+    given = {**arguments(plan), "backend": "triton"}
+    for _ in range(2):
+        dng_step(plan, 1, **given)
+    assert len(plan._known) == 1 and StepPlan.release_captured() == 0
+    ready, _known.capturing = _known.capturing, lambda device: True
+    dng_step(plan, 2, **given)
+    _known.capturing = ready
+    kept = {plan.table.data_ptr(), plan.indices[2].data_ptr()}
+    kept |= {tensor.data_ptr() for tensor in plan.workspace(2, 48)}
+    assert {tensor.data_ptr() for tensor in plans._CAPTURED.values()} == kept
+    assert StepPlan.release_captured() == 4
 
     # Another alignment is another kernel, and another entry.
     plan = PLANS["np"]
@@ -419,6 +524,21 @@ def main():
         dng_step(plan, 1, **options)
         found = told(launched(dng_step, plan, 1, **options)[1])
         assert found == usual(dng_step, plan, 1, **options)
+
+    # A known call sees where its results would be written.
+    count = given["x"].numel()
+    memory = torch.zeros(2 * count)
+    options = {**given, "x": memory[:count].view(SHAPE), "backend": "triton"}
+    for at in (count, 0):
+        options["out"] = StepResult(memory[at : at + count].view(SHAPE))
+        for _ in range(2):
+            launched(dng_step, plan, 1, **options)
+    entries = len(plan._known)
+    options["out"] = StepResult(memory[16 : 16 + count].view(SHAPE))
+    launcher.launched.clear()
+    with pytest.raises(ValueError, match=r"out.x_next must be x place by place, or lie outside"):
+        dng_step(plan, 1, **options)
+    assert not launcher.launched and len(plan._known) == entries
 
     # A dispatch mode sees the operator.
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -315,6 +315,63 @@ def test_neither_noise_nor_step_depends_on_the_block(block, plan, kernel_device,
         assert torch.equal(got.x_next, expected.x_next)
 
 
+# ---------------------------------------------------------------- chunks of a sample
+
+
+def bits_equal(results):
+    """The first one bit for bit every other, NaN included."""
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a is b is None or torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_batch_longer_than_an_axis_of_a_grid_is_the_same_batch(plan, kernel_device, monkeypatch):
+    from dng_kernels import fused
+
+    plan, shape = PLANS[plan].to(kernel_device), (3, 5, 17, 19)
+    given = arguments(plan, contiguous, contiguous, shape, kernel_device)
+
+    def take():
+        return dng_step(plan, 3, **given, seed=5, return_scale=True, backend="triton")
+
+    expected = take()
+    monkeypatch.setattr(fused, "LARGEST_AXIS", 2)
+    bits_equal([expected, take()])
+
+
+@pytest.mark.parametrize("plan", ["tracked", "safe"])
+# One, a few that are read early, and more.
+@pytest.mark.parametrize("elements", [1000, 5 * 1024 - 3, 40 * 1024])
+def test_a_launch_leaves_the_workspace_as_it_found_it(plan, elements, kernel_device):
+    """Or the next one would take its sums for there."""
+    plan, shape = PLANS[plan].to(kernel_device), (2, elements)
+    given = arguments(plan, contiguous, contiguous, shape, kernel_device)
+    results = []
+    for _ in range(2):
+        results.append(dng_step(plan, 3, **given, seed=5, return_scale=True, backend="triton"))
+        for tensor in plan.workspace(*shape):
+            assert not tensor.any()
+    bits_equal(results)
+    expected = dng_step(plan, 3, **given, seed=5, return_scale=True, backend="reference")
+    assert_close(results[0], expected)
+
+
+@pytest.mark.parametrize("elements", [5 * 1024, 40 * 1024])
+@pytest.mark.parametrize("value", [0.0, -0.0, float("nan"), -float("nan"), float("inf")])
+def test_any_sums_of_a_chunk_are_there(value, elements, kernel_device):
+    """Sums of nothing but zeros in one chunk, sums that are no numbers in another."""
+    plan, shape = PLANS["tracked"].to(kernel_device), (2, elements)
+    given = arguments(plan, contiguous, contiguous, shape, kernel_device)
+    given["eps_neg"][:, :1024] = given["eps"][:, :1024]
+    given["eps_neg"][1, 2048:3072] = value
+    found = [dng_step(plan, 3, **given, seed=5, backend=b) for b in ("triton", "reference")]
+    for a, b in zip(*found, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert not plan.workspace(*shape)[1].any()
+
+
 # ---------------------------------------------------------------- far apart in memory
 
 
