@@ -22,7 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dng_kernels import StepPlan, StepResult, dng_step, standard_normal, update_posterior
+from dng_kernels import (
+    PathMemory,
+    StepPlan,
+    StepResult,
+    dng_step,
+    noise_keys,
+    standard_normal,
+    update_path,
+    update_posterior,
+)
 from dng_math import checks
 from dng_math.rules import (
     ClassifierFreeGuidance,
@@ -33,7 +42,7 @@ from dng_math.rules import (
     innermost,
 )
 from dng_math.schedules import PREDICTION_TYPES, NoiseSchedule, PredictionType, Sampler
-from dng_math.trackers import LogOddsTracker, PaperTracker
+from dng_math.trackers import LogOddsTracker, PaperTracker, PathTracker, at_steps
 from dng_models.pairs.denoisers import (
     EVALUATIONS,
     Denoiser,
@@ -43,6 +52,7 @@ from dng_models.pairs.denoisers import (
     device_of,
     evaluating,
 )
+from dng_models.pairs.divergence import predictions_and_traces
 from dng_models.support.progress import Progress
 from dng_models.support.threads import torch_threads, work_of
 
@@ -141,7 +151,9 @@ def sample(
         For DNG, ``unwanted`` may be a sequence of several, each with its own posterior; it is None
         for rules that do not use it.
     rule : Rule
-        From :mod:`dng_math.rules`; its tracker must work without divergences.
+        From :mod:`dng_math.rules`.  A :class:`dng_math.PathTracker` is right for any sampler, and
+        takes forward derivatives of the denoisers: with one probe a step costs about twice as much.
+        The other trackers must work without divergences, and with the noise of DDPM.
     shape : tuple of int
         Shape of one image, such as (channels, height, width).
     num_images : int
@@ -307,10 +319,11 @@ def _check_tracker(plan: StepPlan) -> None:
             f"divergence of their scores; got {plan.rule!r}"
         )
     eta = plan.coefficients.eta[:-1]  # the last step is not tracked
-    if plan.tracker is not None and np.any(eta < 1 - 1e-6):
+    if plan.tracker is not None and not plan.tracks_path and np.any(eta < 1 - 1e-6):
         warnings.warn(
             f"the sampler's eta is {eta.min():g} where the tracker assumes 1: the tracked "
-            "posterior will be wrong however many steps are taken; use DDPM, or DDIM with eta=1",
+            "posterior will be wrong however many steps are taken; use DDPM, or DDIM with eta=1, "
+            "or a PathTracker",
             stacklevel=3,
         )
 
@@ -410,6 +423,7 @@ class _Chain:
         if state is not None and self.concepts is not None:
             state = state.expand(self.concepts, -1).contiguous()
         rows: dict[str, list[Tensor]] = {name: [] for name in self.record}
+        path = _Path(self, draw) if plan.tracks_path else None
 
         def keep(name: str, values: Tensor | None) -> None:
             if name in rows and values is not None:
@@ -417,8 +431,11 @@ class _Chain:
 
         for step, t in enumerate(self.timesteps):
             keep("x", x)
+            if path is None or state is None:
+                eps, *others = self.predict(x, t)
+            else:
+                (eps, *others), state = path.arrive(step, t, x, state)
             keep("log_posterior", None if state is None else plan.log_posterior(state))
-            eps, *others = self.predict(x, t)
             noise = draw.at(step, plan.noisy[step])
             taken, state = self._step(step, x, eps, others, state, momentum, noise)
             keep("scale", taken.scale)
@@ -480,12 +497,71 @@ class _Chain:
             return_guided="x0" in self.record,
             **noise,
         )
+        if plan.tracks_path:
+            return taken, state
         assert taken.x_next is not None
         updated = [
             update_posterior(plan, step, x, taken.x_next, eps, other, own)
             for other, own in zip(others, state, strict=True)
         ]
         return taken, torch.stack([found.state for found in updated if found.state is not None])
+
+
+class _Path:
+    """A path tracker along one batch: predictions with their divergences, and states."""
+
+    def __init__(self, chain: _Chain, draw: _Draw) -> None:
+        self.plan, self.predict = chain.plan, chain.predict
+        self.several = chain.concepts is not None
+        self.memories = [PathMemory() for _ in range(chain.concepts or 1)]
+        tracker = chain.plan.tracker
+        assert isinstance(tracker, PathTracker)
+        self.trackers = at_steps(tracker, chain.plan.coefficients)
+        # The signs of the probes are an image's, and other numbers than its noise.
+        signs = (draw.seed + _SIGNS) % 2**64
+        self.keys = noise_keys(
+            signs, draw.shape[0], first_sample=draw.first_image, device=draw.device
+        )
+
+    def arrive(self, step: int, t: int, x: Tensor, state: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Predictions at a point, and the state there, from that of the point before."""
+        plan, c = self.plan, self.plan.coefficients
+        tracker = self.trackers[max(step - 1, 0)]  # of the way here
+        assert isinstance(tracker, PathTracker)
+        found, traces = predictions_and_traces(
+            lambda at: self.predict(at, t),
+            x,
+            self.keys,
+            step,
+            tracker.probes,
+            networks=self.predict.denoisers,
+            named="the tracker's probes",
+            # At alpha = 0 a prediction of x0 is the same everywhere.
+            check=c.alpha_t[step] > 0 and (step == 0 or c.alpha_t[step - 1] == 0),
+        )
+        alpha, sigma = float(c.alpha_t[step]), float(c.sigma_t[step])
+        gaps = (traces[1:] - traces[:1]) * (-plan.row(step).to_noise / sigma)
+        states = state if self.several else state[None]
+        updated = [
+            update_path(
+                tracker,
+                memory,
+                x,
+                found[0],
+                other,
+                own,
+                alpha,
+                sigma,
+                divergence_gap=gap.to(own.dtype),
+                prediction_type=plan.prediction_type,
+                offset=tracker.offset_nats / len(plan),
+            )
+            for memory, other, own, gap in zip(self.memories, found[1:], states, gaps, strict=True)
+        ]
+        return found, torch.stack(updated) if self.several else updated[0]
+
+
+_SIGNS = 0x5851F42D4C957F2D  # added to a seed, so that signs are not those of the noise
 
 
 def union_of_concepts(plan: StepPlan, others: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -507,7 +583,7 @@ def union_of_concepts(plan: StepPlan, others: Tensor, state: Tensor) -> tuple[Te
     state : Tensor, shape (B,)
         Tracker state of the summed posteriors.
     """
-    assert isinstance(plan.tracker, PaperTracker | LogOddsTracker)
+    assert isinstance(plan.tracker, PaperTracker | LogOddsTracker | PathTracker)
     highest = math.log(plan.tracker.p_max)
     each = plan.log_posterior(state).clamp(max=highest)
     total = torch.logsumexp(each, dim=0)
@@ -515,7 +591,7 @@ def union_of_concepts(plan: StepPlan, others: Tensor, state: Tensor) -> tuple[Te
     union = torch.einsum("mb,mb...->b...", share.to(others.dtype), others)
     # Each concept is tracked on its own, so the sum can exceed the cap p_max.
     log_p = total.clamp(max=highest)
-    if isinstance(plan.tracker, LogOddsTracker):
+    if plan.has_log_odds:
         return union, log_p - torch.log1p(-torch.exp(log_p))
     return union, log_p
 

@@ -251,14 +251,14 @@ class BegunCall(ABC):
         device = getattr(self.pipe, "_execution_device", torch.device("cpu"))
         if chain.divergence_probes and torch.is_autocast_enabled(device.type):
             raise ValueError(
-                "divergence_probes must be 0 under torch.autocast, whose casts have no forward "
+                f"{chain.probes} must be 0 under torch.autocast, whose casts have no forward "
                 f"derivative, got {chain.divergence_probes}: call the pipeline outside of it, with "
                 "its networks in the precision that they are to have"
             )
         for network in (*layout.network, *(control.name for control in layout.control)):
             module = getattr(self.pipe, network, None)
             if chain.divergence_probes and isinstance(module, nn.Module):
-                _check_weights_stay(network, module)
+                _check_weights_stay(network, module, chain.probes)
         for network in layout.network:
             module = getattr(self.pipe, network, None)
             if getattr(module, "is_cache_enabled", False):
@@ -276,7 +276,7 @@ class BegunCall(ABC):
                     f"prediction beyond what guidance knows of, got {value!r}"
                 )
         given = any(self.arguments.get(name) is not None for name in layout.overwrites_with)
-        if given and chain.tracks and chain.mask is None:
+        if given and chain.tracks and not chain.follows and chain.mask is None:
             raise maskless(self.pipe)
         if layout.guidance_scale is not None:
             self._check_guidance_scale()
@@ -566,14 +566,14 @@ def _for_prompts(name: str, value: Tensor, number: int) -> Tensor:
     return value.expand(shape)
 
 
-def _check_weights_stay(name: str, network: nn.Module) -> None:
+def _check_weights_stay(name: str, network: nn.Module, probes: str) -> None:
     """Refuse hooks that exchange weights: torch may crash in a forward derivative of such a net."""
     for module in network.modules():
         hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
         for found in ("group_offloading", "layerwise_casting"):
             if found in hooks:
                 raise ValueError(
-                    f"divergence_probes must be 0 where pipe.{name} has {found.replace('_', ' ')}, "
+                    f"{probes} must be 0 where pipe.{name} has {found.replace('_', ' ')}, "
                     "which exchanges weights while the network is differentiated"
                 )
 

@@ -203,7 +203,7 @@ class WatchedCall(BegunCall):
             scale = float(self.chain.input_scale)
             if not rows.near(pending.x, self._of_images(sample) * scale):
                 raise ValueError(
-                    f"divergence_probes must be 0 for a {name}: what its network is shown is not "
+                    f"{self.chain.probes} must be 0 for a {name}: what its network is shown is not "
                     "the scheduler's latents"
                 )
 
@@ -245,7 +245,8 @@ class WatchedCall(BegunCall):
         last = self.last_next
         assert last is not None
         untouched = _version(last) == self.last_version
-        if self.told_of_changes or not self.chain.tracks or (sample is last and untouched):
+        known = not self.chain.tracks or self.chain.follows
+        if self.told_of_changes or known or (sample is last and untouched):
             return
         if sample.shape != last.shape:
             raise ValueError(

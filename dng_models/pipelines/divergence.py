@@ -5,20 +5,15 @@ Derived; docs/theory.md, section 6.9.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dng_kernels import standard_normal
 from dng_math.rules import DynamicNegativeGuidance, LimitedInterval, Rule
 from dng_math.trackers import LogOddsTracker, PaperTracker
+from dng_models.pairs.divergence import Predictions, predictions_and_traces
 from dng_models.pipelines.guided_run import GuidedRun
 from dng_models.pipelines.schedulers import sample_keys
-
-Network = Callable[[Tensor], Sequence[Tensor]]
 
 
 def with_divergence(rule: Rule, wanted: bool) -> Rule:
@@ -45,7 +40,9 @@ def with_divergence(rule: Rule, wanted: bool) -> Rule:
     return rule
 
 
-def divergence_gaps(run: GuidedRun, x: Tensor, network: Network, probes: int) -> Tensor:
+def divergence_gaps(
+    run: GuidedRun, x: Tensor, network: Predictions, probes: int, *, named: str
+) -> Tensor:
     """Hutchinson's estimate of div s_c - div s for every concept c and image.
 
     The score is s = (alpha x0 - x) / sigma^2, so div s_c - div s is alpha / sigma^2 times the
@@ -63,6 +60,8 @@ def divergence_gaps(run: GuidedRun, x: Tensor, network: Network, probes: int) ->
         Maps a tensor like x to the base prediction and those of the M concepts.
     probes : int
         Number of random sign vectors; each takes one forward derivative of the network.
+    named : str
+        The argument that asks for derivatives, for messages.
 
     Returns
     -------
@@ -78,27 +77,13 @@ def divergence_gaps(run: GuidedRun, x: Tensor, network: Network, probes: int) ->
         run.keys = sample_keys(x).to(x.device)
     c, i = run.steps.coefficients, run.step
 
-    def images(at: Tensor) -> Tensor:
-        return torch.stack([run.x0(at, p) for p in network(at)])
+    def images(at: Tensor) -> list[Tensor]:
+        return [run.x0(at, prediction) for prediction in network(at)]
 
-    total: Tensor | None = None
-    for probe in range(probes):
-        # Offset the keys: PosteriorFlowScheduler draws its noise from the keys themselves.
-        v = standard_normal(run.keys + (probe + 1), x.shape, step=i).sign()
-        # Neither fused attention nor compiled code has a forward derivative.
-        try:
-            with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-                tangent = torch.func.jvp(images, (x,), (v,))[1]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise ValueError(
-                "divergence_probes must be 0 for a network without a forward derivative, got "
-                f"{probes}; torch says: {error}"
-            ) from error
-        dots = (v * tangent).flatten(2).sum(-1)
-        total = dots if total is None else total + dots
-    assert total is not None
-    factor = c.alpha_t[i] / c.sigma_t[i] ** 2 / probes
+    # Keys apart from PosteriorFlowScheduler's, which draws its noise from those of the image.
+    # Where alpha is 0, x0 is the same everywhere.
+    check = c.alpha_t[i] > 0 and not run.has_derivative
+    traces = predictions_and_traces(images, x, run.keys, i, probes, named=named, check=check)[1]
+    run.has_derivative = run.has_derivative or check
     assert run.state is not None
-    return ((total[1:] - total[:1]) * factor).to(run.state.dtype)
+    return ((traces[1:] - traces[:1]) * (c.alpha_t[i] / c.sigma_t[i] ** 2)).to(run.state.dtype)

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dng_kernels import StepPlan, guide, update_posterior
+from dng_kernels import PathMemory, StepPlan, guide, update_path, update_posterior
 from dng_math import checks
 from dng_math.rules import (
     ClassifierFreeGuidance,
     DynamicNegativeGuidance,
     FeedbackGuidance,
+    LimitedInterval,
     PerpNeg,
     Rule,
     SafeLatentDiffusion,
@@ -35,10 +36,12 @@ from dng_math.rules import (
     innermost,
 )
 from dng_math.schedules import NoiseSchedule
-from dng_math.trackers import LogOddsTracker, PaperTracker
+from dng_math.trackers import LogOddsTracker, PaperTracker, PathTracker, at_steps
+from dng_models.pairs.divergence import Predictions
 from dng_models.pairs.sampling import union_of_concepts
-from dng_models.pipelines.divergence import Network, divergence_gaps, with_divergence
+from dng_models.pipelines.divergence import divergence_gaps, with_divergence
 from dng_models.pipelines.guided_run import GuidedRun
+from dng_models.pipelines.noise_levels import scheduler_levels
 from dng_models.pipelines.scheduler_reading import advice
 from dng_models.pipelines.skipping import LONGEST_SKIP, expect, matters, scale_bound
 from dng_models.pipelines.trace import RunTrace, Trace
@@ -67,13 +70,15 @@ class GuidedChain:
         The eta that a DDIM scheduler's step is given; None: that given to :meth:`begin`, or 0.
     divergence_probes : int
         Number of random vectors for Hutchinson's estimate of the divergence, which the posterior
-        needs if eta < 1; 0: no estimate, and a warning if it is needed.
+        needs if eta < 1; 0: no estimate, and a warning if it is needed.  A path tracker has its own
+        number.
     skip_below : float, optional
         Unwanted predictions are skipped for an image while an upper bound of its scale is below
         this; a tenth of the first scale, g prior / (1 - prior), is a good choice.
     mask : Tensor, optional
         1 where the sampler's steps decide the latents, 0 where something else overwrites them;
-        broadcasts to the latents.  The posterior is updated from the former only.
+        broadcasts to the latents.  The posterior is updated from the former only, but by a path
+        tracker, which follows the latents as they are.
     initial_log_posterior : Tensor, optional
         log p(c | x) at the first step in place of the prior, shape (B,), or (M, B) for M concepts:
         for a chain that continues another one.  With a further dimension in front, as in
@@ -133,6 +138,11 @@ class GuidedChain:
             checks.positive("skip_below", skip_below)
         if mask is not None:
             _check_mask(mask)
+        probes = [_path_probes(each) for each in rules]
+        self.follows = any(probes)
+        if self.follows:
+            _check_path(rule, probes, divergence_probes, skip_below, has_network)
+            divergence_probes = max(probes)
         for each in rules:
             posterior = getattr(innermost(each), "posterior", None)
             if getattr(posterior, "divergence", False) and not divergence_probes:
@@ -151,7 +161,7 @@ class GuidedChain:
         self.needs_negative = not (self.leads or isinstance(inner, Unguided))
         self.needs_unconditional = self.leads or isinstance(inner, PerpNeg) or cfg_scale is not None
         self.tracks = isinstance(inner, FeedbackGuidance) or isinstance(
-            getattr(inner, "posterior", None), PaperTracker | LogOddsTracker
+            getattr(inner, "posterior", None), PaperTracker | LogOddsTracker | PathTracker
         )
         self._initial = self._first_log_posterior(initial_log_posterior)
         self._rules = rules
@@ -185,6 +195,11 @@ class GuidedChain:
                 f"{float(last.max()):g}"
             )
         return last.detach()
+
+    @property
+    def probes(self) -> str:
+        """The argument that asks for derivatives of the network, for messages."""
+        return "the tracker's probes" if self.follows else "divergence_probes"
 
     # ------------------------------------------------------------------ called by the loop
 
@@ -260,7 +275,10 @@ class GuidedChain:
             raise ValueError(
                 f"eta must be what the pipeline's call is given, {eta:g}, got {self.eta:g}"
             )
-        steps = scheduler_run(scheduler, eta=self.eta if eta is None else eta)
+        if self.follows:
+            steps = scheduler_levels(scheduler)
+        else:
+            steps = scheduler_run(scheduler, eta=self.eta if eta is None else eta)
         if noise_of_limited:
             steps = replace(steps, limit=replace(steps.limit, keeps_noise=False))
         checks.integer("step", step, 0, len(steps) - 1)
@@ -411,7 +429,7 @@ class GuidedChain:
         negatives: Tensor | Sequence[Tensor] = (),
         unconditional: Tensor | None = None,
         *,
-        network: Network | None = None,
+        network: Predictions | None = None,
         x: Tensor | None = None,
     ) -> Tensor:
         """The guided prediction of the step under way.
@@ -477,6 +495,8 @@ class GuidedChain:
         with torch.autocast(positive.device.type, enabled=False):
             if not run.begun:
                 self._first(run, positive)
+            if self.follows:
+                self._arrive(run, positive, others, network)
             result, scale = self._guided(run, positive, others, unconditional)
             self._record(run, scale)
             self._count(run, len(others), len(positive))
@@ -602,7 +622,7 @@ class GuidedChain:
 
     def _warn(self, run: GuidedRun) -> None:
         eta = run.steps.coefficients.eta[:-1]
-        if run.plan.tracker is None or not np.any(eta < 1.0 - 1e-6):
+        if run.plan.tracker is None or self.follows or not np.any(eta < 1.0 - 1e-6):
             return
         if run.plan.needs_divergence:
             return
@@ -646,11 +666,11 @@ class GuidedChain:
         """The trackers' states at a log posterior, (B,) or (M, B)."""
 
         def of(plan: StepPlan, own: Tensor) -> Tensor:
-            if not isinstance(plan.tracker, PaperTracker | LogOddsTracker):
+            if not isinstance(plan.tracker, PaperTracker | LogOddsTracker | PathTracker):
                 return own  # FBG's state is the log ratio itself
             low, high = math.log(plan.tracker.p_min), math.log(plan.tracker.p_max)
             own = own.clamp(low, high)
-            if isinstance(plan.tracker, LogOddsTracker):
+            if plan.has_log_odds:
                 return own - torch.log1p(-torch.exp(own))
             return own
 
@@ -708,7 +728,8 @@ class GuidedChain:
         """Guide each concept by its rule: base - sum_k g_k p_k (eps_k - eps)/(1 - sum_j p_j)."""
         assert run.state is not None
         trackers = [plan.tracker for plan in run.plans]
-        highest = max(t.p_max for t in trackers if isinstance(t, PaperTracker | LogOddsTracker))
+        kinds = PaperTracker | LogOddsTracker | PathTracker
+        highest = max(t.p_max for t in trackers if isinstance(t, kinds))
         # As in union_of_concepts: each p is capped at its own p_max, the sum at the largest p_max.
         log_p = torch.stack(
             [
@@ -741,7 +762,7 @@ class GuidedChain:
         others: list[Tensor],
         unconditional: Tensor | None,
         result: Tensor,
-        network: Network | None,
+        network: Predictions | None,
     ) -> None:
         """Keep what the update needs; copied, because a network may reuse its outputs' memory."""
         run.guided = result
@@ -755,19 +776,61 @@ class GuidedChain:
             run.base, run.others = positive.clone(), [other.clone() for other in others]
         run.gaps = [None] * len(run.others)
         if run.plan.needs_divergence:
-            if network is None or run.x is None:
-                raise ValueError(
-                    "divergence_probes must be 0 here: the network itself is not at hand, only "
-                    "its predictions"
-                )
-            run.gaps = list(divergence_gaps(run, run.x, network, self.divergence_probes))
+            run.gaps = list(self._divergence_gaps(run, network))
         if run.evaluated is not None:
             expect(run)
+
+    def _divergence_gaps(self, run: GuidedRun, network: Predictions | None) -> Tensor:
+        if network is None or run.x is None:
+            raise ValueError(
+                f"{self.probes} must be 0 here: the network itself is not at hand, only its "
+                "predictions"
+            )
+        return divergence_gaps(run, run.x, network, self.divergence_probes, named=self.probes)
+
+    def _arrive(
+        self, run: GuidedRun, positive: Tensor, others: list[Tensor], network: Predictions | None
+    ) -> None:
+        """Update the posteriors to the point whose predictions were made, along the path to it."""
+        assert run.state is not None
+        gaps = self._divergence_gaps(run, network)
+        assert run.x is not None
+        begins = not run.paths
+        if begins:
+            run.paths = [PathMemory() for _ in others]
+        c, step = run.steps.coefficients, run.step
+        wide = torch.float64 if positive.dtype == torch.float64 else torch.float32
+        x = run.x.to(torch.promote_types(run.x.dtype, wide))
+        states = run.state if self.concepts is not None else run.state[None]
+        plans = run.plans * (len(states) // len(run.plans))
+        updated = []
+        for plan, memory, other, own, gap in zip(
+            plans, run.paths, others, states, gaps, strict=True
+        ):
+            assert isinstance(plan.tracker, PathTracker)
+            tracker = at_steps(plan.tracker, c)[max(step - 1, 0)]  # of the way here
+            assert isinstance(tracker, PathTracker)
+            following = update_path(
+                tracker,
+                memory,
+                x,
+                positive.to(x.dtype) if wide == torch.float64 else positive,
+                other.to(x.dtype) if wide == torch.float64 else other,
+                own,
+                float(c.alpha_t[step]),
+                float(c.sigma_t[step]),
+                divergence_gap=gap,
+                prediction_type=run.steps.prediction_type,
+                offset=tracker.offset_nats / len(c),
+            )
+            # What was given as the first posterior is that of the first point already.
+            updated.append(own if begins and self._initial is not None else following)
+        run.state = torch.stack(updated) if self.concepts is not None else updated[0]
 
     def _update(self, run: GuidedRun, x: Tensor, x_next: Tensor) -> None:
         """Update the posteriors to the cleaner end of the step that was taken."""
         run.record.unconfirmed = False
-        if run.plan.tracker is None or run.state is None:
+        if run.plan.tracker is None or run.state is None or self.follows:
             return
         assert run.base is not None
         base, others = run.base, run.others
@@ -830,7 +893,7 @@ def position(scheduler: Any, t: float) -> int:
 def _rules(rule: Any, concepts: int | None) -> list[Rule]:
     """The given rule or rules as a list, each checked."""
     several = isinstance(rule, Sequence) and not isinstance(rule, str)
-    rules = list(rule) if several else [rule]
+    rules = [_resolved(each) for each in (rule if several else [rule])]
     if not rules:
         raise ValueError(f"rule must be a rule, or one for each unwanted concept, got {rule!r}")
     for each in rules:
@@ -854,6 +917,52 @@ def _rules(rule: Any, concepts: int | None) -> list[Rule]:
                 f"got {each!r}: only DNG gives each its own posterior"
             )
     return rules
+
+
+def _resolved(rule: Any) -> Any:
+    """The rule, with the tracker of transitions that a path tracker without probes means."""
+    if isinstance(rule, LimitedInterval):
+        return replace(rule, rule=_resolved(rule.rule))
+    posterior = getattr(rule, "posterior", None)
+    if isinstance(posterior, PathTracker) and posterior.probes == 0:
+        return replace(rule, posterior=posterior.first_order)
+    return rule
+
+
+def _path_probes(rule: Rule) -> int:
+    """Probes of a rule's path tracker; 0 for any other."""
+    posterior = getattr(innermost(rule), "posterior", None)
+    return posterior.probes if isinstance(posterior, PathTracker) else 0
+
+
+def _check_path(
+    rule: object,
+    probes: list[int],
+    divergence_probes: int,
+    skip_below: float | None,
+    has_network: bool,
+) -> None:
+    """Refuse what cannot be with trackers that follow the path of the latents."""
+    if len(set(probes)) > 1:
+        raise ValueError(
+            "rule must have path trackers with one number of probes for all concepts, or for "
+            f"none, got {probes} of {rule!r}"
+        )
+    if divergence_probes:
+        raise ValueError(
+            "divergence_probes must be 0 for a path tracker, which has probes of its own, got "
+            f"{divergence_probes}"
+        )
+    if skip_below is not None:
+        raise ValueError(
+            "skip_below must be None for a path tracker, which needs the predictions of every "
+            f"point, got {skip_below!r}"
+        )
+    if not has_network:
+        raise ValueError(
+            "the tracker's probes must be 0 in a guider, which sees predictions and not the "
+            f"network: apply_guidance follows a path, got {rule!r}"
+        )
 
 
 def _check_mask(mask: Any) -> None:

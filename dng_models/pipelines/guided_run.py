@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dng_kernels import StepPlan
+from dng_kernels import PathMemory, StepPlan
 from dng_models.pipelines.trace import RunTrace
 from dng_models.pipelines.transitions import SchedulerRun
 
@@ -34,7 +34,10 @@ class GuidedRun:
     base: Tensor | None = None
     others: list[Tensor] = field(default_factory=list)
     gaps: list[Tensor | None] = field(default_factory=list)
-    # Keys of the divergence's probes, (B, 2).
+    # The last point of every concept's path tracker.
+    paths: list[PathMemory] = field(default_factory=list)
+    # Keys of the divergence's probes, (B, 2), and whether a derivative was looked at.
+    has_derivative: bool = False
     keys: Tensor | None = None
     # For skipped predictions.  (M, B) or (B,): |negative - base|^2 when last seen, and mean and
     # variance of the evidence since.  (B,): whether this step's predictions are made, and the

@@ -82,13 +82,16 @@ def apply_guidance(
     divergence_probes : int
         Number of random vectors for Hutchinson's estimate of the divergence, without which the
         tracked posterior is wrong for samplers with less noise than DDPM's.  Each takes one more
-        evaluation with a forward derivative.
+        evaluation with a forward derivative.  0 for a :class:`dng_math.PathTracker`, which has its
+        own and is right for every scheduler.
     skip_below : float, optional
         Unwanted predictions are skipped for an image while an upper bound of its scale is below
-        this; a tenth of the first scale, g prior / (1 - prior), is a good choice.
+        this; a tenth of the first scale, g prior / (1 - prior), is a good choice.  Not with a path
+        tracker, which needs them all.
     mask : Tensor, optional
         For inpainting with a network that was not trained for it: 1 where latents are repainted;
-        broadcasts to the scheduler's latents.
+        broadcasts to the scheduler's latents.  A path tracker needs none: it follows the latents,
+        whatever overwrites them.
     initial_log_posterior : Tensor, optional
         log p(c | x) of every image at the first step in place of the prior, shape (B,), or (M, B)
         for M concepts.  For a pipeline that continues with another one's latents (a refiner), give
@@ -381,7 +384,7 @@ def _denoisers(chain: GuidedChain, unwanted: Any, pipe: Any) -> list[Denoiser]:
 
 def _check_inpainting(pipe: Any, row: Layout, chain: GuidedChain) -> None:
     """Require a mask if latents are overwritten, which carry no evidence about the unwanted."""
-    if not row.overwrites or not chain.tracks or chain.mask is not None:
+    if not row.overwrites or not chain.tracks or chain.follows or chain.mask is not None:
         return
     if row.overwrites != "always":
         config = next(c for n in row.network if (c := _config(getattr(pipe, n, None))) is not None)

@@ -13,7 +13,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from dng_math import GaussianMixture, checks
-from dng_models.pipelines.transitions import SchedulerRun, scheduler_run
+from dng_models.pipelines.noise_levels import scheduler_levels
+from dng_models.pipelines.transitions import SchedulerRun
 
 # Tolerance of a timestep: float32 rounding of numbers up to 1000.
 SAME_TIMESTEP = 1e-3
@@ -293,7 +294,7 @@ class MixtureDenoiser(nn.Module):
     def _current(self) -> SchedulerRun:
         """The scheduler's run, read again when set_timesteps has made a new tensor."""
         if self._run is None or self._timesteps is not self.scheduler.timesteps:
-            self._run, self._timesteps = scheduler_run(self.scheduler), self.scheduler.timesteps
+            self._run, self._timesteps = scheduler_levels(self.scheduler), self.scheduler.timesteps
         return self._run
 
     def _place(self, concept: int | None) -> int:

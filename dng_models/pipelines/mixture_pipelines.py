@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
@@ -30,6 +32,8 @@ from dng_math.rules import Rule
 from dng_models.pipelines.hook import apply_guidance
 from dng_models.pipelines.mixture_denoiser import MixtureDenoiser, MixtureTransformer
 from dng_models.support.threads import torch_threads
+
+_FLOW = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 
 
 def mixture_pipeline(
@@ -49,7 +53,7 @@ def mixture_pipeline(
 
     Returns
     -------
-    StableDiffusionPipeline, or StableDiffusion3Pipeline for flow-matching Euler schedulers
+    StableDiffusionPipeline, or StableDiffusion3Pipeline for flow-matching schedulers
         Call it with :meth:`MixtureDenoiser.prompts` and ``output_type="latent"``.
 
     Raises
@@ -63,7 +67,7 @@ def mixture_pipeline(
     >>> pipe(**pipe.unet.prompts(16), guidance_scale=2.0, output_type="latent").images.shape
     torch.Size([16, 2, 2, 2])
     """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, _FLOW):
         pipe = StableDiffusion3Pipeline(
             transformer=MixtureTransformer(mixture, concepts, shape, scheduler, dtype=dtype),
             scheduler=scheduler,
@@ -195,7 +199,8 @@ def run_mixture(
     return MixtureRun(
         latents=latents,
         tracked=trace.log_posterior.double().exp(),
-        exact=torch.stack(exact).cpu(),
+        # The first call, with which the layout is checked, begins a run that is stopped.
+        exact=torch.stack(exact[-len(trace.log_posterior) :]).cpu(),
         scale=trace.scale,
         evaluations=trace.evaluations,
         evaluations_saved=trace.evaluations_saved,

@@ -9,9 +9,9 @@ its reader and add it to ``_READERS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 import numpy as np
@@ -146,7 +146,7 @@ class _Reading:
 def read(scheduler: Any, eta: float | None) -> Steps:
     """Read and check all steps of a run; arguments and errors as for ``scheduler_run``."""
     family, ours = family_of(scheduler)
-    name, timesteps = type(scheduler).__name__, _timesteps(scheduler)
+    name, timesteps = type(scheduler).__name__, timesteps_of(scheduler)
     reading = _READERS[family](scheduler, timesteps)
     # DDIM's own step takes the noise of the unlimited x0; ours takes that of the limited x0.
     limit = replace(reading.limit, keeps_noise=reading.limit.keeps_noise and not ours)
@@ -169,7 +169,7 @@ def read(scheduler: Any, eta: float | None) -> Steps:
     scale = np.ones(len(timesteps) + 1) if reading.input_scale is None else reading.input_scale
     return Steps(
         timesteps=timesteps,
-        time=_strictly_decreasing(reading.time),
+        time=strictly_decreasing(reading.time),
         ends=reading.ends,
         factors=reading.factors or step_factors(*reading.ends, own_eta),
         input_scale=scale,
@@ -198,6 +198,11 @@ def has_eta(family: str) -> Callable[[type], type]:
     return known
 
 
+def known_as(names: Iterable[str]) -> list[tuple[str, type]]:
+    """Families and classes of our schedulers, then those of diffusers' with these names."""
+    return [*_OURS, *((name, getattr(diffusers, name)) for name in names)]
+
+
 def family_of(scheduler: Any) -> tuple[str, bool]:
     """Name of the diffusers class whose state a scheduler has, and whether it is one of ours.
 
@@ -220,9 +225,8 @@ def family_of(scheduler: Any) -> tuple[str, bool]:
     ValueError
         If its steps are not known; the message says why, and which scheduler to use instead.
     """
-    known = [*_OURS, *((name, getattr(diffusers, name)) for name in _READERS)]
     name = type(scheduler).__name__
-    for family, base in known:
+    for family, base in known_as(_READERS):
         if not isinstance(scheduler, base):
             continue
         changed = [
@@ -237,10 +241,28 @@ def family_of(scheduler: Any) -> tuple[str, bool]:
                 f"{base.__name__}"
             )
         return family, base.__name__ != family
+    reason, instead = _reason(scheduler)
+    path = ""
+    if name in _FOLLOWED:
+        path = ", or a rule with tracker='path', which follows it"
+    raise ValueError(
+        f"{name} cannot be guided: {reason}. The nearest that can be is {instead}{path}"
+    )
+
+
+def _reason(scheduler: Any) -> tuple[str, str]:
+    """Why a scheduler's steps are not known, and the nearest one whose steps are."""
     if not hasattr(scheduler, "set_timesteps"):
+        name = type(scheduler).__name__
         raise TypeError(f"scheduler must be a diffusers scheduler, got {name}")
-    reason, instead = _REFUSED.get(name, _UNKNOWN)
-    raise ValueError(f"{name} cannot be guided: {reason}. The nearest that can be is {instead}")
+    return _REFUSED.get(type(scheduler).__name__, _UNKNOWN)
+
+
+def refuse_levels(scheduler: Any) -> NoReturn:
+    """Refuse a scheduler whose noise levels are not known, or are no path from noise to data."""
+    reason = _reason(scheduler)
+    why = "its noise levels are not known" if reason is _UNKNOWN else reason[0]
+    raise ValueError(f"{type(scheduler).__name__} cannot be followed by a path tracker: {why}")
 
 
 def advice(scheduler: Any) -> str | None:
@@ -264,7 +286,8 @@ def advice(scheduler: Any) -> str | None:
     return f"pipe.scheduler = {name}.from_config(pipe.scheduler.config{options})"
 
 
-def _timesteps(scheduler: Any) -> Array:
+def timesteps_of(scheduler: Any) -> Array:
+    """The scheduler's timesteps, which must have been set; shape (N,)."""
     name = type(scheduler).__name__
     custom = getattr(scheduler, "custom_timesteps", False)
     if not custom and getattr(scheduler, "num_inference_steps", None) is None:
@@ -272,17 +295,17 @@ def _timesteps(scheduler: Any) -> Array:
             f"scheduler must have its timesteps set: call {name}.set_timesteps(...) first, as the "
             "pipelines do"
         )
-    return _numbers(scheduler.timesteps)
+    return numbers(scheduler.timesteps)
 
 
-def _numbers(values: Any) -> Array:
+def numbers(values: Any) -> Array:
     """A float64 copy on the CPU of a scheduler's tensor."""
     return torch.as_tensor(values).detach().cpu().double().numpy().copy()
 
 
-def _discrete(scheduler: Any, timesteps: Array) -> tuple[Array, Array]:
+def discrete(scheduler: Any, timesteps: Array) -> tuple[Array, Array]:
     """alpha_bar and diffusion time at every discrete timestep of a run."""
-    alpha_bar = _numbers(scheduler.alphas_cumprod)
+    alpha_bar = numbers(scheduler.alphas_cumprod)
     index = timesteps.astype(np.int64)
     if np.any((index < 0) | (index >= len(alpha_bar))):
         bad = int(index[np.argmax((index < 0) | (index >= len(alpha_bar)))])
@@ -290,10 +313,11 @@ def _discrete(scheduler: Any, timesteps: Array) -> tuple[Array, Array]:
             f"scheduler.timesteps must be from 0 to {len(alpha_bar) - 1}, got {bad}: choose "
             "another number of steps or another timestep_spacing"
         )
-    return alpha_bar[index], _time(timesteps, len(alpha_bar))
+    return alpha_bar[index], time_of(timesteps, len(alpha_bar))
 
 
-def _time(timesteps: Array, training: int) -> Array:
+def time_of(timesteps: Array, training: int) -> Array:
+    """Diffusion time in (0, 1] of discrete timesteps, of which there were ``training``."""
     # For some numbers of steps (61 of 1000) trailing spacing ends at -1, with the sigma of 0.
     return np.asarray((np.maximum(timesteps, 0.0) + 1.0) / training)
 
@@ -311,9 +335,9 @@ def _ddpm(scheduler: Any, timesteps: Array) -> _Reading:
             "DDPMScheduler with variance_type='fixed_large_log' cannot be guided: its step takes "
             "the root of the logarithm of a variance, which is not a number. Use 'fixed_large'"
         )
-    at_t, time = _discrete(scheduler, timesteps)
+    at_t, time = discrete(scheduler, timesteps)
     # A step goes to the run's next timestep, and the last one to the data.
-    ends = (*_roots(at_t), *_roots(np.append(at_t[1:], 1.0)))
+    ends = (*roots(at_t), *roots(np.append(at_t[1:], 1.0)))
     factors = step_factors(*ends, 1.0)
     if variance == "fixed_large":
         # This variance is added in the last step too, unless its timestep is 0.
@@ -323,15 +347,15 @@ def _ddpm(scheduler: Any, timesteps: Array) -> _Reading:
 
 
 def _ddim(scheduler: Any, timesteps: Array, *, clips: bool = True) -> _Reading:
-    at_t, time = _discrete(scheduler, timesteps)
+    at_t, time = discrete(scheduler, timesteps)
     # A step goes a fixed stride down, which for some spacings is not the run's next timestep.
-    alpha_bar = _numbers(scheduler.alphas_cumprod)
+    alpha_bar = numbers(scheduler.alphas_cumprod)
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     following = timesteps.astype(np.int64) - stride
     final = float(scheduler.final_alpha_cumprod)
     at_s = np.where(following >= 0, alpha_bar[np.maximum(following, 0)], final)
     limit = replace(_limit(scheduler.config, clips=True), keeps_noise=True) if clips else NO_LIMIT
-    return _Reading(time, (*_roots(at_t), *_roots(at_s)), _PREDICTED, 0.0, limit)
+    return _Reading(time, (*roots(at_t), *roots(at_s)), _PREDICTED, 0.0, limit)
 
 
 def _cogvideox_ddim(scheduler: Any, timesteps: Array) -> _Reading:
@@ -339,13 +363,14 @@ def _cogvideox_ddim(scheduler: Any, timesteps: Array) -> _Reading:
     return _ddim(scheduler, timesteps, clips=False)
 
 
-def _roots(alpha_bar: Array) -> tuple[Array, Array]:
+def roots(alpha_bar: Array) -> tuple[Array, Array]:
+    """alpha and sigma of cumulative alphas."""
     return np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
 
 
-def _sigmas(scheduler: Any, timesteps: Array) -> Array:
+def sigmas_of(scheduler: Any, timesteps: Array) -> Array:
     """Sigmas at the ends of all steps, shape (N + 1,)."""
-    sigmas = _numbers(scheduler.sigmas)
+    sigmas = numbers(scheduler.sigmas)
     if len(sigmas) <= len(timesteps) or not np.isfinite(sigmas).all():
         raise ValueError(
             "scheduler.sigmas must be finite numbers, one more than there are timesteps "
@@ -359,7 +384,7 @@ def _euler(scheduler: Any, timesteps: Array) -> _Reading:
     reading = _variance_exploding(scheduler, timesteps)
     if scheduler.config.timestep_type == "continuous":
         # The timestep is a function of sigma: the time is sigma's place among those of training.
-        alpha_bar = _numbers(scheduler.alphas_cumprod)
+        alpha_bar = numbers(scheduler.alphas_cumprod)
         known = np.log((1.0 - alpha_bar) / alpha_bar) / 2.0
         index = np.interp(np.log(reading.ends[1]), known, np.arange(len(known)))
         reading = replace(reading, time=(index + 1.0) / len(known))
@@ -371,10 +396,10 @@ def _euler_ancestral(scheduler: Any, timesteps: Array) -> _Reading:
 
 
 def _variance_exploding(scheduler: Any, timesteps: Array) -> _Reading:
-    sigmas = _sigmas(scheduler, timesteps)
+    sigmas = sigmas_of(scheduler, timesteps)
     one = np.ones(len(timesteps))
     return _Reading(
-        _time(timesteps, scheduler.config.num_train_timesteps),
+        time_of(timesteps, scheduler.config.num_train_timesteps),
         (one, sigmas[:-1], one, sigmas[1:]),
         ("epsilon", "v_prediction"),
         input_scale=1.0 / np.sqrt(1.0 + sigmas**2),
@@ -387,11 +412,11 @@ def _solver(scheduler: Any, timesteps: Array, *, on_noise: bool = False) -> _Rea
     ``on_noise``: the solver works on noise predictions, and does not take flow predictions.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    sigmas = _sigmas(scheduler, timesteps)
+    sigmas = sigmas_of(scheduler, timesteps)
     limit = _limit(config, clips=False)
     if not config.use_flow_sigmas:
         alphas = 1.0 / np.sqrt(1.0 + sigmas**2)
-        time, sigmas = _time(timesteps, config.num_train_timesteps), sigmas * alphas
+        time, sigmas = time_of(timesteps, config.num_train_timesteps), sigmas * alphas
         predictions = _PREDICTED
     else:
         if sigmas.max() > 1:
@@ -446,7 +471,7 @@ def _flow(scheduler: Any, timesteps: Array) -> _Reading:
             f"noise and image exchanged. The nearest that can be is {name} with "
             "invert_sigmas=False"
         )
-    sigmas = _sigmas(scheduler, timesteps)
+    sigmas = sigmas_of(scheduler, timesteps)
     ends = (1.0 - sigmas[:-1], sigmas[:-1], 1.0 - sigmas[1:], sigmas[1:])
     return _Reading(sigmas[:-1], ends)
 
@@ -552,6 +577,23 @@ _REFUSED = {
 }
 
 
+# Those that noise_levels can read: a path tracker needs no step.
+_FOLLOWED = (
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSinglestepScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "SASolverScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "FlowMatchLCMScheduler",
+    "CogVideoXDPMScheduler",
+)
+
+
 # ---------------------------------------------------------------------- parts of a step
 
 
@@ -566,7 +608,8 @@ def _noise_integrator(alpha_t: Array, sigma_t: Array, alpha_s: Array, sigma_s: A
     return 1.0 / alpha_ts + on_noise / sigma_t, -on_noise * alpha_t / sigma_t, variance
 
 
-def _strictly_decreasing(time: Array) -> Array:
+def strictly_decreasing(time: Array) -> Array:
+    """Times with repeated ones set apart by SMALLEST_INTERVAL, or less than all before."""
     if np.all(np.diff(time) < 0):
         return time
     apart = SMALLEST_INTERVAL * np.arange(len(time))

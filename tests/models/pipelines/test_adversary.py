@@ -557,16 +557,41 @@ def test_a_scheduler_that_a_call_puts_in_place(sd: Any) -> None:
     assert "step" not in vars(own.scheduler)
 
 
-def test_a_network_without_a_forward_derivative() -> None:
-    family = FAMILIES["IFPipeline"]
+class Stubborn(torch.autograd.Function):
+    """An operation without a forward derivative."""
+
+    @staticmethod
+    def forward(x: Any) -> Any:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+class StubbornLayer(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return Stubborn.apply(x)
+
+
+@pytest.mark.parametrize("name", ["IFPipeline", "StableDiffusionPipeline"])
+def test_a_network_without_a_forward_derivative(name: str) -> None:
+    """IF's attention before its norms has one that torch's own formula fails to take."""
+    family = FAMILIES[name]
     pipe = family.build()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    rule = tracked_dng(40, prior=0.05, temperature=1e-4)
-    with (
-        apply_guidance(pipe, rule, divergence_probes=1),
-        pytest.raises(ValueError, match="must be 0 for a network without a forward derivative"),
-    ):
-        final_latents(pipe, family)
+    old = tracked_dng(40, prior=0.05, temperature=1e-4)
+    path = tracked_dng(40, prior=0.05, temperature=1e-4, tracker="path")
+    for rule, options in ((old, {"divergence_probes": 1}), (path, {})):
+        with apply_guidance(pipe, rule, **options):
+            final_latents(pipe, family)
+    pipe.unet.conv_act = StubbornLayer()
+    for rule, options in ((old, {"divergence_probes": 1}), (path, {})):
+        with (
+            apply_guidance(pipe, rule, **options),
+            pytest.raises(ValueError, match="must be 0 for a network without a forward derivative"),
+        ):
+            final_latents(pipe, family)
 
 
 @pytest.mark.parametrize("how", ["group offloading", "layerwise casting"])

@@ -1,0 +1,196 @@
+"""The path tracker in the sampler: exact chains, estimates of divergences, and what has none."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+import dng_math
+from dng_kernels import noise_keys
+from dng_math import (
+    DDIM,
+    DDPM,
+    DynamicNegativeGuidance,
+    GaussianMixture,
+    NoiseSchedule,
+    PathTracker,
+    TimeProfile,
+    noise,
+)
+from dng_models.pairs.divergence import predictions_and_traces
+from dng_models.pairs.sampling import sample
+from tests.helpers.tolerances import WHOLE_CHAIN, error
+
+LINEAR = NoiseSchedule.linear()
+MODES = GaussianMixture([0.1, 0.2, 0.3, 0.4], [[-3.0], [-1.0], [1.0], [3.0]], [0.16] * 4)
+
+
+def denoiser(components):
+    """The noise that an exact mixture in one dimension predicts, in torch, so with derivatives."""
+    part = MODES if components is None else MODES.restrict(components)
+    live = part.weights > 0
+    weights, means, variances = (
+        torch.tensor(np.asarray(v)[live])
+        for v in (part.weights, part.means[:, 0], part.covariances)
+    )
+
+    def predict(x, t):
+        alpha, sigma = (float(v[int(t[0]) + 1]) for v in (LINEAR.alpha, LINEAR.sigma))
+        spread = alpha**2 * variances + sigma**2
+        now = x.to(weights.dtype)
+        share = torch.softmax(
+            weights.log() - 0.5 * spread.log() - (now - alpha * means) ** 2 / (2 * spread), dim=1
+        )
+        # sigma times minus the score
+        eps = (share * sigma * (now - alpha * means) / spread).sum(1, keepdim=True)
+        return eps.to(x.dtype)
+
+    return predict
+
+
+def exact_noise(seed):
+    def draw(step, first_image, shape):
+        options = {"stream": noise.INITIAL_STREAM} if step is None else {"step": step}
+        z = noise.standard_normal(seed, shape[0], shape[1], first_sample=first_image, **options)
+        return torch.from_numpy(z)
+
+    return draw
+
+
+TRACKERS = {
+    "rest": PathTracker(0.2, offset_nats=0.3),
+    "base": PathTracker(0.2, compare="base", probes=2),
+    "profile": PathTracker(0.2, TimeProfile((0.1, 0.6), (0.5, 0.9))),
+}
+
+
+@pytest.mark.parametrize("sampler", [DDIM(0.0), DDPM()], ids=["ddim", "ddpm"])
+@pytest.mark.parametrize("forbidden", [[1], [[1], [0, 3]]], ids=["one", "two"])
+@pytest.mark.parametrize("name", TRACKERS)
+def test_in_one_dimension_the_chain_is_the_exact_one(name, forbidden, sampler):
+    """There a random sign gives the derivative itself, so nothing is estimated."""
+    rule = DynamicNegativeGuidance(1.0, TRACKERS[name])
+    several = isinstance(forbidden[0], list)
+    expected = dng_math.sample(
+        MODES, LINEAR.respace(20), rule, n=11, first_sample=6, forbidden=forbidden,
+        sampler=sampler, seed=3, record=["scale", "trajectory", "tracked"],
+    )  # fmt: skip
+    got = sample(
+        denoiser(None), [denoiser(c) for c in forbidden] if several else denoiser(forbidden), rule,
+        shape=(1,), num_images=11, first_image=6, batch_size=4, schedule=LINEAR, steps=20,
+        sampler=sampler, noise=exact_noise(3), dtype=torch.float64,
+        record=["scale", "x", "log_posterior"],
+    )  # fmt: skip
+    tracked = expected.tracked if several else expected.tracked[:, 0]
+    assert error(got.records["x"], expected.trajectory) < WHOLE_CHAIN
+    assert error(got.records["log_posterior"], tracked) < WHOLE_CHAIN
+    assert error(got.log_posterior, tracked[-1]) < WHOLE_CHAIN
+
+
+def test_traces_are_estimated_without_bias():
+    """For a linear map: mean and variance over 4,096 images; false alarm 1e-6 (5 sigma)."""
+    matrix = torch.tensor(
+        [[1.0, 0.5, -0.3], [0.2, -2.0, 0.4], [0.0, 0.7, 0.5]], dtype=torch.float64
+    )
+    x = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    maps = (matrix, torch.diag(matrix.diag()))
+    for probes in (1, 4):
+        found, traces = predictions_and_traces(
+            lambda at: [at @ each.T for each in maps], x, noise_keys(1, 4096), 3, probes
+        )
+        for prediction, each in zip(found, maps, strict=True):
+            torch.testing.assert_close(prediction, x @ each.T)
+        # The diagonal has no error at all.
+        torch.testing.assert_close(traces[1], torch.full_like(traces[1], float(matrix.trace())))
+        off = matrix + matrix.T
+        variance = float(torch.triu(off, 1).square().sum()) / probes
+        bound = 5.0 * math.sqrt(variance / 4096)
+        assert abs(float(traces[0].mean()) - float(matrix.trace())) < bound
+        assert 0.8 < float(traces[0].var()) / variance < 1.2
+        assert len(set(traces[0].tolist())) > 3  # signs differ between images
+    again, later = (
+        predictions_and_traces(lambda at: [at @ matrix.T], x, noise_keys(1, 4096), step, 1)[1]
+        for step in (3, 4)
+    )
+    assert not torch.equal(again, later)
+
+
+def tiny(seed):
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16),
+        layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+
+
+# Networks of nothing but random numbers: their evidence is large.
+RULE = DynamicNegativeGuidance(1.0, PathTracker(0.3, temperature=1e-3))
+RUN = {"shape": (1, 8, 8), "steps": 4, "batch_size": 4, "sampler": DDIM(0.0)}
+
+
+def test_an_image_of_networks_does_not_depend_on_how_many_are_made():
+    nets = tiny(0), tiny(1)
+    many = sample(*nets, RULE, num_images=6, record=["log_posterior"], **RUN)
+    few = sample(*nets, RULE, num_images=2, first_image=3, record=["log_posterior"], **RUN)
+    assert torch.equal(many.images[3:5], few.images)
+    assert torch.equal(many.records["log_posterior"][:, 3:5], few.records["log_posterior"])
+    assert len(torch.unique(many.log_posterior)) == 6
+
+
+def test_no_warning_of_noise_that_is_not_needed(recwarn):
+    sample(tiny(0), tiny(1), RULE, num_images=1, **RUN)
+    assert not [str(w.message) for w in recwarn if "eta" in str(w.message)]
+
+
+class Stubborn(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+
+class Layer(nn.Module):
+    def forward(self, x):
+        return Stubborn.apply(x)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Sequential(nn.Identity(), Layer())
+
+    def forward(self, x, t):
+        return self.inside(x)
+
+
+def test_a_network_without_a_forward_derivative_is_refused_by_its_layer():
+    with pytest.raises(ValueError, match=r"probes must be 0.*inside\.1 \(Layer\).*DDPM's noise"):
+        sample(Net(), Net(), RULE, num_images=1, **RUN)
+    without = DynamicNegativeGuidance(1.0, PathTracker(0.3, probes=0))
+    sample(Net(), Net(), without, num_images=1, **RUN | {"sampler": DDPM()})
+    with pytest.warns(UserWarning, match="eta is 0"):
+        sample(Net(), Net(), without, num_images=1, **RUN)
+
+
+def test_a_prediction_that_hides_its_derivative_is_refused():
+    """It would be taken for one that does not depend on x, without a word."""
+    with pytest.raises(ValueError, match="does not change with x"):
+        sample(lambda x, t: 0.5 * x, lambda x, t: 0.5 * x.detach(), RULE, num_images=1, **RUN)
+    # torch.no_grad() hides nothing of forward derivatives.
+    two = torch.no_grad()(lambda x, t: 0.6 * x)
+    sample(lambda x, t: 0.5 * x, two, RULE, num_images=1, **RUN)
+
+
+def test_a_noise_prediction_at_no_signal_is_refused():
+    with pytest.raises(ValueError, match="alpha"):
+        sample(tiny(0), tiny(1), RULE, num_images=1, **RUN | {"schedule": NoiseSchedule.flow(4)})
