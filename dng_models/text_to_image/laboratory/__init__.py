@@ -1,0 +1,1 @@
+"""A small world of pictures with known truth, as a text-to-image experiment."""
