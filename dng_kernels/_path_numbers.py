@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from dng_math.schedules import PredictionType, x0_of
-from dng_math.trackers import PathTracker, PathWay, path_way
+from dng_math.trackers import LARGEST_WEIGHED, PathTracker, PathWay, path_way
 
 
 class Level(NamedTuple):
@@ -42,7 +42,10 @@ def way_between(before: Level | None, at: Level) -> PathWay:
 
 
 class Numbers(NamedTuple):
-    """What the update takes of a tracker: temperature, offset, bounds of state and odds, form."""
+    """What the update takes of a tracker: temperature, offset, bounds, and which form.
+
+    Against the rest ``high`` and ``log_p_max`` bound the odds in its weights, and else the state.
+    """
 
     temperature: float
     offset: float
@@ -55,4 +58,7 @@ class Numbers(NamedTuple):
 def numbers_of(tracker: PathTracker, temperature: float, offset: float) -> Numbers:
     low, high = tracker.bounds
     rest = tracker.compare == "rest"
-    return Numbers(temperature, offset, low, high, math.log(tracker.p_max), rest)
+    p_max = min(tracker.p_max, LARGEST_WEIGHED)
+    if rest:
+        high = min(high, math.log(p_max / (1.0 - p_max)))
+    return Numbers(temperature, offset, low, high, math.log(p_max), rest)

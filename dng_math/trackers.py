@@ -392,6 +392,10 @@ class PathWay(NamedTuple):
     weight_before: float
 
 
+# Largest posterior in the weights 1 + o of the log-odds' update.  They amplify every error of the
+# log ratio: with larger ones a chain with noise runs away upward, and forgets what it then sees.
+LARGEST_WEIGHED = 0.99
+
 # Up to this alpha/sigma at the noisier point the trapezoid is in x/sigma and alpha/sigma, from
 # there on in x/alpha and log(sigma/alpha): measured, docs/theory.md, section 6.11.
 NOISY = 2.0
@@ -444,9 +448,9 @@ class PathTracker:
     p_min, p_max : float
         Clamp of the posterior; p_max also caps the scale at g p_max / (1 - p_max).
     compare : {"rest", "base"}
-        "rest" multiplies the change of log p by 1 + o, with the tracked odds o, so that p stays in
-        (0, 1).  "base" is linear in the predictions, but p can pass 1 before it is clamped; it is
-        for a base that is no mixture with c in it, such as another prompt.
+        "rest" multiplies the change of log p by 1 + o, with the tracked odds o of p up to 0.99, so
+        that p stays in (0, 1).  "base" is linear in the predictions, but p can pass 1 before it is
+        clamped; it is for a base that is no mixture with c in it, such as another prompt.
     probes : int
         Random directions for each divergence of networks, >= 0.  With 0 there are no derivatives:
         the tracker is then the :class:`LogOddsTracker` (or, for "base", the
@@ -542,10 +546,11 @@ class PathTracker:
         odds: Array | float = 0.0
         next_odds: Array | float = 0.0
         if self.compare == "rest":
-            odds = self.odds(state)
+            p_max = min(self.p_max, LARGEST_WEIGHED)
+            odds = np.minimum(self.odds(state), p_max / (1.0 - p_max))
             # The odds at the point itself, predicted by the linear form: an explicit second order.
             predicted = -np.logaddexp(0.0, -state) + self.temperature * 0.5 * (before + after)
-            p = np.exp(np.minimum(predicted, np.log(self.p_max)))
+            p = np.exp(np.minimum(predicted, np.log(p_max)))
             next_odds = p / (1.0 - p)
         log_ratio = equations.path_log_ratio(before, after, odds, next_odds)
         return self._clamped(state + self.temperature * log_ratio + self.offset_nats / steps)

@@ -121,6 +121,7 @@ def _rule_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
         options.add(group, Config, "rule", "guidance_scale")
     options.add(group, Config, "tracker", "hyperparameters", "calibration")
     options.add(group, Config, "prior", "temperature", "offset", "offset_nats", "p_min", "p_max")
+    options.add(group, Config, "probes", "track_lo")
     options.add(group, Config, "tracker_variance", "threshold", "gate", "slope", "momentum")
     options.add(group, Config, "momentum_decay", "warmup_steps", "contrast", "pi", "lambda_max")
     options.add(group, Config, "positive_scale")
@@ -163,7 +164,7 @@ def _chain_options(parser: argparse.ArgumentParser) -> None:
     options.add(group, Config, "steps", shown=STEPS)
     options.add(group, Config, "num_images", "seed")
     options.add(group, Config, "batch_size", shown=BATCH_SIZES)
-    options.add(group, Config, "variance", "clip")
+    options.add(group, Config, "variance", "eta", "clip")
 
 
 def _run_options(

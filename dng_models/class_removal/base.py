@@ -80,7 +80,7 @@ def unguided(config: Config, materials: Materials) -> Config:
     held_out = len(materials.dataset(config).held_out)
     names = (
         *("networks", "base", "dataset", "image_column", "label_column", "split", "held_out"),
-        *("image_size", "channels", "like", "forget", "classifier", "steps", "variance"),
+        *("image_size", "channels", "like", "forget", "classifier", "steps", "variance", "eta"),
         *("clip", "seed", "batch_size", "autocast"),
     )
     kept = {name: getattr(config, name) for name in names}

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from dng_math import NoiseSchedule, checks
+from dng_math.trackers import PathTracker
 from dng_models.class_removal import compare, plan
 from dng_models.class_removal.calibration import calibrate, report_table
 from dng_models.class_removal.classifier import ClassifierConfig, train_classifier
 from dng_models.class_removal.config import (
     CALIBRATED,
     FEWER_FOR_DIGITS,
+    FITTED,
     PRECISIONS,
-    TRACKERS,
     Config,
     Networks,
 )
@@ -394,9 +395,11 @@ def _calibrate(
                 device=materials.device,
                 progress=f"calibrating {name}, {config.networks}" if progress else None,
             )
-        papers = {
-            kind: materials.tracker(dataclasses.replace(config, tracker=kind)) for kind in TRACKERS
-        }
+        papers = {}
+        for kind in FITTED:
+            tracker = materials.tracker(dataclasses.replace(config, tracker=kind))
+            assert not isinstance(tracker, PathTracker)
+            papers[kind] = tracker
         calibrate(
             evidence,
             prior=materials.share(config),

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dng_math import checks
-from dng_models.class_removal.config import Config
+from dng_models.class_removal.config import LATER, Config
 from dng_models.support import foreign
 from dng_models.support.printable import plain
 
@@ -60,8 +60,8 @@ NAMES = {
 # Fields of a configuration: AMOUNT is not part of the method, only DNG reads TRACKER, and NUMBERS
 # override the values of the paper, of a calibration or of the tracker itself.
 AMOUNT = {"guidance_scale", "forget", "seed", "num_images", "batch_size"}
-NUMBERS = ("prior", "temperature", "offset", "offset_nats", "p_min", "p_max")
-TRACKER = {"tracker", "tracker_variance", "hyperparameters", "calibration", *NUMBERS}
+NUMBERS = ("prior", "temperature", "offset", "offset_nats", "p_min", "p_max", "track_lo")
+TRACKER = {"tracker", "tracker_variance", "hyperparameters", "calibration", "probes", *NUMBERS}
 SETTINGS = {
     "paper": "paper settings",
     "calibrated": "calibrated",
@@ -146,13 +146,19 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in skipped}
 
 
+def _given(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a setting has a number that is not its default."""
+    return config.get(name) not in (None, LATER.get(name))
+
+
 def _base_name(config: Mapping[str, Any]) -> str:
     rule = config["rule"]
     parts = [NAMES.get(rule, rule)]
     if rule == "dng":
-        given = [f"{_words(n)} {config[n]:g}" for n in NUMBERS if config.get(n) is not None]
+        given = [f"{_words(n)} {config[n]:g}" for n in NUMBERS if _given(config, n)]
         settings = config.get("hyperparameters", "paper")
-        parts = ["DNG log-odds" if config.get("tracker") == "log-odds" else "DNG"]
+        named = {"log-odds": "DNG log-odds", "path": "DNG path"}
+        parts = [named.get(str(config.get("tracker")), "DNG")]
         if settings != "own" or not given:
             parts.append(SETTINGS.get(settings, settings))
         parts += given
@@ -160,6 +166,8 @@ def _base_name(config: Mapping[str, Any]) -> str:
             parts.append(f"as fitted for {config['calibration']}")
     if config.get("networks") == "conditional":
         parts.append("conditional network")
+    if _given(config, "eta"):
+        parts.append(f"eta {config['eta']:g}")
     return ", ".join(parts)
 
 

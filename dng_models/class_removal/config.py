@@ -14,10 +14,17 @@ import json
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dng_math import checks
+from dng_math import DDIM, DDPM, checks
 from dng_math.rules import Rule, limited, rule_named
-from dng_math.schedules import TrackerVariance
-from dng_math.trackers import LogOddsTracker, PaperTracker
+from dng_math.schedules import Sampler, TrackerVariance
+from dng_math.trackers import (
+    TRACKERS,
+    LogOddsTracker,
+    PaperTracker,
+    PathTracker,
+    TimeProfile,
+    TrackerName,
+)
 from dng_models.support import foreign
 from dng_models.support.options import between, check, integer, option, settings
 
@@ -29,11 +36,8 @@ RuleName = Literal["none", "np", "sld", "dng", "ccfg", "cfg", "cg", "fbg", "perp
 RULES: tuple[RuleName, ...] = get_args(RuleName)
 TOWARD = ("cfg", "cg", "fbg")  # rules that use no prediction of what is forbidden
 NEED_POSITIVE = (*TOWARD, "perp-neg")
-TrackerName = Literal["paper", "log-odds"]
-TRACKERS: dict[TrackerName, type[PaperTracker] | type[LogOddsTracker]] = {
-    "paper": PaperTracker,
-    "log-odds": LogOddsTracker,
-}
+AnyTracker = PaperTracker | LogOddsTracker | PathTracker
+FITTED: tuple[TrackerName, ...] = ("paper", "log-odds")  # what a calibration fits
 CALIBRATED = ("calibrated", "calibrated-constant")
 
 BUILT_IN = {
@@ -57,6 +61,8 @@ PRECISIONS = {"no": None, "fp16": "float16", "bf16": "bfloat16"}
 TrainingPrecision = Literal["no", "bf16"]
 TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
 OWN = ("prior", "temperature", "offset", "offset_nats")
+# Fields that came later: a setting that has their defaults keeps the key that it had.
+LATER: dict[str, Any] = {"eta": 1.0, "probes": 1, "track_lo": 0.0}
 
 
 def _class_names(name: str, value: object) -> tuple[str, ...]:
@@ -174,6 +180,16 @@ class Config:
         "variance that the tracker divides by; 'published' with the large variance of the noise is "
         "the published implementation",
     )
+    probes: int = option(
+        1,
+        "random directions of the path tracker, each a forward derivative of the networks",
+        check=integer(1),
+    )
+    track_lo: float = option(
+        0.0,
+        "least diffusion time at which evidence is counted: near the data networks err most",
+        check=between(0.0, 1.0, "[)"),
+    )
     threshold: float = option(0.04, "threshold of SLD's gate")
     gate: Literal["signed", "absolute"] = option(
         "signed", "difference that SLD's gate compares with the threshold"
@@ -192,6 +208,12 @@ class Config:
     t_hi: float = option(1.0, "largest diffusion time that is guided; 1 is the noisy end")
     steps: int = option(1000, "steps of the chain, respaced from 1000", check=integer(1, 1000))
     variance: Literal["small", "large"] = option("small", "variance of the noise of a step")
+    eta: float = option(
+        1.0,
+        "noise of a step relative to DDPM's: 0 is deterministic DDIM, for which only the path "
+        "tracker has the right posterior",
+        check=between(0.0, 1.0, "[]"),
+    )
     clip: float | None = option(
         None, "bound of the predicted |x0|", check=checks.positive, shown="none, as in the paper"
     )
@@ -213,6 +235,7 @@ class Config:
         check(self)
         self._check_classes()
         self._check_own()
+        self._check_path()
         # The rule and the tracker check their own hyperparameters.  0.5 is any allowed prior: the
         # one that the data or a calibration gives is not known here.
         self.guidance_rule(self.with_own(TRACKERS[self.tracker](prior=0.5)))
@@ -252,6 +275,36 @@ class Config:
                     f"{name} must be None with hyperparameters={self.hyperparameters!r}, which "
                     f"decide it, got {getattr(self, name)!r}; it belongs to 'own'"
                 )
+
+    def _check_path(self) -> None:
+        if self.eta < 1.0 and self.variance != "small":
+            raise ValueError(
+                f"variance must be 'small' with eta < 1, got {self.variance!r} and {self.eta:g}"
+            )
+        if self.rule != "dng":
+            return
+        if self.tracker != "path":
+            if self.eta < 1.0:
+                raise ValueError(
+                    f"tracker must be 'path' with eta < 1, got {self.tracker!r}, whose posterior "
+                    f"would be wrong at eta = {self.eta:g} however many steps are taken"
+                )
+            return
+        if self.hyperparameters != "own":
+            raise ValueError(
+                "hyperparameters must be 'own' with tracker='path', which the paper does not have "
+                f"and no calibration fits, got {self.hyperparameters!r}"
+            )
+        if self.offset is not None or self.tracker_variance != "matched":
+            raise ValueError(
+                "offset and tracker_variance must not be given with tracker='path', which divides "
+                f"by no variance, got {self.offset!r} and {self.tracker_variance!r}"
+            )
+
+    @property
+    def sampler(self) -> Sampler:
+        """The steps of the chain."""
+        return DDPM(self.variance) if self.eta == 1.0 else DDIM(self.eta)
 
     # ------------------------------------------------------------------ JSON
 
@@ -314,7 +367,7 @@ class Config:
         """Whether DNG's tracker comes from a calibration."""
         return self.rule == "dng" and self.hyperparameters in CALIBRATED
 
-    def guidance_rule(self, tracker: PaperTracker | LogOddsTracker) -> Rule:
+    def guidance_rule(self, tracker: AnyTracker) -> Rule:
         """Return the guidance rule; only DNG reads the tracker."""
         parameters: dict[str, object] = {}
         match self.rule:
@@ -338,17 +391,28 @@ class Config:
         rule = rule_named(self.rule, self.guidance_scale, **parameters)
         return limited(rule, self.t_lo, self.t_hi)
 
-    def with_own(self, tracker: PaperTracker | LogOddsTracker) -> PaperTracker | LogOddsTracker:
+    def with_own(self, tracker: AnyTracker) -> AnyTracker:
         """Replace what the tracker has by the hyperparameters that are given here."""
         given = {name: getattr(self, name) for name in (*OWN, "p_min", "p_max")}
-        return dataclasses.replace(
-            tracker,
-            variance=self.tracker_variance,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        changed = {name: value for name, value in given.items() if value is not None}
+        if isinstance(tracker, PathTracker):
+            changed["probes"] = self.probes
+        else:
+            changed["variance"] = self.tracker_variance
+        own = dataclasses.replace(tracker, **changed)
+        if self.track_lo == 0.0:
+            return own
+        if isinstance(own.temperature, TimeProfile):
+            raise ValueError(
+                "track_lo must be 0 with a temperature that varies over time, as the calibration's "
+                f"does, got {self.track_lo:g}"
+            )
+        step = TimeProfile((self.track_lo * (1.0 - 1e-9), self.track_lo), (0.0, own.temperature))
+        return dataclasses.replace(own, temperature=step)
 
 
 def _digest(fields: dict[str, Any]) -> str:
+    fields = {n: value for n, value in fields.items() if n not in LATER or value != LATER[n]}
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
@@ -360,7 +424,7 @@ def rule(config: Config, *, share: float, calibration: Calibration | None = None
 
 def tracker_of(
     config: Config, *, share: float, calibration: Calibration | None = None
-) -> PaperTracker | LogOddsTracker:
+) -> AnyTracker:
     """Return DNG's tracker of a configuration.
 
     Parameters
@@ -378,8 +442,7 @@ def tracker_of(
     ValueError
         If a calibration is needed and not given.
     """
-    kind = TRACKERS[config.tracker]
-    tracker = kind(prior=share)
+    tracker: AnyTracker = TRACKERS[config.tracker](prior=share)
     if config.hyperparameters == "paper":
         elsewhere: dict[str, Any] = {"prior": share, "temperature": 0.25}
         values = PAPER.get(config.paper_name or "", elsewhere)
@@ -391,6 +454,7 @@ def tracker_of(
                 f"{config.hyperparameters!r}, got None"
             )
         varying = config.hyperparameters == "calibrated"
+        assert config.tracker != "path"
         fitted = calibration.tracker(config.tracker, varying=varying)
         tracker = dataclasses.replace(fitted, prior=share)
     return config.with_own(tracker)

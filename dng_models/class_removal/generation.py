@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dng_math import DDPM
 from dng_math.rules import Rule
 from dng_models.class_removal.config import Config
 from dng_models.class_removal.materials import Materials, Models
@@ -136,7 +135,7 @@ def _draw(
         schedule=models.schedule,
         steps=config.steps,
         prediction_type=models.prediction_type,
-        sampler=DDPM(config.variance),
+        sampler=config.sampler,
         clip=config.clip,
         positive=models.positive,
         seed=config.seed,

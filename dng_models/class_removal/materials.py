@@ -17,10 +17,9 @@ from torch import nn
 from dng_math import NoiseSchedule
 from dng_math.rules import Rule
 from dng_math.schedules import PredictionType
-from dng_math.trackers import LogOddsTracker, PaperTracker
 from dng_models.class_removal import networks
 from dng_models.class_removal.calibration import Calibration
-from dng_models.class_removal.config import TOWARD, Config, tracker_of
+from dng_models.class_removal.config import TOWARD, AnyTracker, Config, tracker_of
 from dng_models.class_removal.data import Dataset, load_dataset
 from dng_models.class_removal.evaluation import Reference
 from dng_models.class_removal.judge import Judge, classifier_files, load_classifier
@@ -255,7 +254,7 @@ class Materials(Place):
         """The guidance rule of a setting; its tracker follows from the data and calibration."""
         return config.guidance_rule(self.tracker(config))
 
-    def tracker(self, config: Config) -> PaperTracker | LogOddsTracker:
+    def tracker(self, config: Config) -> AnyTracker:
         """DNG's tracker of a setting."""
         calibration = self.calibration(config) if config.needs_calibration else None
         return tracker_of(config, share=self.share(config), calibration=calibration)

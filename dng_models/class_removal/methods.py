@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, str]] = {
         "hyperparameters": "calibrated-constant",
     },
     "dng-log-odds": {"rule": "dng", "tracker": "log-odds", "hyperparameters": "calibrated"},
+    "dng-path": {"rule": "dng", "tracker": "path", "hyperparameters": "own"},
 }
 
 
@@ -41,6 +42,7 @@ LADDERS: dict[str, tuple[float, ...]] = {
     "dng-calibrated": (2.0, 5.0, 10.0),
     "dng-constant": (2.0, 4.0, 8.0),
     "dng-log-odds": (3.0, 6.0, 12.0),
+    "dng-path": (1.0, 2.0, 4.0),
     "dng": (1.0, 2.0, 4.0),
 }
 

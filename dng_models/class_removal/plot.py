@@ -49,7 +49,7 @@ from dng_models.class_removal.compare import (
     tuning_table,
     weakest_safe,
 )
-from dng_models.class_removal.config import TRACKERS
+from dng_models.class_removal.config import FITTED
 from dng_models.support import extras, foreign, style
 from dng_models.support.files import load_tensors, read_json, write_text
 from dng_models.support.printable import plain
@@ -120,6 +120,7 @@ LOOKS: dict[tuple[str, ...], _Look] = {
     ("dng", "paper", "calibrated-constant"): _Look(SKY, SOLID, "<"),
     ("dng", "log-odds", "paper"): _Look(SKY, SOLID, "D"),
     ("dng", "log-odds", "calibrated"): _Look(BLACK, SOLID, "p"),
+    ("dng", "path", "own"): _Look(PURPLE, SOLID, "v"),
 }
 # Looks of methods that have none in LOOKS, in this order.
 SPARE = tuple(
@@ -673,7 +674,7 @@ def _calibrations(path: Path) -> dict[str, dict[str, Any]]:
     return {
         tracker: _calibration(tracker, fits, saved.report)
         | {"label": f"class {plain(unquote(path.stem))}, {tracker} tracker"}
-        for tracker in TRACKERS
+        for tracker in FITTED
     }
 
 

@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from dng_kernels import standard_normal
+from dng_math.trackers import LARGEST_WEIGHED
 
 Predictions = Callable[[Tensor], Sequence[Tensor]]
 
@@ -36,7 +37,7 @@ def predictions_and_traces(
     networks: Sequence[object] = (),
     named: str = "probes",
     check: bool = True,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Predictions at x, and an estimate of the trace of each one's Jacobian.
 
     Parameters
@@ -65,6 +66,9 @@ def predictions_and_traces(
         K tensors of the shape of x.
     traces : Tensor, shape (K, B)
         Means over the directions of v . (J v), of the dtype of x.
+    spreads : Tensor, shape (K, B)
+        Means of (v . d)^2 - |d|^2, with d a prediction less the first one: 0 on average, and what
+        a Jacobian d d^T contributes to the error of its trace (:func:`quieter`).
 
     Raises
     ------
@@ -72,6 +76,7 @@ def predictions_and_traces(
         If a prediction has no forward derivative, or is computed without one.
     """
     total: Tensor | None = None
+    spreads: Tensor | None = None
     found: list[Tensor] = []
     for probe in range(probes):
         v = standard_normal(keys + (probe + 1), x.shape, step=step, dtype=x.dtype).sign()
@@ -83,8 +88,32 @@ def predictions_and_traces(
             )
         dots = torch.stack([(v * tangent).flatten(1).sum(1) for tangent in tangents])
         total = dots if total is None else total + dots
-    assert total is not None
-    return found, total / probes
+        apart = torch.stack([each.to(x.dtype) - found[0].to(x.dtype) for each in found])
+        spread = (v * apart).flatten(2).sum(2).square() - apart.square().flatten(2).sum(2)
+        spreads = spread if spreads is None else spreads + spread
+    assert total is not None and spreads is not None
+    return found, total / probes, spreads / probes
+
+
+def quieter(gaps: Tensor, spreads: Tensor, log_posterior: Tensor) -> Tensor:
+    """Estimates of div s_c - div s with the part of their error taken off that is known.
+
+    The base is a mixture of c, with the odds o, and the rest.  Its Jacobian therefore has a part
+    along the difference of the predictions, ``-(o/sigma^2) d d^T`` in that of s_c - s, with d in
+    units of the noise.  The trace of this part is known, and so is its estimate's error.  Whatever
+    o is, the result has the mean of the estimate.
+
+    Parameters
+    ----------
+    gaps : Tensor, shape (M, B)
+        The estimates, in inverse squared units of x.
+    spreads : Tensor, shape (M, B)
+        Those of :func:`predictions_and_traces`, times what makes d^2 a square of scores.
+    log_posterior : Tensor, shape (M, B)
+        log p(c | x), roughly; p counts up to 0.99.
+    """
+    p = log_posterior.exp().clamp(max=LARGEST_WEIGHED)
+    return gaps + (p / (1.0 - p)).to(gaps.dtype) * spreads
 
 
 def _derivatives(

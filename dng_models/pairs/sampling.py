@@ -52,7 +52,7 @@ from dng_models.pairs.denoisers import (
     device_of,
     evaluating,
 )
-from dng_models.pairs.divergence import predictions_and_traces
+from dng_models.pairs.divergence import predictions_and_traces, quieter
 from dng_models.support.progress import Progress
 from dng_models.support.threads import torch_threads, work_of
 
@@ -528,7 +528,7 @@ class _Path:
         plan, c = self.plan, self.plan.coefficients
         tracker = self.trackers[max(step - 1, 0)]  # of the way here
         assert isinstance(tracker, PathTracker)
-        found, traces = predictions_and_traces(
+        found, traces, spreads = predictions_and_traces(
             lambda at: self.predict(at, t),
             x,
             self.keys,
@@ -540,8 +540,13 @@ class _Path:
             check=c.alpha_t[step] > 0 and (step == 0 or c.alpha_t[step - 1] == 0),
         )
         alpha, sigma = float(c.alpha_t[step]), float(c.sigma_t[step])
-        gaps = (traces[1:] - traces[:1]) * (-plan.row(step).to_noise / sigma)
+        to_score = -plan.row(step).to_noise / sigma
         states = state if self.several else state[None]
+        gaps = quieter(
+            (traces[1:] - traces[:1]) * to_score,
+            spreads[1:] * to_score**2,
+            plan.log_posterior(states),
+        )
         updated = [
             update_path(
                 tracker,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dng_math.rules import DynamicNegativeGuidance, LimitedInterval, Rule
 from dng_math.trackers import LogOddsTracker, PaperTracker
-from dng_models.pairs.divergence import Predictions, predictions_and_traces
+from dng_models.pairs.divergence import Predictions, predictions_and_traces, quieter
 from dng_models.pipelines.guided_run import GuidedRun
 from dng_models.pipelines.schedulers import sample_keys
 
@@ -83,7 +83,12 @@ def divergence_gaps(
     # Keys apart from PosteriorFlowScheduler's, which draws its noise from those of the image.
     # Where alpha is 0, x0 is the same everywhere.
     check = c.alpha_t[i] > 0 and not run.has_derivative
-    traces = predictions_and_traces(images, x, run.keys, i, probes, named=named, check=check)[1]
+    _, traces, spreads = predictions_and_traces(
+        images, x, run.keys, i, probes, named=named, check=check
+    )
     run.has_derivative = run.has_derivative or check
     assert run.state is not None
-    return ((traces[1:] - traces[:1]) * (c.alpha_t[i] / c.sigma_t[i] ** 2)).to(run.state.dtype)
+    to_score = float(c.alpha_t[i] / c.sigma_t[i] ** 2)
+    log_p = run.log_posterior(run.state).reshape(len(traces) - 1, -1)
+    gaps = quieter((traces[1:] - traces[:1]) * to_score, spreads[1:] * to_score**2, log_p)
+    return gaps.to(run.state.dtype)

@@ -173,7 +173,7 @@ def test_path_tracker_is_the_textbook(seed, temperature, nats, compare):
         if compare == "base":
             expected = min(max(linear + nats / 10, math.log(1e-4)), math.log(p_max))
         else:
-            guess = min(math.exp(linear), p_max)
+            guess = min(math.exp(linear), p_max)  # p_max is below the weights' 0.99
             level = math.log(p / (1 - p)) + nats / 10
             level += temperature * (b / (1 - p) + a / (1 - guess)) / 2
             level = max(level, math.log(1e-4 / (1 - 1e-4)))
@@ -342,6 +342,15 @@ def test_schedules_that_begin_at_no_signal():
         assert schedule.alpha[-1] < 1e-4
         found, _ = tracked_error(FOUR_MODES, schedule, sampler)
         assert found < allowed
+
+
+def test_large_odds_do_not_run_away():
+    """With weights of up to 1/(1 - p_max) the error at 400 steps of DDPM was 0.035."""
+    tracker = PathTracker(p_max=1.0 - 1e-6)
+    found, _ = tracked_error(
+        FOUR_MODES, NoiseSchedule.linear().respace(400), DDPM(), tracker=tracker
+    )
+    assert found < 0.006
 
 
 def test_points_that_jump_are_tracked_too():

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from dng_math import (
+    DDIM,
+    DDPM,
     ClassifierFreeGuidance,
     DynamicNegativeGuidance,
     FeedbackGuidance,
@@ -17,6 +19,7 @@ from dng_math import (
     LogOddsTracker,
     NegativePrompting,
     PaperTracker,
+    PathTracker,
     PerpNeg,
     SafeLatentDiffusion,
     TimeProfile,
@@ -41,7 +44,7 @@ SHARE = 0.1
         ("forget", (0,), r"forget must be a sequence of names, got \(0,\)"),
         ("rule", "dong", "rule must be one of 'none', 'np', .*; got 'dong'"),
         ("networks", "three", "networks must be one of 'pair', 'conditional'; got 'three'"),
-        ("tracker", "exact", "tracker must be one of 'paper', 'log-odds'; got 'exact'"),
+        ("tracker", "exact", "tracker must be one of 'paper', 'log-odds', 'path'; got 'exact'"),
         ("hyperparameters", "best", "hyperparameters must be one of .*; got 'best'"),
         ("held_out", 1.0, r"held_out must be in \(0, 1\), got 1.0"),
         ("steps", 1001, "steps must be an integer from 1 to 1000, got 1001"),
@@ -131,6 +134,15 @@ def test_the_key_names_the_setting_and_nothing_else():
     assert len(keys) == 12 and Config().key not in keys
 
 
+def test_fields_that_came_later_leave_the_keys_of_before():
+    """The files of a run that was made before are found, and the shipped table is read."""
+    assert Config().key == "e5d46c222d59"
+    path = Config(tracker="path", hyperparameters="own")
+    others = [dataclasses.replace(path, **{n: v}) for n, v in
+              (("eta", 0.0), ("probes", 2), ("track_lo", 0.2))]  # fmt: skip
+    assert len({path.key, *(other.key for other in others)}) == 4
+
+
 def test_images_are_the_same_however_many_and_whoever_judges_them():
     config = Config()
     for other in ({"num_images": 5}, {"classifier": "somebody"}):
@@ -161,6 +173,48 @@ def test_sld_has_the_hyperparameters_that_were_given():
         warmup_steps=3,
     )  # fmt: skip
     assert rule(config, share=SHARE) == SafeLatentDiffusion(1.0, 0.1, "absolute", 5.0, 0.3, 0.4, 3)
+
+
+def test_the_path_tracker_has_what_is_its_own():
+    config = Config(
+        tracker="path", hyperparameters="own", eta=0.0, probes=3, track_lo=0.2, temperature=0.5,
+        prior=0.3, offset_nats=1.0,
+    )  # fmt: skip
+    made = rule(config, share=SHARE).posterior
+    assert isinstance(made, PathTracker)
+    assert (made.prior, made.offset_nats, made.probes) == (0.3, 1.0, 3)
+    assert made.temperature.values == (0.0, 0.5) and made.temperature.times[1] == 0.2
+    assert config.sampler == DDIM(0.0) and Config(variance="large").sampler == DDPM("large")
+    paper = Config(hyperparameters="own", track_lo=0.3)
+    assert rule(paper, share=SHARE).posterior.temperature.times[1] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tracker": "path"}, "hyperparameters must be 'own' with tracker='path'"),
+        ({"tracker": "path", "hyperparameters": "calibrated"}, "hyperparameters must be 'own'"),
+        ({"tracker": "path", "hyperparameters": "own", "offset": 1e-4}, "offset and tracker_var"),
+        (
+            {"tracker": "path", "hyperparameters": "own", "tracker_variance": "small"},
+            "offset and tracker_variance must not",
+        ),
+        ({"eta": 0.0}, "tracker must be 'path' with eta < 1, got 'paper'"),
+        ({"eta": 0.5, "variance": "large", "rule": "np"}, "variance must be 'small' with eta < 1"),
+        ({"eta": 1.5}, "eta must be in"),
+        ({"probes": 0}, "probes"),
+        ({"track_lo": 1.0}, "track_lo"),
+    ],
+)
+def test_a_path_and_its_sampler_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**fields)
+
+
+def test_evidence_from_a_time_on_excludes_a_temperature_that_varies():
+    fitted = PaperTracker(0.1, TimeProfile((0.1,), (0.5,)))
+    with pytest.raises(ValueError, match="track_lo must be 0 with a temperature that varies"):
+        Config(track_lo=0.2).with_own(fitted)
 
 
 def test_an_interval_is_around_the_rule():

@@ -22,7 +22,7 @@ from dng_math import (
     TimeProfile,
     noise,
 )
-from dng_models.pairs.divergence import predictions_and_traces
+from dng_models.pairs.divergence import predictions_and_traces, quieter
 from dng_models.pairs.sampling import sample
 from tests.helpers.tolerances import WHOLE_CHAIN, error
 
@@ -100,7 +100,7 @@ def test_traces_are_estimated_without_bias():
     x = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     maps = (matrix, torch.diag(matrix.diag()))
     for probes in (1, 4):
-        found, traces = predictions_and_traces(
+        found, traces, spreads = predictions_and_traces(
             lambda at: [at @ each.T for each in maps], x, noise_keys(1, 4096), 3, probes
         )
         for prediction, each in zip(found, maps, strict=True):
@@ -113,11 +113,44 @@ def test_traces_are_estimated_without_bias():
         assert abs(float(traces[0].mean()) - float(matrix.trace())) < bound
         assert 0.8 < float(traces[0].var()) / variance < 1.2
         assert len(set(traces[0].tolist())) > 3  # signs differ between images
+        # Their error is known where the Jacobian is along the difference of two predictions.
+        assert abs(float(spreads[1].mean())) < 5.0 * float(spreads[1].std()) / math.sqrt(4096)
+        assert torch.equal(spreads[0], torch.zeros_like(spreads[0]))
     again, later = (
         predictions_and_traces(lambda at: [at @ matrix.T], x, noise_keys(1, 4096), step, 1)[1]
         for step in (3, 4)
     )
     assert not torch.equal(again, later)
+
+
+def test_the_part_of_two_components_is_estimated_without_error():
+    """Two components of one covariance: the base's Jacobian differs by -(o/sigma^2) d d^T alone."""
+    sigma, means = 0.7, torch.tensor([[1.0, -0.5, 0.3, 0.8], [-0.6, 0.4, 0.9, -1.0]]).double()
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def eps(x, which):
+        logits = -((x[:, None] - means) ** 2).sum(-1) / (2.0 * (0.2 + sigma**2))
+        share = torch.softmax(logits[:, which], 1)
+        mean = torch.einsum("bk,kd->bd", share, means[which])
+        return sigma * (x - mean) / (0.2 + sigma**2)
+
+    def predict(at):
+        return [eps(at, [0, 1]), eps(at, [0])]
+
+    _, traces, spreads = predictions_and_traces(predict, x, noise_keys(5, 50), 0, 1)
+    to_score = -1.0 / sigma
+    plain = (traces[1:] - traces[:1]) * to_score
+    logits = -((x[:, None] - means) ** 2).sum(-1) / (2.0 * (0.2 + sigma**2))
+    log_p = torch.log_softmax(logits, 1)[:, 0]
+    exact = torch.stack(
+        [torch.func.jacfwd(lambda at, k=k: predict(at[None])[k][0])(row).trace()
+         for row in x for k in (0, 1)]
+    ).reshape(50, 2)  # fmt: skip
+    exact = (exact[:, 1] - exact[:, 0]) * to_score
+    known = log_p.exp() < 0.99
+    better = quieter(plain, spreads[1:] * to_score**2, log_p[None])
+    torch.testing.assert_close(better[0][known], exact[known])
+    assert (plain[0] - exact).abs().max() > 0.1
 
 
 def tiny(seed):
