@@ -27,6 +27,7 @@ from dng_math._codes import (
     PERPENDICULAR,
     SAFE,
     RuleCode,
+    chain_code,
     rule_code,
     tracker_code,
 )
@@ -150,6 +151,11 @@ def _shown(value: object) -> str:
 
 def _coded(rule: Rule) -> RuleCode:
     coded = rule_code(rule)
+    if coded is None and chain_code(rule) is not None:
+        raise ValueError(
+            "rule must be one that the step of dng_kernels computes; only the chains of exact "
+            f"mixtures have this one, or this option of it, so far: {innermost(rule)!r}"
+        )
     if coded is None:
         raise TypeError(f"rule must be one of dng_math.rules, got {rule!r}")
     if coded.code == EXACT:

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0"
 
 __all__ = [
+    "CRG",
     "DDIM",
     "DDPM",
+    "SPELL",
+    "CFGPlusPlus",
     "ChainResult",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
@@ -21,9 +24,12 @@ __all__ = [
     "EulerMaruyama",
     "ExactPosterior",
     "FeedbackGuidance",
+    "FeynmanKac",
     "GaussianMixture",
+    "GeoGuide",
     "GuidedLogDensity",
     "GuidedPrediction",
+    "ImageReferenced",
     "LimitedInterval",
     "LogOddsTracker",
     "NegativePrompting",
@@ -33,6 +39,7 @@ __all__ = [
     "PerpNeg",
     "ProbabilityFlow",
     "SafeLatentDiffusion",
+    "SignedNegative",
     "StepCoefficients",
     "TimeProfile",
     "Unguided",
@@ -57,15 +64,21 @@ if TYPE_CHECKING:
         predict,
     )
     from dng_math.rules import (
+        CRG,
+        SPELL,
+        CFGPlusPlus,
         ClassifierFreeGuidance,
         ClassifierGuidance,
         ContrastiveCFG,
         DynamicNegativeGuidance,
         FeedbackGuidance,
+        GeoGuide,
+        ImageReferenced,
         LimitedInterval,
         NegativePrompting,
         PerpNeg,
         SafeLatentDiffusion,
+        SignedNegative,
         Unguided,
     )
     from dng_math.sampling import ChainResult, sample
@@ -84,21 +97,28 @@ if TYPE_CHECKING:
         PathTracker,
         TimeProfile,
     )
+    from dng_math.weights import FeynmanKac
 else:
     # Hidden from type checkers, which take a module __getattr__ to mean that every name exists.
     _HOME = {
         "GuidedLogDensity": "density",
         "guided_density": "density",
         "guided_log_density": "density",
+        "CRG": "rules",
+        "SPELL": "rules",
+        "CFGPlusPlus": "rules",
         "ClassifierFreeGuidance": "rules",
         "ClassifierGuidance": "rules",
         "ContrastiveCFG": "rules",
         "DynamicNegativeGuidance": "rules",
         "FeedbackGuidance": "rules",
+        "GeoGuide": "rules",
+        "ImageReferenced": "rules",
         "LimitedInterval": "rules",
         "NegativePrompting": "rules",
         "PerpNeg": "rules",
         "SafeLatentDiffusion": "rules",
+        "SignedNegative": "rules",
         "Unguided": "rules",
         "GaussianMixture": "mixture",
         "ExactPosterior": "trackers",
@@ -106,6 +126,7 @@ else:
         "PaperTracker": "trackers",
         "PathTracker": "trackers",
         "TimeProfile": "trackers",
+        "FeynmanKac": "weights",
         "GuidedPrediction": "prediction",
         "divergence_correction": "prediction",
         "divergence_gap": "prediction",

@@ -21,9 +21,10 @@ from dng_math._codes import (
     PATH,
     PATH_BASE,
     PERPENDICULAR,
+    POINTWISE,
     RATIO,
-    SAFE,
     TOWARD,
+    TOWARD_BY_STEP,
 )
 from dng_math._elementary import exp, log
 from dng_math._jit import block_kernel, kernel, scalar
@@ -41,6 +42,7 @@ from dng_math._rule_kernels import (
     divergences,
     fill,
     guide,
+    pointwise_log_p,
     track,
     track_path,
     tracked_odds,
@@ -49,6 +51,8 @@ from dng_math.noise import STEP_STREAM
 
 step_mean = scalar(equations.step_mean)
 take_step = scalar(equations.step)
+toward = scalar(equations.toward)
+log_weight_of = scalar(equations.log_weight)
 
 
 @kernel
@@ -70,6 +74,9 @@ def advance(  # type: ignore[no-untyped-def]
     first_sample,
     x,
     state,
+    memory,
+    log_ratio,
+    span,
     plan,
     way,
     model,
@@ -88,7 +95,7 @@ def advance(  # type: ignore[no-untyped-def]
     Reference counts of arrays that two threads allocate side by side share cache lines, and
     updating them would cost more than the arithmetic.
     """
-    steps, variances, active = plan
+    steps, variances, active, of_steps, beneath, points = plan
     kind, matrix, with_divergence = way
     groups, log_weight, mean, covariance, norm_sq, centre = model
     p_groups, p_log_weight, p_mean, p_covariance, p_norm_sq = target
@@ -99,12 +106,19 @@ def advance(  # type: ignore[no-untyped-def]
     square, logits, work, shifted = scratch
     top, total, value, trace, spread, share, log_sum, divergence = of_groups
     p_top, p_total, positive = of_positive
-    x0, guided, x_next, z, odds, scale, memory, spare, spare_pair = of_samples
+    x0, guided, x_next, z, started, odds, scale, spare, spare_pair = of_samples
+    has_cfg, cfg_factor, swapped, from_other = (
+        beneath[0] != 0.0,
+        1.0 - beneath[1] if beneath[2] != 0.0 else beneath[1],
+        beneath[2] != 0.0,
+        beneath[3] != 0.0,
+    )
+    weighed = log_ratio.size > 0
     n_blocks, dimensions, _ = x.shape
     n_groups = len(groups) - 1
     has_positive = len(p_log_weight) > 0
 
-    for n in range(len(steps)):
+    for n in range(span[0], span[1]):
         alpha, sigma, x_factor, x0_factor, deviation = (
             steps[n, 0],
             steps[n, 1],
@@ -152,14 +166,39 @@ def advance(  # type: ignore[no-untyped-def]
                     now, p_groups, p_peak, p_moved, p_no_low, kind, p_precision, p_mean,
                     p_gain, True, False, logits, work, p_top, p_total, positive, trace, spread,
                 )  # fmt: skip
-            elif rule == TOWARD or rule == PERPENDICULAR or rule == FEEDBACK:
+            elif (
+                rule == TOWARD
+                or rule == PERPENDICULAR
+                or rule == FEEDBACK
+                or rule == TOWARD_BY_STEP
+            ):
                 copy(value[n_groups - 1], positive[0])
             if rule == PERPENDICULAR and len(p_groups) < 3:
                 # The opposite of the rest is the forbidden concept.  If positive is everything,
                 # there is no opposite, and equal predictions make the direction zero.
                 copy(positive[0] if has_positive else value[0], positive[1])
+            start, reference, led = x0, x0, x0
+            if has_cfg:
+                # Towards the positive prediction, which is that of all groups if `swapped`.
+                for d in range(dimensions):
+                    ours, theirs, out = x0[d], positive[0, d], started[d]
+                    for i in range(BLOCK):
+                        out[i] = toward(ours[i], theirs[i] - ours[i], cfg_factor)
+                start = started
+                if from_other:
+                    reference = positive[0]
+                if not swapped:
+                    led = positive[0]
             if tracker != NO_TRACKER:
                 tracked_odds(tracker, own_state, tracker_parameters[n, 4], odds)
+            if rule == POINTWISE:
+                own = 1 if has_cfg else 0
+                if from_other:
+                    pointwise_log_p(
+                        parameters[1], p_top[own], p_total[own], p_top[:1], p_total[:1], odds[0]
+                    )
+                else:
+                    pointwise_log_p(parameters[1], p_top[own], p_total[own], top, total, odds[0])
             if tracker == PATH or tracker == PATH_BASE:
                 before = max(n - 1, 0)  # the step that led here
                 divergences(alpha, sigma, share, value, x0, trace, spread, divergence)
@@ -170,13 +209,18 @@ def advance(  # type: ignore[no-untyped-def]
                 tracked_odds(tracker, own_state, tracker_parameters[n, 4], odds)
             if active[n]:
                 guide(
-                    rule, parameters, n, -alpha / sigma, x0, value, share, log_sum, positive,
-                    odds, memory[b], work, scale, guided,
+                    rule, parameters, of_steps[n], n, -alpha / sigma, start, reference, led, x0,
+                    beneath, value, share, log_sum, positive, points, odds, memory[b], work, scale,
+                    guided,
                 )  # fmt: skip
             else:
-                copy(x0, guided)
+                copy(start, guided)
                 fill(scale, 0.0)
 
+            noise_shift, shift_sq = work[0], work[1]
+            for i in range(BLOCK):
+                noise_shift[i] = 0.0
+                shift_sq[i] = 0.0
             for d in range(dimensions):
                 out, mean_row, row = x_next[d], guided[d], now[d]
                 if deviation > 0.0:
@@ -187,10 +231,24 @@ def advance(  # type: ignore[no-untyped-def]
                     for i in range(BLOCK):
                         centre_next = step_mean(row[i], mean_row[i], x_factor, x0_factor)
                         out[i] = take_step(centre_next, deviation, z[i])
+                    if weighed:
+                        base = start[d]
+                        for i in range(BLOCK):
+                            shift = x0_factor * (mean_row[i] - base[i])
+                            noise_shift[i] += z[i] * shift
+                            shift_sq[i] += shift * shift
                 else:
                     for i in range(BLOCK):
                         out[i] = step_mean(row[i], mean_row[i], x_factor, x0_factor)
 
+            if weighed:
+                row = log_ratio[b]
+                for i in range(BLOCK):
+                    row[i] = (
+                        log_weight_of(noise_shift[i], shift_sq[i], deviation)
+                        if deviation > 0.0
+                        else 0.0
+                    )
             store(now, record_x, n, first_lane + b * BLOCK)
             store(scale, record_scale, n, first_lane + b * BLOCK)
             store(own_state, record_state, n, first_lane + b * BLOCK)
@@ -214,10 +272,12 @@ def advance(  # type: ignore[no-untyped-def]
                 score_factor = alpha / (sigma * sigma) / steps[n, 6]
                 track(
                     tracker, tracker_parameters[n], variances[n], steps[n, 5], steps[n, 6],
-                    with_divergence, score_factor, steps[n, 7], steps[n, 8], now, x_next, x0,
+                    with_divergence, score_factor, steps[n, 7], steps[n, 8], now, x_next, reference,
                     others, odds, divergence, work, own_state,
                 )  # fmt: skip
             copy(x_next, now)
+    if span[1] < len(steps):
+        return
     for b in range(n_blocks):
         store(x[b], record_x, len(steps), first_lane + b * BLOCK)
         store(state[b], record_state, len(steps), first_lane + b * BLOCK)
@@ -229,9 +289,16 @@ def chain(  # type: ignore[no-untyped-def]
     first_sample,
     x,
     state,
+    memory,
+    log_ratio,
+    first_step,
+    last_step,
     steps,
     variances,
     active,
+    of_steps,
+    beneath,
+    points,
     kind,
     matrix,
     groups,
@@ -256,7 +323,15 @@ def chain(  # type: ignore[no-untyped-def]
     record_state,
     record_exact,
 ):
-    """Run all steps for blocks x (blocks, D, BLOCK) and states (blocks, M, BLOCK), in place.
+    """Run some steps for blocks x (blocks, D, BLOCK) and states (blocks, M, BLOCK), in place.
+
+    Steps are first_step to last_step - 1.  memory (blocks, rows, BLOCK) is what rules and path
+    trackers carry, zero before the first step.  log_ratio (blocks, BLOCK) receives the log ratio of
+    densities of the last step, unless it is empty.  of_steps (N, 1) has what a rule reads of each
+    step.  beneath (5,) says whether there is classifier-free guidance beneath the rule, its scale,
+    whether the groups are the parts of its positive end, and whether the negative is measured from
+    the other end than that of the groups, and whether contrastive CFG multiplies it by its positive
+    factor.  points (K, D) are SPELL's.
 
     steps (N, 15) holds alpha_t, sigma_t, x_factor, x0_factor, sqrt(step_var), the transition's
     factors of x and x0, eta, beta_ts, and the six numbers of the way here (PathWay). variances (N,)
@@ -289,13 +364,10 @@ def chain(  # type: ignore[no-untyped-def]
         np.empty(positive_covariance.shape),
         np.empty(positive_covariance.shape),
     )
-    carried = dimensions if rule == SAFE else 0
-    if tracker == PATH or tracker == PATH_BASE:  # with DNG, which has no memory of its own
-        carried = dimensions + concepts * dimensions + concepts
     rows = largest + 4 + dimensions
     rows += n_groups * (dimensions + 7) + 1
     rows += 2 * (dimensions + 2)
-    rows += 3 * dimensions + 1 + 2 * concepts
+    rows += 4 * dimensions + 1 + 2 * concepts
     pool = aligned_pool(rows, first_lane // (n_blocks * BLOCK))
     at = 0
     scratch = (
@@ -329,9 +401,9 @@ def chain(  # type: ignore[no-untyped-def]
         pool[at + dimensions : at + 2 * dimensions],
         pool[at + 2 * dimensions : at + 3 * dimensions],
         pool[at + 3 * dimensions],
-        pool[at + 3 * dimensions + 1 : at + 3 * dimensions + 1 + concepts],
-        pool[at + 3 * dimensions + 1 + concepts : at + 3 * dimensions + 1 + 2 * concepts],
-        np.zeros((n_blocks, carried, BLOCK)),
+        pool[at + 3 * dimensions + 1 : at + 4 * dimensions + 1],
+        pool[at + 4 * dimensions + 1 : at + 4 * dimensions + 1 + concepts],
+        pool[at + 4 * dimensions + 1 + concepts : at + 4 * dimensions + 1 + 2 * concepts],
         np.empty((n_blocks, BLOCK)),
         np.full(n_blocks, -1),
     )
@@ -340,7 +412,10 @@ def chain(  # type: ignore[no-untyped-def]
         first_sample,
         x,
         state,
-        (steps, variances, active),
+        memory,
+        log_ratio,
+        (first_step, last_step),
+        (steps, variances, active, of_steps, beneath, points),
         (kind, matrix, with_divergence),
         (groups, log_weight, mean, covariance, norm_sq, centre),
         (

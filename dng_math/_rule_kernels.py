@@ -6,29 +6,41 @@ the arithmetic of :mod:`dng_math.equations` compiled.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from dng_math import equations
 from dng_math._codes import (
     CONTRASTIVE,
     EXACT,
     FEEDBACK,
+    GEOMETRIC,
     LOG_ODDS,
     NEGATIVE,
     PAPER,
     PATH,
     PATH_BASE,
     PERPENDICULAR,
+    POINTWISE,
+    REGULATED,
     SAFE,
+    SHIELDED,
     TOWARD,
+    TOWARD_BY_STEP,
     TRACKED,
     UNGUIDED,
 )
 from dng_math._elementary import exp, log
 from dng_math._jit import block_kernel, scalar
 from dng_math._mixture_kernels import BLOCK
-from dng_math.rules import PerpNeg
+from dng_math.rules import ROUNDING_SQ
+from dng_math.trackers import LARGEST_WEIGHED
 
+SMALLEST_SHARE, SMALLEST_DISTANCE = 1e-300, 1e-150  # of GeoGuide and SPELL
+LOG_LARGEST_WEIGHED = math.log(LARGEST_WEIGHED)
+LARGEST_WEIGHT = LARGEST_WEIGHED / (1.0 - LARGEST_WEIGHED)
 LARGEST_LOG_RATIO = 700.0  # e^700 is still a double
-ROUNDING_SQ = PerpNeg.ROUNDING_SQ
 
 step_mean = scalar(equations.step_mean)
 toward = scalar(equations.toward)
@@ -36,6 +48,11 @@ away = scalar(equations.away)
 dynamic_scale = scalar(equations.dynamic_scale)
 perpendicular = scalar(equations.perpendicular)
 contrastive_scale = scalar(equations.contrastive_scale)
+contrastive_attraction = scalar(equations.contrastive_attraction)
+geometric_scale = scalar(equations.geometric_scale)
+regulating_evidence = scalar(equations.regulating_evidence)
+regulating_scale = scalar(equations.regulating_scale)
+shield = scalar(equations.shield)
 safe_correction = scalar(equations.safe_correction)
 safe_momentum = scalar(equations.safe_momentum)
 feedback_scale = scalar(equations.feedback_scale)
@@ -83,18 +100,29 @@ def tracked_odds(tracker, state, cap, odds):  # type: ignore[no-untyped-def]
 
 @block_kernel
 def guide(  # type: ignore[no-untyped-def]
-    rule, p, step, to_noise, x0, value, share, log_sum, positive, odds, memory, work, scale, guided
-):
+    rule, p, of_step, step, to_noise, start, reference, led, x0, beneath, value, share, log_sum,
+    positive, points, odds, memory, work, scale, guided,
+):  # fmt: skip
     """Write guided x0 (D, BLOCK) and scale (M, BLOCK); p are the rule's parameters.
 
-    positive (2, D, BLOCK) holds the positive prediction and, for Perp-Neg, that of all other
-    components.
+    start is the prediction that guidance is added to, reference what the negative is measured
+    from, led the positive prediction of classifier-free guidance beneath, and x0 that of all
+    groups; without it all four are the same.  beneath (5,) is as the chain takes it.  positive
+    (2, D, BLOCK) holds the other prediction of classifier-free guidance, or the one that a rule
+    leads to and, for Perp-Neg, that of all other components; the last is that of a rule's points.
+    of_step (1,) is the number that a rule has of the step.
     """
     dimensions, concepts = x0.shape[0], scale.shape[0]
     g = p[0]
     a, b = work[0], work[1]
-    if rule == UNGUIDED or rule == SAFE or rule == EXACT or (rule == TRACKED and concepts > 1):
-        copy(x0, guided)  # these rules add to the base or keep it
+    if (
+        rule == UNGUIDED
+        or rule == SAFE
+        or rule == EXACT
+        or rule == SHIELDED
+        or (rule == TRACKED and concepts > 1)
+    ):
+        copy(start, guided)  # these rules add to the base or keep it
     if rule == UNGUIDED:
         fill(scale, 0.0)
     elif rule == TOWARD:
@@ -106,9 +134,9 @@ def guide(  # type: ignore[no-untyped-def]
     elif rule == NEGATIVE:
         fill(scale, g)
         for d in range(dimensions):
-            base, other, out = x0[d], value[0, d], guided[d]
+            base, ref, other, out = start[d], reference[d], value[0, d], guided[d]
             for i in range(BLOCK):
-                out[i] = away(base[i], other[i] - base[i], g)
+                out[i] = away(base[i], other[i] - ref[i], g)
     elif rule == SAFE:
         threshold, slope, momentum_scale, decay, absolute, warmup = (
             p[1],
@@ -123,11 +151,19 @@ def guide(  # type: ignore[no-untyped-def]
         for i in range(BLOCK):
             row[i] = 0.0
         for d in range(dimensions):
-            base, other, out, momentum = x0[d], value[0, d], guided[d], memory[d]
+            base, ref, other, out, momentum = (
+                start[d],
+                reference[d],
+                value[0, d],
+                guided[d],
+                memory[d],
+            )
+            pos = led[d]
             for i in range(BLOCK):
-                difference = (other[i] - base[i]) * to_noise
-                magnitude = abs(difference)
-                gated = magnitude if absolute != 0.0 else -difference
+                difference = (other[i] - ref[i]) * to_noise
+                compared = (other[i] - pos[i]) * to_noise
+                magnitude = abs(compared)
+                gated = magnitude if absolute != 0.0 else -compared
                 s = min(1.0, slope * magnitude) if gated < threshold else 0.0
                 correction = safe_correction(s, difference, momentum_scale, momentum[i])
                 momentum[i] = safe_momentum(momentum[i], correction, decay)
@@ -170,18 +206,35 @@ def guide(  # type: ignore[no-untyped-def]
         row = scale[0]
         for i in range(BLOCK):
             a[i] = 0.0
+            b[i] = 0.0
         for d in range(dimensions):
-            base, other = x0[d], value[0, d]
+            ref, other = reference[d], value[0, d]
             for i in range(BLOCK):
-                difference = other[i] - base[i]
+                difference = other[i] - ref[i]
                 a[i] += difference * difference
         factor = -p[1] * to_noise * to_noise
         for i in range(BLOCK):
             row[i] = contrastive_scale(g, exp(factor * a[i]))
-        for d in range(dimensions):
-            base, other, out = x0[d], value[0, d], guided[d]
+        base_row = start
+        if beneath[4] != 0.0:
+            for d in range(dimensions):
+                ours, theirs = x0[d], positive[0, d]
+                for i in range(BLOCK):
+                    difference = theirs[i] - ours[i]
+                    b[i] += difference * difference
             for i in range(BLOCK):
-                out[i] = away(base[i], other[i] - base[i], row[i])
+                b[i] = contrastive_attraction(exp(factor * b[i])) * beneath[1]
+                if beneath[2] != 0.0:
+                    b[i] = 1.0 - b[i]
+            for d in range(dimensions):
+                ours, theirs, out = x0[d], positive[0, d], guided[d]
+                for i in range(BLOCK):
+                    out[i] = toward(ours[i], theirs[i] - ours[i], b[i])
+            base_row = guided
+        for d in range(dimensions):
+            base, ref, other, out = base_row[d], reference[d], value[0, d], guided[d]
+            for i in range(BLOCK):
+                out[i] = away(base[i], other[i] - ref[i], row[i])
     elif rule == EXACT:
         # As in DynamicNegativeGuidance._guide_exactly: differences to the rest stay finite.
         rest = log_sum[concepts]
@@ -200,9 +253,9 @@ def guide(  # type: ignore[no-untyped-def]
             for i in range(BLOCK):
                 row[i] = dynamic_scale(g, min(o[i], cap), 1.0)
             for d in range(dimensions):
-                base, other, out = x0[d], value[0, d], guided[d]
+                base, ref, other, out = start[d], reference[d], value[0, d], guided[d]
                 for i in range(BLOCK):
-                    out[i] = away(base[i], other[i] - base[i], row[i])
+                    out[i] = away(base[i], other[i] - ref[i], row[i])
             return
         for i in range(BLOCK):
             a[i] = 0.0
@@ -219,17 +272,123 @@ def guide(  # type: ignore[no-untyped-def]
             for i in range(BLOCK):
                 row[i] = dynamic_scale(g, row[i] * b[i], a[i])
             for d in range(dimensions):
-                base, other, out = x0[d], value[k, d], guided[d]
+                ref, other, out = reference[d], value[k, d], guided[d]
                 for i in range(BLOCK):
-                    out[i] = away(out[i], other[i] - base[i], row[i])
+                    out[i] = away(out[i], other[i] - ref[i], row[i])
     elif rule == FEEDBACK:
         pi, row, o = p[1], scale[0], odds[0]
         for i in range(BLOCK):
-            row[i] = feedback_scale(o[i], pi)
+            row[i] = feedback_scale(o[i], pi) + of_step[0]
         for d in range(dimensions):
             base, other, out = x0[d], positive[0, d], guided[d]
             for i in range(BLOCK):
                 out[i] = toward(base[i], other[i] - base[i], row[i])
+    elif rule == TOWARD_BY_STEP:
+        fill(scale, of_step[0])
+        for d in range(dimensions):
+            base, other, out = x0[d], positive[0, d], guided[d]
+            for i in range(BLOCK):
+                out[i] = toward(base[i], other[i] - base[i], of_step[0])
+    elif rule == GEOMETRIC:
+        # Where the reference is all groups together, the direction from the rest is the same and
+        # accurate where negative and reference agree to rounding.
+        parts = beneath[3] == 0.0
+        floor, row = work[2], scale[0]
+        for i in range(BLOCK):
+            a[i] = 0.0
+            floor[i] = 0.0
+        for d in range(dimensions):
+            base, other = start[d], value[0, d]
+            ref = value[1, d] if parts else reference[d]
+            for i in range(BLOCK):
+                difference = other[i] - ref[i]
+                a[i] += difference * difference
+                floor[i] += base[i] * base[i] * ROUNDING_SQ
+        rest = share[1]
+        for i in range(BLOCK):
+            known = a[i] > floor[i]
+            b[i] = geometric_scale(of_step[0], np.sqrt(a[i])) if known else 0.0
+            row[i] = b[i] / max(rest[i], SMALLEST_SHARE) if parts else b[i]
+        for d in range(dimensions):
+            base, other, out = start[d], value[0, d], guided[d]
+            ref = value[1, d] if parts else reference[d]
+            for i in range(BLOCK):
+                out[i] = away(base[i], other[i] - ref[i], b[i])
+    elif rule == POINTWISE:
+        # odds holds log p, and positive the points' prediction last.
+        other_rows = positive[1] if beneath[0] != 0.0 else positive[0]
+        log_p, cap = odds[0], log(p[2])
+        for i in range(BLOCK):
+            a[i] = exp(min(log_p[i], cap))
+            a[i] = dynamic_scale(g, a[i], 1.0 - a[i])
+        for m in range(concepts):
+            copy(work[:1], scale[m : m + 1])
+        for d in range(dimensions):
+            base, ref, other, out = start[d], reference[d], other_rows[d], guided[d]
+            for i in range(BLOCK):
+                out[i] = away(base[i], other[i] - ref[i], a[i])
+    elif rule == REGULATED:
+        floor, norm_sq, row, evidence = work[2], work[3], scale[0], memory[0]
+        for i in range(BLOCK):
+            a[i] = 0.0
+            b[i] = 0.0
+            floor[i] = 0.0
+            norm_sq[i] = 0.0
+        for d in range(dimensions):
+            base, ref, other = start[d], reference[d], value[0, d]
+            for i in range(BLOCK):
+                from_null, from_negative = base[i] - ref[i], base[i] - other[i]
+                a[i] += from_null * from_null
+                b[i] += from_negative * from_negative
+                norm_sq[i] += (other[i] - ref[i]) * (other[i] - ref[i])
+                floor[i] += base[i] * base[i] * ROUNDING_SQ
+        square = to_noise * to_noise
+        for i in range(BLOCK):
+            seen = regulating_evidence(a[i], b[i]) * square
+            surplus = 0.5 * p[1] * seen + evidence[i] - p[2]
+            acts = surplus > 0.0 and norm_sq[i] > floor[i] and square > 0.0
+            row[i] = regulating_scale(g, surplus, p[1], norm_sq[i] * square) if acts else 0.0
+            evidence[i] += of_step[0] * seen
+        for d in range(dimensions):
+            base, ref, other, out = start[d], reference[d], value[0, d], guided[d]
+            for i in range(BLOCK):
+                out[i] = away(base[i], other[i] - ref[i], row[i])
+    elif rule == SHIELDED:
+        fill(scale, 0.0)
+        for k in range(points.shape[0]):
+            for i in range(BLOCK):
+                a[i] = 0.0
+            for d in range(dimensions):
+                base, point = start[d], points[k, d]
+                for i in range(BLOCK):
+                    difference = base[i] - point
+                    a[i] += difference * difference
+            for i in range(BLOCK):
+                distance = max(np.sqrt(a[i]), SMALLEST_DISTANCE)
+                b[i] = g * max(shield(p[1], distance), 0.0)
+            for d in range(dimensions):
+                base, out, point = start[d], guided[d], points[k, d]
+                for i in range(BLOCK):
+                    out[i] = toward(out[i], base[i] - point, b[i])
+            for m in range(concepts):
+                row = scale[m]
+                for i in range(BLOCK):
+                    row[i] += b[i]
+
+
+@block_kernel
+def pointwise_log_p(  # type: ignore[no-untyped-def]
+    prior, own_top, own_total, whole_top, whole_total, log_p
+):
+    """log(prior density/whole density) of a row of points, (BLOCK,), and of groups (G, BLOCK)."""
+    for i in range(BLOCK):
+        highest = whole_top[0, i]
+        for g in range(1, whole_top.shape[0]):
+            highest = max(highest, whole_top[g, i])
+        total = 0.0
+        for g in range(whole_top.shape[0]):
+            total += whole_total[g, i] * exp(whole_top[g, i] - highest)
+        log_p[i] = log(prior) + (own_top[i] - highest) + (log(own_total[i]) - log(total))
 
 
 @block_kernel
@@ -342,7 +501,7 @@ def track_path(  # type: ignore[no-untyped-def]
     dimensions, concepts = x0.shape[0], state.shape[0]
     product, after, before = work[0], work[1], work[2]
     whole = divergence[len(divergence) - 1]
-    cap = high if tracker == PATH_BASE else high - log(1.0 + exp(high))  # log p_max
+    cap = min(high - log(1.0 + exp(high)), LOG_LARGEST_WEIGHED)  # for PATH: log p_max at most
     for k in range(concepts):
         for i in range(BLOCK):
             product[i] = 0.0
@@ -370,7 +529,7 @@ def track_path(  # type: ignore[no-untyped-def]
             rates[i] = rate
             now_odds, next_odds = 0.0, 0.0
             if tracker == PATH:
-                now_odds = o[i]
+                now_odds = min(o[i], LARGEST_WEIGHT)
                 level = row[i]
                 log_p = min(level, 0.0) - log(1.0 + exp(-abs(level)))
                 p = exp(min(log_p + temperature * 0.5 * (start + end), cap))

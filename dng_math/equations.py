@@ -14,7 +14,8 @@ means and ``residual = x_next - mu_base``, so every tracker needs only ``|gap|^2
 ``residual . gap``.  Two large squared norms are never subtracted.
 
 Sources: DNG = arXiv 2410.14398, DDPM = 2006.11239, DDIM = 2010.02502, CFG = 2207.12598,
-SLD = 2211.05105, Perp-Neg = 2304.04968, contrastive CFG = 2411.17077, FBG = 2506.06085.
+SLD = 2211.05105, Perp-Neg = 2304.04968, contrastive CFG = 2411.17077, FBG = 2506.06085,
+CFG++ = 2406.08070, GeoGuide = 2407.12889, SPELL = 2410.06025, CRG = 2606.29801.
 """
 
 # ---------------------------------------------------------------- model outputs
@@ -118,6 +119,14 @@ def contrastive_scale(guidance_scale, decay):
     return guidance_scale * (2.0 * decay) / (1.0 + decay)
 
 
+def contrastive_attraction(decay):
+    """Factor of contrastive CFG's positive side, with decay = exp(-tau |eps_pos - eps_null|^2).
+
+    docs/theory.md, section 5.6.
+    """
+    return 2.0 / (1.0 + decay)
+
+
 def safe_correction(scale, difference, momentum_scale, momentum):
     """SLD's correction gamma, SLD Eq. 6 and DNG Eq. 21; ``scale`` is elementwise.
 
@@ -134,6 +143,51 @@ def safe_momentum(momentum, correction, decay):
 def feedback_scale(ratio, pi):
     """FBG's lambda = e^L / (e^L - (1 - pi)), with ratio = e^L; docs/theory.md, section 5.7."""
     return ratio / (ratio - (1.0 - pi))
+
+
+def geometric_scale(length, distance):
+    """Scale with which a step's mean moves by ``length``; ``distance`` is |gap|.
+
+    docs/theory.md, section 5.10.
+    """
+    return length / distance
+
+
+def regulating_evidence(to_null_sq, to_negative_sq):
+    """b of CRG, from |c - u|^2 and |c - n|^2; docs/theory.md, section 5.11."""
+    return to_null_sq - to_negative_sq
+
+
+def regulating_scale(guidance_scale, surplus, gain, norm_sq):
+    """CRG's scale, where the evidence exceeds its threshold by ``surplus``.
+
+    docs/theory.md, section 5.11.
+    """
+    return guidance_scale * surplus / (gain * norm_sq)
+
+
+def shield(radius, distance):
+    """How far SPELL moves a prediction from a point, as a share of its distance from it.
+
+    docs/theory.md, section 5.12.
+    """
+    return radius / distance - 1.0
+
+
+def plus_plus_scale(guidance_scale, alpha_t, sigma_t, alpha_s, sigma_s):
+    """CFG's scale that makes DDIM's step that of CFG++; docs/theory.md, section 5.14."""
+    whole = alpha_s * sigma_t
+    return guidance_scale * whole / (whole - alpha_t * sigma_s)
+
+
+def log_weight(noise_shift, shift_sq, deviation):
+    """log N(x_s; mu, v) - log N(x_s; mu + shift, v) of x_s = mu + shift + sqrt(v) z.
+
+    Derived; docs/theory.md, section 7.1.
+
+    ``noise_shift`` is z . shift, ``shift_sq`` is |shift|^2, and ``deviation`` is sqrt(v).
+    """
+    return -noise_shift / deviation - shift_sq / (2.0 * deviation * deviation)
 
 
 # ---------------------------------------------------------------- the posterior, tracked

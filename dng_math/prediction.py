@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dng_math import checks, equations, rules
 from dng_math.mixture import GaussianMixture
-from dng_math.rules import LimitedInterval, Predictions, Rule, innermost
+from dng_math.rules import LimitedInterval, Predictions, Rule, StepNumbers, innermost
 from dng_math.schedules import PREDICTION_TYPES, PredictionType, StepCoefficients
 from dng_math.trackers import (
     ExactPosterior,
@@ -39,12 +39,20 @@ QUANTITIES: tuple[Quantity, ...] = (*PREDICTION_TYPES, "score")
 
 @dataclass(frozen=True, eq=False)
 class Roles:
-    """Checked component indices of the forbidden concepts, of the rest and of the positive."""
+    """Checked component indices of the forbidden concepts, of the rest and of the positive.
+
+    ``cfg_scale`` is that of classifier-free guidance beneath the rule, None without it.
+    ``within`` says that the forbidden are measured from the positive and lie in them: the rest is
+    then that of the positive, and the posterior that of the forbidden among them.
+    """
 
     mixture: GaussianMixture
     concepts: list[Indices]
     rest: Indices
     positive: Indices | None
+    cfg_scale: float | None = None
+    from_positive: bool = False
+    within: bool = False
 
     @cached_property
     def forbidden_parts(self) -> list[GaussianMixture]:
@@ -62,10 +70,31 @@ class Roles:
         return None if self.positive is None else self.mixture.restrict(self.positive)
 
     @cached_property
+    def led_to(self) -> Indices:
+        """Components that classifier-free guidance leads to."""
+        return self.rest if self.positive is None else self.positive
+
+    @cached_property
+    def world_part(self) -> GaussianMixture:
+        """The mixture of which the forbidden and the rest are the parts."""
+        return self.mixture.restrict(self.led_to) if self.within else self.mixture
+
+    @cached_property
+    def world_concepts(self) -> list[Indices]:
+        """Component indices of each concept within :attr:`world_part`."""
+        if not self.within:
+            return self.concepts
+        return [np.searchsorted(self.led_to, concept) for concept in self.concepts]
+
+    def log_share(self, noisy: GaussianMixture, x: Array, components: Indices) -> Array:
+        """log p(components | x) among the forbidden and the rest, of the diffused mixture."""
+        log_p = noisy.log_posterior(x, components)
+        return log_p - noisy.log_posterior(x, self.led_to) if self.within else log_p
+
+    @cached_property
     def opposite(self) -> Indices:
         """Components with weight that are not positive."""
-        led_to = self.rest if self.positive is None else self.positive
-        others = np.setdiff1d(np.arange(self.mixture.n_components), led_to)
+        others = np.setdiff1d(np.arange(self.mixture.n_components), self.led_to)
         return others[self.mixture.weights[others] > 0]
 
 
@@ -106,7 +135,13 @@ def concepts_of(mixture: GaussianMixture, forbidden: object) -> list[Indices]:
     return concepts
 
 
-def roles_of(mixture: GaussianMixture, rule: Rule, forbidden: object, positive: object) -> Roles:
+def roles_of(
+    mixture: GaussianMixture,
+    rule: Rule,
+    forbidden: object,
+    positive: object,
+    cfg_scale: object = None,
+) -> Roles:
     """Forbidden, rest and positive components, checked against what the rule needs."""
     concepts = concepts_of(mixture, forbidden)
     taken = np.concatenate([*concepts, np.empty(0, dtype=np.intp)])
@@ -126,12 +161,61 @@ def roles_of(mixture: GaussianMixture, rule: Rule, forbidden: object, positive: 
     inner = innermost(rule)
     if len(concepts) > 1 and not rule.several_concepts:
         raise ValueError(f"forbidden must be one concept for {inner!r}, got {len(concepts)}")
-    unforbidden = isinstance(inner, rules.Unguided) or (
+    unforbidden = isinstance(inner, rules.Unguided | rules.SPELL | rules.ImageReferenced) or (
         allowed is not None and rule.needs_positive and not isinstance(inner, rules.PerpNeg)
     )
     if not concepts and not unforbidden:
         raise ValueError(f"forbidden must name the unwanted components for {inner!r}, got None")
-    return Roles(mixture, concepts, rest, allowed)
+    if (
+        isinstance(inner, rules.SPELL | rules.ImageReferenced)
+        and inner.points.shape[1] != mixture.dim
+    ):
+        raise ValueError(
+            f"points must have the mixture's {mixture.dim} dimensions, got shape "
+            f"{inner.points.shape}"
+        )
+    if cfg_scale is None:
+        if isinstance(inner, rules.CRG) or getattr(inner, "positive_factor", False):
+            raise ValueError(
+                f"cfg_scale must be given for {inner!r}, which compares the positive prediction "
+                "with the unconditional one; got None"
+            )
+        return Roles(mixture, concepts, rest, allowed)
+    scale = checks.finite("cfg_scale", cfg_scale)
+    if rule.needs_positive:
+        raise ValueError(
+            f"cfg_scale must be None for {inner!r}, which leads to the positive prediction itself; "
+            f"got {scale}"
+        )
+    if not concepts and allowed is None:
+        raise ValueError("positive must name what cfg_scale leads to, got None")
+    from_positive = getattr(inner, "reference", "unconditional") == "positive"
+    within = from_positive and allowed is not None and bool(np.isin(taken, allowed).all())
+    if within:
+        assert allowed is not None
+        rest = np.setdiff1d(allowed, taken)
+        if mixture.weights[rest].sum() == 0:
+            raise ValueError(
+                "forbidden must leave some positive components with weight: all are forbidden, "
+                f"got {checks.shown(forbidden)}"
+            )
+    if from_positive and not within and _needs_shares(inner):
+        raise ValueError(
+            "forbidden must lie within positive for an exact posterior or a divergence measured "
+            f"from the positive prediction (reference='positive'); got {checks.shown(forbidden)} "
+            f"for {inner!r}"
+        )
+    return Roles(mixture, concepts, rest, allowed, scale, from_positive, within)
+
+
+def _needs_shares(rule: Rule) -> bool:
+    """Whether a rule reads a posterior or divergences of the parts of a whole."""
+    if not isinstance(rule, rules.DynamicNegativeGuidance):
+        return False
+    posterior = rule.posterior
+    if isinstance(posterior, PathTracker) and posterior.probes == 0:
+        posterior = posterior.first_order
+    return isinstance(posterior, ExactPosterior) or posterior.divergence
 
 
 def predictions_at(
@@ -145,6 +229,7 @@ def predictions_at(
     odds: Array | None,
     step: int,
     time: float,
+    numbers: StepNumbers | None = None,
 ) -> Predictions:
     """The predictions that a rule reads at x of shape (N, D), as ``prediction_type``."""
     noisy = roles.mixture.diffuse(alpha, sigma)
@@ -168,27 +253,68 @@ def predictions_at(
         "flow_prediction": alpha / (alpha + sigma),
         "score": -sigma,
     }[prediction_type]
+    from_x0 = {
+        "epsilon": -alpha / sigma,
+        "sample": 1.0,
+        "v_prediction": -(alpha * alpha + sigma * sigma) / sigma,
+        "flow_prediction": -(alpha + sigma) / sigma,
+        "score": alpha / (sigma * sigma),
+    }[prediction_type]
     base, rest = of(roles.mixture), of(roles.rest_part)
     positive = rest if roles.positive_part is None else of(roles.positive_part)
+    x0 = None
+    if isinstance(innermost(rule), rules.SPELL):
+        x0 = roles.mixture.posterior_mean(x, alpha, sigma)
+    unconditional = reference = None
+    if roles.cfg_scale is not None:
+        unconditional = base
+        base = equations.toward(base, positive - base, roles.cfg_scale)
+        reference = positive if roles.from_positive else unconditional
+        if x0 is not None:
+            led = roles.mixture.restrict(roles.led_to).posterior_mean(x, alpha, sigma)
+            x0 = equations.toward(x0, led - x0, roles.cfg_scale)
     direction = None
     if isinstance(innermost(rule), rules.PerpNeg):
         # base = q positive + (1 - q) opposite, so positive - opposite = (positive - base)/(1 - q).
         direction = np.zeros_like(base)
         if len(roles.opposite):
             direction = positive - of(roles.mixture.restrict(roles.opposite))
+    pointwise = None
+    inner = innermost(rule)
+    if isinstance(inner, rules.ImageReferenced):
+        unwanted, log_density = inner.kernel_mixture(x, alpha, sigma)
+        if roles.from_positive:
+            noisy_whole = roles.mixture.restrict(roles.led_to).diffuse(alpha, sigma)
+        else:
+            noisy_whole = noisy
+        own_x0 = roles.mixture.posterior_mean(x, alpha, sigma)
+        # Every kind is affine in x0 with the same factor, at a given x.
+        unwanted = of(roles.mixture) + from_x0 * (unwanted - own_x0)
+        pointwise = unwanted, log_density - noisy_whole.log_prob(x)
     negative = [of(part) for part in roles.forbidden_parts]
-    joint = [noisy.log_posterior(x, concept) for concept in roles.concepts]
+    log_ratio = None
+    if negative and (roles.within or not roles.from_positive):
+        joint = [noisy.log_posterior(x, concept) for concept in roles.concepts]
+        log_ratio = np.array(joint) - noisy.log_posterior(x, roles.rest)
     return Predictions(
         base=base,
         negative=np.array(negative) if negative else base[None],
         positive=positive,
         rest=rest,
-        log_ratio=np.array(joint) - noisy.log_posterior(x, roles.rest) if joint else None,
+        log_ratio=log_ratio,
         odds=odds,
         to_noise=to_noise,
         step=step,
         time=time,
         direction=direction,
+        unconditional=unconditional,
+        reference=reference,
+        cfg_scale=roles.cfg_scale or 0.0,
+        x0=x0,
+        from_x0=from_x0,
+        noise_ratio=sigma / alpha if alpha > 0 else np.inf,
+        numbers=numbers,
+        pointwise=pointwise,
     )
 
 
@@ -216,7 +342,8 @@ class GuidedPrediction:
     guided : ndarray, shape (N, D)
         The guided prediction.  This and the next three are of the requested type.
     base : ndarray, shape (N, D)
-        Prediction of the whole mixture.  ``guided - base`` is the guidance term.
+        Prediction of the whole mixture, led to the positive one with a ``cfg_scale``.
+        ``guided - base`` is the guidance term.
     negative : ndarray, shape (M, N, D)
         Predictions of the forbidden concepts.
     positive : ndarray, shape (N, D)
@@ -244,11 +371,13 @@ def predict(
     *,
     forbidden: ArrayLike | Sequence[ArrayLike] | None = None,
     positive: ArrayLike | None = None,
+    cfg_scale: float | None = None,
     prediction_type: Quantity = "epsilon",
     log_posterior: ArrayLike | None = None,
     memory: ArrayLike | None = None,
     step: int | None = None,
     time: float | None = None,
+    coefficients: StepCoefficients | None = None,
 ) -> GuidedPrediction:
     """Guided prediction of a rule at given points, for plots and user-written samplers.
 
@@ -271,7 +400,7 @@ def predict(
         ``schedule.sigma[i]`` of a schedule.
     rule : Rule, optional
         From :mod:`dng_math.rules`; default unguided.
-    forbidden, positive : optional
+    forbidden, positive, cfg_scale : optional
         As for :func:`dng_math.sample`.
     prediction_type : {"epsilon", "sample", "v_prediction", "flow_prediction", "score"}
         E[eps | x], E[x0 | x], alpha eps - sigma x0, eps - x0, or the gradient of the log density,
@@ -281,13 +410,16 @@ def predict(
         and ``ChainResult.tracked`` give it, clamped to the tracker's limits; for feedback
         guidance the log ratio L.
     memory : array_like, shape (N, D), optional
-        Memory of a rule that has one (SLD with ``momentum_scale`` not 0): ``rule.init(N, D)`` at
-        the first step, then ``memory`` of the last result.
+        Memory of a rule that has one (SLD with ``momentum_scale`` not 0; CRG, shape (N, 1)):
+        ``rule.init(N, D)`` at the first step, then ``memory`` of the last result.
     step : int, optional
-        Index of the step from the noisy end, for SLD with ``warmup_steps``.
+        Index of the step from the noisy end, for SLD with ``warmup_steps``, and for rules that
+        read the step.
     time : float, optional
         Time of the noise level in [0, 1], 1 at the noisy end, for
         :class:`dng_math.LimitedInterval`; ``schedule.time[i]`` of a schedule.
+    coefficients : StepCoefficients, optional
+        Steps of the run, for rules that read the step (GeoGuide, CRG, CFG++).
 
     Returns
     -------
@@ -296,7 +428,7 @@ def predict(
     Raises
     ------
     ValueError, TypeError
-        If an argument is invalid, if the rule needs one of the last four and it is not given, or
+        If an argument is invalid, if the rule needs one of the last five and it is not given, or
         if one is given that the rule cannot use.  The message names the argument and its value.
 
     Examples
@@ -314,13 +446,23 @@ def predict(
     alpha = checks.non_negative("alpha", alpha)
     sigma = checks.positive("sigma", sigma)
     rule = checked_rule(rule)
-    roles = roles_of(mixture, rule, forbidden, positive)
+    roles = roles_of(mixture, rule, forbidden, positive, cfg_scale)
     checks.choice("prediction_type", prediction_type, QUANTITIES)
+    numbers = _numbers(rule, step, coefficients)
     step, time = _at(rule, step, time)
     odds = _odds(rule, log_posterior, (max(1, len(roles.concepts)), len(points)))
     carried = _carried(rule, memory, points.shape)
     predictions = predictions_at(
-        rule, roles, points, alpha, sigma, prediction_type, odds=odds, step=step, time=time
+        rule,
+        roles,
+        points,
+        alpha,
+        sigma,
+        prediction_type,
+        odds=odds,
+        step=step,
+        time=time,
+        numbers=numbers,
     )
     guided, scale, following = guided_by(rule, predictions, carried)
     assert predictions.positive is not None
@@ -337,6 +479,23 @@ def predict(
 def _known(rule: Rule) -> bool:
     """Whether the rule is one of this package, so that the arguments it reads are known."""
     return type(rule).__module__ == rules.__name__
+
+
+def _numbers(
+    rule: Rule, step: int | None, coefficients: StepCoefficients | None
+) -> StepNumbers | None:
+    """The numbers of the step; raises ValueError where the rule reads them and one is missing."""
+    if coefficients is None:
+        if rules.reads_the_step(rule):
+            raise ValueError(
+                f"coefficients must be given for {innermost(rule)!r}, which reads the step that "
+                "will be taken: schedule.coefficients(sampler); got None"
+            )
+        return None
+    refuse_no_coefficients(coefficients)
+    if step is None:
+        raise ValueError("step must be given with coefficients: the row of the step; got None")
+    return StepNumbers.of(coefficients, checks.integer("step", step, 0, len(coefficients) - 1))
 
 
 def _at(rule: Rule, step: int | None, time: float | None) -> tuple[int, float]:
@@ -420,7 +579,7 @@ def _carried(rule: Rule, memory: ArrayLike | None, shape: tuple[int, ...]) -> An
         raise ValueError(
             f"memory must be None for {inner!r}, which has none, got {checks.shown(memory)}"
         )
-    return checks.array("memory", memory, shape)
+    return checks.array("memory", memory, fresh.shape)
 
 
 # ---------------------------------------------------------------- divergences of the scores
@@ -573,6 +732,16 @@ class PathPoint:
     sigma: float
     gap: Array
     rate: Array
+
+    def of(self, samples: Indices) -> PathPoint:
+        """The points of some samples."""
+        return PathPoint(
+            self.x[samples],
+            self.alpha,
+            self.sigma,
+            self.gap[:, samples],
+            self.rate[:, samples],
+        )
 
 
 def path_point(

@@ -20,7 +20,7 @@ from dng_math.prediction import (
     path_point,
     predictions_at,
 )
-from dng_math.rules import Rule
+from dng_math.rules import DynamicNegativeGuidance, Rule, StepNumbers, innermost
 from dng_math.schedules import StepCoefficients
 from dng_math.trackers import (
     PathTracker,
@@ -28,6 +28,7 @@ from dng_math.trackers import (
     Tracker,
     at_steps,
 )
+from dng_math.weights import FeynmanKac, Population
 
 Array = NDArray[np.float64]
 
@@ -46,6 +47,7 @@ class Chain:
     first_sample: int
     record: frozenset[str]
     threads: int
+    weights: FeynmanKac | None = None
 
     @property
     def rows(self) -> int:
@@ -58,8 +60,22 @@ class Chain:
         choice = "matched" if self.tracker is None else self.tracker.variance
         return self.coefficients.tracker_variance(choice)
 
+    def level(self, x: Array, alpha: float, sigma: float, state: Array | None) -> Array:
+        """g log(1 - p) of the samples, (N,), with the exact posterior or the tracked one."""
+        rule = innermost(self.rule)
+        assert isinstance(rule, DynamicNegativeGuidance)
+        if self.tracker is None or state is None:
+            noisy = self.roles.mixture.diffuse(alpha, sigma)
+            return rule.guidance_scale * self.roles.log_share(noisy, x, self.roles.rest)
+        assert not isinstance(self.tracker, RatioTracker)
+        odds = self.tracker.odds(state)
+        total = np.minimum(np.sum(odds / (1.0 + odds), axis=0), self.tracker.p_max)
+        return rule.guidance_scale * np.log1p(-total)
 
-def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str, Array]]:
+
+def run_reference(
+    chain: Chain, x: Array
+) -> tuple[Array, Array | None, dict[str, Array], Population | None]:
     """Run a chain in NumPy.
 
     Parameters
@@ -76,6 +92,8 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
         The tracker's state at the end.
     rows : dict of str to ndarray
         The recorded arrays by name.
+    population : Population or None
+        The weights.
     """
     roles, c, rule, tracker = chain.roles, chain.coefficients, chain.rule, chain.tracker
     mixture, parts = roles.mixture, roles.forbidden_parts
@@ -85,6 +103,10 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
         state = tracker.init(np.repeat(chain.prior[:, None], chain.n, axis=1))
     trackers = None if tracker is None else at_steps(tracker, c)
     previous: PathPoint | None = None
+    population: Population | None = None
+    if chain.weights is not None:
+        level = chain.level(x, float(c.alpha_t[0]), float(c.sigma_t[0]), state)
+        population = Population(chain.weights, level, chain.seed)
     rows: dict[str, list[Array]] = {name: [] for name in chain.record}
 
     def keep(name: str, value: Array | None) -> None:
@@ -103,11 +125,12 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
             odds=None,
             step=i,
             time=float(c.time[i]),
+            numbers=StepNumbers.of(c, i),
         )
         if isinstance(tracker, PathTracker) and trackers is not None and state is not None:
             # Before the step: the state is that of the point where the predictions were made.
-            base, others = predictions.base, predictions.negative
-            noisy = mixture.diffuse(alpha, sigma)
+            base, others = predictions.measured_from, predictions.negative
+            noisy = roles.world_part.diffuse(alpha, sigma)
             whole = noisy.score_divergence(x)
             gaps = [part.diffuse(alpha, sigma).score_divergence(x) - whole for part in parts]
             point = path_point(x, alpha, sigma, base, others, np.array(gaps))
@@ -118,25 +141,33 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
         if tracker is not None and state is not None:
             predictions = replace(predictions, odds=tracker.odds(state))
         guided, scale, memory = guided_by(rule, predictions, memory)
+        if population is not None and c.step_var[i] == 0:  # no density to compare
+            guided, scale = predictions.base, np.zeros_like(scale)
+        log_ratio = np.zeros(len(x))
         x_next = equations.step_mean(x, guided, c.x_factor[i], c.x0_factor[i])
         if c.step_var[i] > 0:
             z = noise.standard_normal(
                 chain.seed, chain.n, mixture.dim, step=i, first_sample=chain.first_sample
             )
-            x_next = equations.step(x_next, np.sqrt(c.step_var[i]), z)
+            deviation = np.sqrt(c.step_var[i])
+            x_next = equations.step(x_next, deviation, z)
+            shift = c.x0_factor[i] * (guided - predictions.base)
+            log_ratio = equations.log_weight(
+                np.sum(z * shift, axis=-1), np.sum(shift * shift, axis=-1), deviation
+            )
         keep("trajectory", x)
         keep("scale", scale)
         keep("tracked", state)
         if "exact" in rows:
             noisy = mixture.diffuse(alpha, sigma)
-            keep("exact", np.array([noisy.log_posterior(x, part) for part in roles.concepts]))
+            keep("exact", np.array([roles.log_share(noisy, x, part) for part in roles.concepts]))
         if (
             tracker is not None
             and trackers is not None
             and state is not None
             and not isinstance(tracker, PathTracker)
         ):
-            base, others = predictions.base, predictions.negative
+            base, others = predictions.measured_from, predictions.negative
             if isinstance(tracker, RatioTracker):
                 assert predictions.positive is not None
                 others = predictions.positive[None]
@@ -147,7 +178,7 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
             correction: Array | float = 0.0
             if not isinstance(tracker, RatioTracker) and tracker.divergence:
                 correction = divergence_correction(
-                    mixture, x, c, i, tracker, state, forbidden=roles.concepts
+                    roles.world_part, x, c, i, tracker, state, forbidden=roles.world_concepts
                 )
             step_tracker = trackers[i]
             assert not isinstance(step_tracker, PathTracker)
@@ -160,8 +191,15 @@ def run_reference(chain: Chain, x: Array) -> tuple[Array, Array | None, dict[str
                 correction,
             )
         x = x_next
+        if population is not None:
+            level = chain.level(x, float(c.alpha_s[i]), float(c.sigma_s[i]), state)
+            ancestors = population.advance(i, log_ratio, level, last=i == len(c) - 1)
+            if ancestors is not None:
+                x = x[ancestors]
+                state = None if state is None else state[:, ancestors]
+                previous = None if previous is None else previous.of(ancestors)
     keep("trajectory", x)
     keep("tracked", state)
     if "exact" in rows:
         keep("exact", np.zeros((len(roles.concepts), chain.n)))
-    return x, state, {name: np.array(values) for name, values in rows.items()}
+    return x, state, {name: np.array(values) for name, values in rows.items()}, population

@@ -8,6 +8,10 @@ do.
 
 Signs: ``difference = negative - base`` and ``guided = base - scale difference``, so a positive
 scale pushes away from what is forbidden.
+
+With classifier-free guidance beneath a rule there are two predictions that the negative can be
+measured from, the positive one and the unconditional one: the rule's ``reference`` says which.
+Without it there is one, the base, whatever ``reference`` says (docs/theory.md, section 5.9).
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +40,28 @@ from dng_math.trackers import (
 )
 
 Array = NDArray[np.float64]
+Reference = Literal["positive", "unconditional"]
+REFERENCES: tuple[Reference, ...] = ("positive", "unconditional")
+ROUNDING_SQ = 1e-24  # |a|^2 <= ROUNDING_SQ |b|^2: to double precision a may be 0
+
+
+class StepNumbers(NamedTuple):
+    """The step that will be taken, for rules that read it; see :class:`StepCoefficients`."""
+
+    alpha_t: float
+    sigma_t: float
+    alpha_s: float
+    sigma_s: float
+    alpha_ts: float
+    beta_ts: float
+    x0_factor: float
+    steps: int
+
+    @classmethod
+    def of(cls, coefficients: StepCoefficients, step: int) -> StepNumbers:
+        """The numbers of one row of the coefficients."""
+        row = {name: float(getattr(coefficients, name)[step]) for name in cls._fields[:-1]}
+        return cls(**row, steps=len(coefficients))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +71,8 @@ class Predictions:
     Attributes
     ----------
     base : ndarray, shape (N, D)
-        Unguided prediction.
+        Prediction that guidance is added to: the unguided one, or with classifier-free guidance
+        beneath the rule ``unconditional + cfg_scale (positive - unconditional)``.
     negative : ndarray, shape (M, N, D)
         Predictions of the forbidden concepts.
     positive : ndarray, shape (N, D), or None
@@ -64,6 +91,22 @@ class Predictions:
         A positive multiple of ``positive - base`` that is accurate even where those two agree to
         rounding; None stands for their difference itself.  In an exact mixture it is positive
         minus the prediction of all other components.
+    unconditional, reference : ndarray, shape (N, D), or None
+        With classifier-free guidance beneath the rule: where that starts, and what the negative is
+        measured from.  Without it both are the base, and None.
+    cfg_scale : float
+        Scale of classifier-free guidance beneath the rule.
+    x0 : ndarray, shape (N, D), or None
+        The base as a prediction of x0.
+    from_x0 : float
+        These predictions per unit of x0: 1 for x0, -alpha/sigma for the noise.
+    noise_ratio : float
+        sigma/alpha, infinite at alpha = 0.
+    numbers : StepNumbers or None
+        The step that will be taken from here.
+    pointwise : (ndarray, shape (N, D), ndarray, shape (N,)), or None
+        For a rule whose negatives are points: their prediction, and the log of their density over
+        that of what they are measured from.
     """
 
     base: Array
@@ -76,11 +119,24 @@ class Predictions:
     step: int
     time: float
     direction: Array | None = None
+    unconditional: Array | None = None
+    reference: Array | None = None
+    cfg_scale: float = 0.0
+    x0: Array | None = None
+    from_x0: float = 1.0
+    noise_ratio: float = np.inf
+    numbers: StepNumbers | None = None
+    pointwise: tuple[Array, Array] | None = None
+
+    @property
+    def measured_from(self) -> Array:
+        """The prediction that the negative is measured from, shape (N, D)."""
+        return self.base if self.reference is None else self.reference
 
     @property
     def difference(self) -> Array:
-        """Negative minus base, shape (M, N, D)."""
-        return self.negative - self.base
+        """Negative minus what it is measured from, shape (M, N, D)."""
+        return self.negative - self.measured_from
 
 
 class Rule(Protocol):
@@ -201,17 +257,21 @@ class NegativePrompting(_Memoryless):
     ----------
     guidance_scale : float
         g, finite.
+    reference : {"positive", "unconditional"}
+        What the negative is measured from where there is classifier-free guidance beneath.
 
     Raises
     ------
     ValueError, TypeError
-        If g is not a finite number.
+        If g is not a finite number or the reference none of these.
     """
 
     guidance_scale: float = 1.0
+    reference: Reference = "positive"
 
     def __post_init__(self) -> None:
         checks.finite("guidance_scale", self.guidance_scale)
+        checks.choice("reference", self.reference, REFERENCES)
 
     def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
         """See :class:`Rule`."""
@@ -220,8 +280,35 @@ class NegativePrompting(_Memoryless):
 
 
 @dataclass(frozen=True)
+class SignedNegative(NegativePrompting):
+    """``null + w (positive - null) - g (negative - null)``: composable NOT.
+
+    docs/theory.md, section 5.9.
+
+    That is negative prompting measured from the unconditional prediction, with classifier-free
+    guidance of scale w beneath.  Parameters are those of :class:`NegativePrompting`.
+    """
+
+    reference: Reference = "unconditional"
+
+
+SafetyLevel = Literal["weak", "medium", "strong", "max"]
+# Warm-up, slope, threshold, momentum scale and decay of the published configurations.
+SAFETY_LEVELS: dict[SafetyLevel, tuple[int, float, float, float, float]] = {
+    "weak": (15, 20.0, 0.0, 0.0, 0.0),
+    "medium": (10, 1000.0, 0.01, 0.3, 0.4),
+    "strong": (7, 2000.0, 0.025, 0.5, 0.7),
+    "max": (0, 5000.0, 1.0, 0.5, 0.7),
+}
+
+
+@dataclass(frozen=True)
 class SafeLatentDiffusion(_Memoryless):
     """SLD (arXiv 2211.05105; DNG Eq. 21): an elementwise scale, gated by a threshold.
+
+    With classifier-free guidance beneath, gate and scale compare the positive prediction with the
+    negative, and ``reference`` says what the push is measured from; ``"unconditional"`` with g the
+    scale of classifier-free guidance is the authors' pipeline.
 
     Parameters
     ----------
@@ -238,6 +325,8 @@ class SafeLatentDiffusion(_Memoryless):
         The paper's s_m and beta_m.
     warmup_steps : int
         Number of first steps in which the momentum builds up but no correction is applied.
+    reference : {"positive", "unconditional"}
+        What the negative is measured from where there is classifier-free guidance beneath.
 
     Raises
     ------
@@ -252,6 +341,7 @@ class SafeLatentDiffusion(_Memoryless):
     momentum_scale: float = 0.1
     momentum_decay: float = 0.2
     warmup_steps: int = 0
+    reference: Reference = "positive"
 
     def __post_init__(self) -> None:
         checks.finite("guidance_scale", self.guidance_scale)
@@ -261,6 +351,36 @@ class SafeLatentDiffusion(_Memoryless):
         checks.finite("momentum_scale", self.momentum_scale)
         checks.real("momentum_decay", self.momentum_decay, "in [0, 1]", 0.0, 1.0, closed="[]")
         checks.integer("warmup_steps", self.warmup_steps, 0)
+        checks.choice("reference", self.reference, REFERENCES)
+
+    @classmethod
+    def preset(cls, level: SafetyLevel, guidance_scale: float = 7.5) -> SafeLatentDiffusion:
+        """One of the four published configurations, measured from the unconditional prediction.
+
+        Parameters
+        ----------
+        level : {"weak", "medium", "strong", "max"}
+            Name of the configuration.
+        guidance_scale : float
+            Factor of the correction; in the authors' pipeline that of classifier-free guidance.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If there is no such level or the scale is not a finite number.
+        """
+        checks.choice("level", level, tuple(SAFETY_LEVELS))
+        warmup, slope, threshold, momentum_scale, decay = SAFETY_LEVELS[level]
+        return cls(
+            guidance_scale,
+            threshold,
+            "signed",
+            slope,
+            momentum_scale,
+            decay,
+            warmup,
+            "unconditional",
+        )
 
     def init(self, n: int, dimensions: int) -> Array:
         """Zero momentum, shape (n, dimensions), in units of the noise."""
@@ -270,8 +390,12 @@ class SafeLatentDiffusion(_Memoryless):
         """See :class:`Rule`; the scale is the mean over dimensions of the elementwise one."""
         assert memory is not None
         difference = predictions.difference[0] * predictions.to_noise
-        magnitude = np.abs(difference)
-        gated = magnitude if self.gate == "absolute" else -difference
+        compared = difference
+        if predictions.unconditional is not None:
+            assert predictions.positive is not None
+            compared = (predictions.negative[0] - predictions.positive) * predictions.to_noise
+        magnitude = np.abs(compared)
+        gated = magnitude if self.gate == "absolute" else -compared
         scale = np.where(gated < self.threshold, np.minimum(1.0, self.slope * magnitude), 0.0)
         correction = equations.safe_correction(scale, difference, self.momentum_scale, memory)
         momentum = equations.safe_momentum(memory, correction, self.momentum_decay)
@@ -298,6 +422,10 @@ class PerpNeg(_Memoryless):
     everything that is not forbidden, d is exactly opposite to u (base = p negative +
     (1 - p) positive), so nothing of d is left, at any g.
 
+    It leads to the positive prediction itself, so it takes no classifier-free guidance beneath.
+    What the negative is measured from does not matter: negative - positive has the same part
+    orthogonal to u.
+
     Parameters
     ----------
     guidance_scale : float
@@ -313,7 +441,7 @@ class PerpNeg(_Memoryless):
 
     guidance_scale: float = 1.0
     positive_scale: float = 0.0
-    ROUNDING_SQ: ClassVar[float] = 1e-24
+    ROUNDING_SQ: ClassVar[float] = ROUNDING_SQ
     needs_positive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -343,7 +471,7 @@ class ContrastiveCFG(_Memoryless):
     """Contrastive CFG (arXiv 2411.17077): scale ``2 g e^-r / (1 + e^-r)``.
 
     r = tau |eps_neg - eps|^2, so the scale fades as the two predictions move apart.  It has no
-    memory.
+    memory.  :meth:`published` is the paper's rule for text to image.
 
     Parameters
     ----------
@@ -351,6 +479,11 @@ class ContrastiveCFG(_Memoryless):
         g, finite.
     temperature : float
         tau >= 0, for differences in units of the noise.
+    positive_factor : bool
+        Multiply classifier-free guidance beneath the rule by ``2 / (1 + e^-q)`` with
+        q = tau |eps_pos - eps_null|^2, which grows from 1 to 2 as these move apart.
+    reference : {"positive", "unconditional"}
+        What the negative is measured from where there is classifier-free guidance beneath.
 
     Raises
     ------
@@ -360,19 +493,51 @@ class ContrastiveCFG(_Memoryless):
 
     guidance_scale: float = 1.0
     temperature: float = 1.0
+    positive_factor: bool = False
+    reference: Reference = "positive"
 
     def __post_init__(self) -> None:
         checks.finite("guidance_scale", self.guidance_scale)
         checks.non_negative("temperature", self.temperature)
+        checks.boolean("positive_factor", self.positive_factor)
+        checks.choice("reference", self.reference, REFERENCES)
+
+    @classmethod
+    def published(cls, guidance_scale: float = 7.5, temperature: float = 0.2) -> ContrastiveCFG:
+        """The paper's rule: both factors, measured from the unconditional prediction.
+
+        Parameters
+        ----------
+        guidance_scale : float
+            w of the negative side; classifier-free guidance beneath has the same in the paper.
+        temperature : float
+            tau >= 0.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is not a number of its range.
+        """
+        return cls(guidance_scale, temperature, True, "unconditional")
+
+    def _decay(self, difference: Array, predictions: Predictions) -> Array:
+        norm_sq = np.sum(difference * difference, axis=-1) * predictions.to_noise**2
+        return np.exp(-self.temperature * norm_sq)
 
     def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
         """See :class:`Rule`."""
-        difference = predictions.difference[0]
-        norm_sq = np.sum(difference * difference, axis=-1) * predictions.to_noise**2
+        base, difference = predictions.base, predictions.difference[0]
+        if self.positive_factor:
+            assert predictions.positive is not None and predictions.unconditional is not None
+            led = predictions.positive - predictions.unconditional
+            factor = equations.contrastive_attraction(self._decay(led, predictions))
+            base = equations.toward(
+                predictions.unconditional, led, predictions.cfg_scale * factor[:, None]
+            )
         scale = equations.contrastive_scale(
-            self.guidance_scale, np.exp(-self.temperature * norm_sq)
+            self.guidance_scale, self._decay(difference, predictions)
         )
-        return equations.away(predictions.base, difference, scale[:, None]), scale[None], None
+        return equations.away(base, difference, scale[:, None]), scale[None], None
 
 
 @dataclass(frozen=True)
@@ -388,21 +553,26 @@ class DynamicNegativeGuidance(_Memoryless):
         g; at g = 1 with the exact posterior the samples follow p(x | not c) exactly.
     posterior : ExactPosterior, PaperTracker, LogOddsTracker or PathTracker
         How p is obtained: exactly from the mixture, or tracked along the chain.
+    reference : {"positive", "unconditional"}
+        What the negative is measured from, and its posterior relative to, where there is
+        classifier-free guidance beneath.
 
     Raises
     ------
     ValueError, TypeError
-        If g is not a finite number or ``posterior`` is none of these.
+        If g is not a finite number, or ``posterior`` or the reference is none of these.
     """
 
     guidance_scale: float = 1.0
     posterior: ExactPosterior | PaperTracker | LogOddsTracker | PathTracker = field(
         default_factory=ExactPosterior
     )
+    reference: Reference = "positive"
     several_concepts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.finite("guidance_scale", self.guidance_scale)
+        checks.choice("reference", self.reference, REFERENCES)
         if not isinstance(
             self.posterior, ExactPosterior | PaperTracker | LogOddsTracker | PathTracker
         ):
@@ -425,6 +595,7 @@ class DynamicNegativeGuidance(_Memoryless):
         tracker: TrackerName = "paper",
         variance: TrackerVariance = "matched",
         probes: int = 1,
+        reference: Reference = "positive",
     ) -> DynamicNegativeGuidance:
         """DNG with a tracked posterior, from all its hyperparameters (DNG Eqs. 10 and 12).
 
@@ -448,6 +619,8 @@ class DynamicNegativeGuidance(_Memoryless):
             Variance that the first two divide by.
         probes : int
             Random directions of the path tracker, >= 0.
+        reference : {"positive", "unconditional"}
+            What the negative is measured from where there is classifier-free guidance beneath.
 
         Raises
         ------
@@ -483,6 +656,7 @@ class DynamicNegativeGuidance(_Memoryless):
                     p_max=p_max,
                     probes=probes,
                 ),
+                reference,
             )
         if checks.integer("probes", probes, 0) != 1:
             raise ValueError(f"probes must be 1, its default, for {tracker=}, got {probes!r}")
@@ -498,6 +672,7 @@ class DynamicNegativeGuidance(_Memoryless):
                 p_max=p_max,
                 variance=variance,
             ),
+            reference,
         )
 
     def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
@@ -537,7 +712,9 @@ class FeedbackGuidance(_Memoryless):
     """FBG (arXiv 2506.06085): ``base + lambda (positive - base)``, lambda = e^L/(e^L - (1 - pi)).
 
     lambda = 1 is the plain positive prediction.  L is tracked like the paper's posterior, starting
-    from 0, and clamped so that lambda stays in (1, lambda_max].
+    from 0, and clamped so that lambda stays in (1, lambda_max].  With ``cfg_scale`` above 1 it is
+    one of the paper's hybrids: lambda + cfg_scale - 1, at every step (FBG_CFG) or where the noise
+    is between ``sigma_lo`` and ``sigma_hi`` (FBG_LIG).
 
     Parameters
     ----------
@@ -546,14 +723,20 @@ class FeedbackGuidance(_Memoryless):
     lambda_max : float
         Largest scale, above 1; sets the floor of L.
     t0, t1 : float
-        Diffusion times in (0, 1) at which guidance should set in and at which it should peak; they
-        determine ``step_offset`` and ``temperature`` where these are not given.
+        Where guidance should set in and where it should peak, as shares in (0, 1) of the number of
+        steps, counted from the clean end; they determine ``step_offset`` and ``temperature`` where
+        these are not given.
     temperature, step_offset : float, optional
         The paper's tau and delta.
     lambda_ref : float
         Scale that the offset alone would reach at t0.
     log_ratio_max : float
-        Ceiling of L, above 0 and not below the floor, log((1 - pi) lambda_max/(lambda_max - 1)).
+        Ceiling of L, above 0 and not below the floor, log((1 - pi) m/(m - 1)) with
+        m = lambda_max - cfg_scale + 1.
+    cfg_scale : float
+        c of the hybrids, >= 1 and below ``lambda_max``; 1 is FBG itself.
+    sigma_lo, sigma_hi : float
+        Noise levels sigma/alpha, both included, between which c - 1 is added; None is no limit.
 
     Raises
     ------
@@ -569,6 +752,9 @@ class FeedbackGuidance(_Memoryless):
     step_offset: float | None = None
     lambda_ref: float = 3.0
     log_ratio_max: float = 3.0
+    cfg_scale: float = 1.0
+    sigma_lo: float = 0.0
+    sigma_hi: float | None = None
     needs_positive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -581,6 +767,12 @@ class FeedbackGuidance(_Memoryless):
         if self.step_offset is not None:
             checks.finite("step_offset", self.step_offset)
         checks.real("log_ratio_max", self.log_ratio_max, "finite and > 0", 0.0, np.inf, closed="()")
+        checks.real(
+            "cfg_scale", self.cfg_scale, "in [1, lambda_max)", 1.0, self.lambda_max, closed="[)"
+        )
+        if self.sigma_hi is not None:
+            checks.non_negative("sigma_hi", self.sigma_hi)
+        checks.real("sigma_lo", self.sigma_lo, "in [0, sigma_hi]", 0.0, self._most, closed="[]")
         if self._floor > self.log_ratio_max:
             raise ValueError(
                 f"log_ratio_max must not be below the floor of L that pi = {self.pi!r} and "
@@ -589,10 +781,37 @@ class FeedbackGuidance(_Memoryless):
             )
 
     @property
+    def _most(self) -> float:
+        return np.inf if self.sigma_hi is None else self.sigma_hi
+
+    @property
     def _floor(self) -> float:
-        """L at which the scale is lambda_max."""
+        """L at which the scale, with what the hybrids add, is lambda_max."""
         # log1p keeps the floor from rounding to 0 for a tiny pi and a large lambda_max.
-        return float(np.log1p(-self.pi) - np.log1p(-1.0 / self.lambda_max))
+        largest = self.lambda_max - (self.cfg_scale - 1.0)
+        return float(np.log1p(-self.pi) - np.log1p(-1.0 / largest))
+
+    @classmethod
+    def published(cls, hybrid: bool = False) -> FeedbackGuidance:
+        """The paper's settings, for 64 steps of its own grid.
+
+        Parameters
+        ----------
+        hybrid : bool
+            The hybrid with classifier-free guidance in an interval of noise (FBG_LIG), or FBG.
+
+        Raises
+        ------
+        TypeError
+            If ``hybrid`` is not True or False.
+        """
+        if checks.boolean("hybrid", hybrid):
+            return cls(0.999, 10.0, 0.556, 0.492, cfg_scale=2.6, sigma_lo=0.48, sigma_hi=6.84)
+        return cls(0.999, 10.0, 0.556, 0.429)
+
+    def added(self, noise_ratio: float) -> float:
+        """What the hybrids add to lambda where sigma/alpha is ``noise_ratio``; 0 for FBG itself."""
+        return self.cfg_scale - 1.0 if self.sigma_lo <= noise_ratio <= self._most else 0.0
 
     def tracker(self, coefficients: StepCoefficients) -> RatioTracker:
         """The tracker of L for the steps of a run, with the paper's offset and temperature.
@@ -619,8 +838,8 @@ class FeedbackGuidance(_Memoryless):
             offset = float(np.log(reference)) / ((1.0 - self.t0) * steps)
         temperature = self.temperature
         if temperature is None:
-            small = coefficients.tracker_variance("small")
-            at_t1 = np.interp(self.t1, coefficients.time[::-1], small[::-1])
+            small = coefficients.tracker_variance("small")[::-1]  # from the step onto the data on
+            at_t1 = np.interp(self.t1 * steps, np.arange(steps), small)
             temperature = abs(2.0 * float(at_t1) * offset / 10.0)
         return RatioTracker(temperature, offset, self._floor, self.log_ratio_max)
 
@@ -628,10 +847,299 @@ class FeedbackGuidance(_Memoryless):
         """See :class:`Rule`."""
         assert predictions.positive is not None and predictions.odds is not None
         scale = equations.feedback_scale(predictions.odds[0], self.pi)
+        scale = scale + self.added(predictions.noise_ratio)
         guided = equations.toward(
             predictions.base, predictions.positive - predictions.base, scale[:, None]
         )
         return guided, scale[None], None
+
+
+@dataclass(frozen=True)
+class GeoGuide(_Memoryless):
+    """GeoGuide (arXiv 2407.12889): every step's mean moves by ``g sqrt(D)/N`` away from c.
+
+    lambda = g sqrt(D) / (N |d|), where d is the difference of the step's means for the negative
+    and for what it is measured from (docs/theory.md, section 5.10).  There is no push where d is
+    zero to rounding.  It has no memory and reads no posterior, so it pushes as far where nothing
+    of the concept is.
+
+    Parameters
+    ----------
+    guidance_scale : float
+        The paper's kappa, finite; below 0 it leads to the concept.
+    reference : {"positive", "unconditional"}
+        What the negative is measured from where there is classifier-free guidance beneath.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the scale is not a finite number or the reference none of these.
+    """
+
+    guidance_scale: float = 1.0
+    reference: Reference = "positive"
+
+    def __post_init__(self) -> None:
+        checks.finite("guidance_scale", self.guidance_scale)
+        checks.choice("reference", self.reference, REFERENCES)
+
+    def length(self, numbers: StepNumbers, dimensions: int) -> float:
+        """How far the step moves a prediction of x0; 0 where the step does not depend on it."""
+        if numbers.x0_factor == 0.0:
+            return 0.0
+        total = self.guidance_scale * np.sqrt(dimensions)
+        return float(total / (numbers.steps * abs(numbers.x0_factor)))
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        assert predictions.numbers is not None
+        base, direction = predictions.base, predictions.difference[0]
+        share: Array | float = 1.0
+        if predictions.rest is not None and predictions.log_ratio is not None:
+            # The same direction, accurate where negative and base agree to rounding: base =
+            # p negative + (1 - p) rest.
+            direction = predictions.negative[0] - predictions.rest
+            share = np.maximum(np.exp(-np.logaddexp(0.0, predictions.log_ratio[0])), 1e-300)
+        norm_sq = np.sum(direction * direction, axis=-1)
+        known = (norm_sq > ROUNDING_SQ * np.sum(base * base, axis=-1)) & (predictions.from_x0 != 0)
+        distance = np.where(known, np.sqrt(norm_sq), 1.0)
+        length = self.length(predictions.numbers, base.shape[-1]) * abs(predictions.from_x0)
+        scale = np.where(known, equations.geometric_scale(length, distance), 0.0)
+        return equations.away(base, direction, scale[:, None]), (scale / share)[None], None
+
+
+@dataclass(frozen=True)
+class CRG(_Memoryless):
+    """CRG (arXiv 2606.29801): the least push that brings tracked evidence back to a threshold.
+
+    With c the base, u the unconditional and n the negative prediction, in units of the noise,
+    b = |c - u|^2 - |c - n|^2 is the evidence for the concept of a step.  CP is gain/2 times that
+    of this step plus the sum of ``beta_ts/(2 alpha_ts^2 sigma_t^2) b`` over the earlier ones, and
+    ``c - g (CP - threshold)/(gain |n - u|^2) (n - u)`` where CP exceeds the threshold
+    (docs/theory.md, section 5.11).  At g = 1 the corrected c has CP equal to the threshold.
+
+    It needs classifier-free guidance beneath; with that at scale 1, c is the positive prediction.
+    The memory is the sum, shape (N, 1), in nats.
+
+    Parameters
+    ----------
+    guidance_scale : float
+        The paper's lambda_0, finite.
+    gain : float
+        K > 0, the weight of the present step.
+    threshold : float
+        CP above which there is a push.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a hyperparameter is not a number of its range.
+    """
+
+    guidance_scale: float = 2.0
+    gain: float = 1.0
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.finite("guidance_scale", self.guidance_scale)
+        checks.positive("gain", self.gain)
+        checks.finite("threshold", self.threshold)
+
+    @property
+    def reference(self) -> Reference:
+        """The unconditional prediction, which the rule is made of."""
+        return "unconditional"
+
+    def init(self, n: int, dimensions: int) -> Array:
+        """No evidence, shape (n, 1)."""
+        return np.zeros((n, 1))
+
+    @staticmethod
+    def rate(numbers: StepNumbers) -> float:
+        """Nats of evidence per unit of b: the paper's kappa/T."""
+        noise = numbers.alpha_ts * numbers.alpha_ts * numbers.sigma_t * numbers.sigma_t
+        return numbers.beta_ts / (2.0 * noise) if noise > 0 else 0.0
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, Array]:
+        """See :class:`Rule`."""
+        assert memory is not None and predictions.numbers is not None
+        base, difference = predictions.base, predictions.difference[0]
+        to_noise_sq = predictions.to_noise**2
+        from_null, from_negative = (
+            np.sum((base - other) ** 2, axis=-1)
+            for other in (predictions.measured_from, predictions.negative[0])
+        )
+        b = equations.regulating_evidence(from_null, from_negative) * to_noise_sq
+        norm_sq = np.sum(difference * difference, axis=-1)
+        surplus = 0.5 * self.gain * b + memory[:, 0] - self.threshold
+        acts = (surplus > 0) & (norm_sq > ROUNDING_SQ * np.sum(base * base, axis=-1))
+        acts &= to_noise_sq > 0
+        norm_sq = np.where(acts, norm_sq * to_noise_sq, 1.0)
+        scale = equations.regulating_scale(self.guidance_scale, surplus, self.gain, norm_sq)
+        scale = np.where(acts, scale, 0.0)
+        following = memory + (self.rate(predictions.numbers) * b)[:, None]
+        return equations.away(base, difference, scale[:, None]), scale[None], following
+
+
+@dataclass(frozen=True, eq=False)
+class SPELL(_Memoryless):
+    """SPELL (arXiv 2410.06025): predictions of x0 are pushed out of balls around given points.
+
+    ``D + g sum_k max(r/|D - z_k| - 1, 0) (D - z_k)`` for the base's x0 D.  With one point and
+    g = 1 a D within r of it ends at the distance r (docs/theory.md, section 5.12).  No negative
+    prediction is read, and there is no memory.
+
+    Parameters
+    ----------
+    points : array_like, shape (K, D)
+        What the predictions keep away from: images, latents.
+    radius : float
+        r > 0, in units of x0; the paper's 38.7 is for latents of Stable Diffusion.
+    guidance_scale : float
+        g, finite.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid; the message names it, its value and what is allowed.
+    """
+
+    points: Array
+    radius: float
+    guidance_scale: float = 1.6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", _points(self.points))
+        checks.positive("radius", self.radius)
+        checks.finite("guidance_scale", self.guidance_scale)
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`; the scale is that of all points together."""
+        assert predictions.x0 is not None
+        shift, total = np.zeros_like(predictions.base), np.zeros(len(predictions.base))
+        for point in self.points:
+            difference = predictions.x0 - point
+            distance = np.sqrt(np.sum(difference * difference, axis=-1))
+            share = np.maximum(equations.shield(self.radius, np.maximum(distance, 1e-150)), 0.0)
+            share = self.guidance_scale * share
+            shift = equations.toward(shift, difference, share[:, None])
+            total = total + share
+        guided = predictions.base + shift * predictions.from_x0
+        rows = len(predictions.negative)
+        return guided, np.broadcast_to(total, (rows, len(total))), None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageReferenced(_Memoryless):
+    """DNG whose negatives are given as points, images or latents (theory of arXiv 2502.08011).
+
+    Their kernel mixture is the unwanted: its prediction of x0 is the negative one, and the
+    posterior is ``prior`` times its density over that of the base (docs/theory.md, section 5.13).
+    Points that are components of the mixture, with its bandwidth and their weight as prior, give
+    exact DNG.  No negative prediction is read, and there is no memory.
+
+    Parameters
+    ----------
+    points : array_like, shape (K, D)
+        The unwanted.
+    prior : float
+        Their share of the data, in (0, 1).
+    guidance_scale : float
+        g, finite.
+    bandwidth : float
+        Standard deviation of the kernel on each point, >= 0.
+    p_max : float
+        Cap of the posterior, in (0, 1), which may pass 1 if the points are not in the data.
+    reference : {"positive", "unconditional"}
+        What the negative is measured from, and its posterior relative to, where there is
+        classifier-free guidance beneath.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid; the message names it, its value and what is allowed.
+    """
+
+    points: Array
+    prior: float
+    guidance_scale: float = 1.0
+    bandwidth: float = 0.0
+    p_max: float = 0.99
+    reference: Reference = "positive"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", _points(self.points))
+        checks.real("prior", self.prior, "in (0, 1)", 0.0, 1.0, closed="()")
+        checks.finite("guidance_scale", self.guidance_scale)
+        checks.non_negative("bandwidth", self.bandwidth)
+        checks.real("p_max", self.p_max, "in (0, 1)", 0.0, 1.0, closed="()")
+        checks.choice("reference", self.reference, REFERENCES)
+
+    def kernel_mixture(self, x: Array, alpha: float, sigma: float) -> tuple[Array, Array]:
+        """Prediction of x0 (N, D) and log density (N,) of the points' diffused mixture at x."""
+        variance = (alpha * self.bandwidth) ** 2 + sigma * sigma
+        squares = np.array([np.sum((x - alpha * z) ** 2, axis=-1) for z in self.points])
+        log_terms = -0.5 * (squares / variance + x.shape[-1] * np.log(2.0 * np.pi * variance))
+        log_terms -= np.log(len(self.points))
+        log_density = np.logaddexp.reduce(log_terms, axis=0)
+        centre = np.exp(log_terms - log_density).T @ self.points
+        gain = alpha * self.bandwidth**2 / variance
+        return centre + gain * (x - alpha * centre), log_density
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        assert predictions.pointwise is not None
+        negative, log_ratio = predictions.pointwise
+        p = np.exp(np.minimum(np.log(self.prior) + log_ratio, np.log(self.p_max)))
+        scale = equations.dynamic_scale(self.guidance_scale, p, 1.0 - p)
+        difference = negative - predictions.measured_from
+        guided = equations.away(predictions.base, difference, scale[:, None])
+        return guided, np.broadcast_to(scale, (len(predictions.negative), len(scale))), None
+
+
+def _points(value: object) -> Array:
+    """Checked points (K, D), at least one; read-only."""
+    points = checks.array("points", value, ("K", "D"))  # type: ignore[arg-type]
+    if points.size == 0:
+        raise ValueError(f"points must not be empty, got shape {points.shape}")
+    return checks.frozen(points)
+
+
+@dataclass(frozen=True)
+class CFGPlusPlus(_Memoryless):
+    """CFG++ (arXiv 2406.08070) for DDIM: classifier-free guidance with a scale that reads the step.
+
+    w = g alpha_s sigma_t / (alpha_s sigma_t - alpha_t sigma_s), with which DDIM's step is
+    CFG++'s: the guided x0, and the unguided noise again (docs/theory.md, section 5.14).
+
+    Parameters
+    ----------
+    guidance_scale : float
+        The paper's lambda, finite, in [0, 1] there.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If g is not a finite number.
+    """
+
+    guidance_scale: float = 0.6
+    needs_positive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checks.finite("guidance_scale", self.guidance_scale)
+
+    def scale(self, numbers: StepNumbers) -> float:
+        """w of a step."""
+        levels = (numbers.alpha_t, numbers.sigma_t, numbers.alpha_s, numbers.sigma_s)
+        return float(equations.plus_plus_scale(self.guidance_scale, *levels))
+
+    def guide(self, predictions: Predictions, memory: Array | None) -> tuple[Array, Array, None]:
+        """See :class:`Rule`."""
+        assert predictions.positive is not None and predictions.numbers is not None
+        scale = self.scale(predictions.numbers)
+        guided = equations.toward(predictions.base, predictions.positive - predictions.base, scale)
+        return guided, _constant(predictions, scale), None
 
 
 @dataclass(frozen=True)
@@ -692,6 +1200,11 @@ def innermost(rule: Rule) -> Rule:
     return rule
 
 
+def reads_the_step(rule: Rule) -> bool:
+    """Whether a rule reads the numbers of the step that will be taken."""
+    return isinstance(innermost(rule), GeoGuide | CRG | CFGPlusPlus)
+
+
 def limited(rule: Rule, t_lo: float, t_hi: float) -> Rule:
     """The rule at times in [t_lo, t_hi]; the rule itself where that is all times."""
     return rule if (t_lo, t_hi) == (0.0, 1.0) else LimitedInterval(rule, t_lo, t_hi)
@@ -708,6 +1221,12 @@ RULES: dict[str, Callable[..., Rule]] = {
     "cg": ClassifierGuidance,
     "fbg": FeedbackGuidance,
     "perp-neg": PerpNeg,
+    "signed": SignedNegative,
+    "geoguide": GeoGuide,
+    "crg": CRG,
+    "spell": SPELL,
+    "images": ImageReferenced,
+    "cfg++": CFGPlusPlus,
 }
 
 

@@ -27,7 +27,8 @@ from dng_math.prediction import (
 )
 from dng_math.reference_chain import Chain, run_reference
 from dng_math.rules import Rule, tracker_of
-from dng_math.schedules import NoiseSchedule, Sampler
+from dng_math.schedules import NoiseSchedule, Sampler, StepCoefficients
+from dng_math.weights import FeynmanKac
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -52,7 +53,12 @@ class ChainResult:
     scale : ndarray, shape (S, M, N), or None
         The scale lambda of every step (for SLD its mean over dimensions).
     tracked, exact : ndarray, shape (S + 1, M, N), or None
-        log p(c_k | x_t), the tracked and the exact one.
+        log p(c_k | x_t), the tracked and the exact one, among what the negative is measured from.
+    log_weights : ndarray, shape (N,), or None
+        With ``weights``: log weights of the samples.  The mean of ``exp(log_weights)`` estimates
+        the mean of (1 - p_c)^g of unguided samples, with or without resampling.
+    ess : ndarray, shape (S + 1,), or None
+        With ``weights``: effective sample size at every time, before resampling there.
     """
 
     x: Array
@@ -62,6 +68,8 @@ class ChainResult:
     scale: Array | None
     tracked: Array | None
     exact: Array | None
+    log_weights: Array | None = None
+    ess: Array | None = None
 
 
 def sample(
@@ -72,6 +80,7 @@ def sample(
     n: int,
     forbidden: ArrayLike | Sequence[ArrayLike] | None = None,
     positive: ArrayLike | None = None,
+    cfg_scale: float | None = None,
     sampler: Sampler | None = None,
     seed: int = 0,
     first_sample: int = 0,
@@ -79,6 +88,7 @@ def sample(
     record: Collection[str] = (),
     threads: int | None = None,
     engine: Literal["fused", "reference"] = "fused",
+    weights: FeynmanKac | None = None,
 ) -> ChainResult:
     """Sample a mixture by guided reverse diffusion.
 
@@ -96,11 +106,16 @@ def sample(
         The unwanted components; several concepts must be disjoint.
     positive : component indices or mask, optional
         What rules with a positive prediction lead to; default everything that is not forbidden.
+    cfg_scale : float, optional
+        Classifier-free guidance beneath the rule: w of ``u + w (c - u)``, to which the rule adds,
+        with u the prediction of the whole mixture and c that of ``positive``.  The rule's
+        ``reference`` says which of them the negative is measured from.
     sampler : DDPM, DDIM, EulerMaruyama or ProbabilityFlow, optional
         Default ``DDPM("small")``.
     seed, first_sample : int
         Sample i of the result is a function of (seed, first_sample + i) alone: the same bits
-        in any batch and on any number of threads.
+        in any batch and on any number of threads.  With ``weights`` that holds of the whole
+        result: it is a function of seed, first_sample and n.
     initial : "noise", "exact" or array_like of shape (n, D)
         x_T: "noise" draws it from N(0, sigma_T^2), as samplers do, "exact" from the mixture
         diffused to T; an array is x_T itself.
@@ -110,6 +125,12 @@ def sample(
         Number of threads; default all cores.
     engine : {"fused", "reference"}
         The compiled chain, or the plain NumPy one that it is tested against.
+    weights : FeynmanKac, optional
+        Weights with which the samples of :class:`dng_math.DynamicNegativeGuidance` follow
+        p (1 - p_c)^g, exactly for any number of steps if its posterior is exact.  They need a
+        sampler with noise; a step without (DDPM's last) is taken unguided.  Samples are then
+        one population and not independent of each other, and rows of the records are
+        populations and not paths.
 
     Returns
     -------
@@ -134,7 +155,7 @@ def sample(
     checks.choice("engine", engine, ("fused", "reference"))
     coefficients = schedule.coefficients(sampler)
 
-    roles = roles_of(mixture, rule, forbidden, positive)
+    roles = roles_of(mixture, rule, forbidden, positive, cfg_scale)
     concepts = roles.concepts
     tracker = tracker_of(rule, coefficients)
     for name, missing in (("tracked", tracker is None), ("exact", not concepts)):
@@ -148,7 +169,9 @@ def sample(
     if eta_matters and np.any(coefficients.sigma_t == 0):
         raise ValueError("schedule must have sigma > 0 where the divergence is corrected")
 
-    own_weights = [mixture.weights[concept].sum() for concept in concepts] or [1.0]
+    _check_weights(weights, rule, coefficients)
+    whole = mixture.weights[roles.led_to].sum() if roles.within else 1.0
+    own_weights = [mixture.weights[concept].sum() / whole for concept in concepts] or [1.0]
     given = None if tracker is None else getattr(tracker, "prior", None)
     chain = Chain(
         roles=roles,
@@ -161,25 +184,47 @@ def sample(
         first_sample=checks.integer("first_sample", first_sample, 0, 2**62),
         record=record,
         threads=available_threads() if threads is None else checks.integer("threads", threads, 1),
+        weights=weights,
     )
     rules.warn_where_noise_is_missing(tracker, coefficients, stacklevel=2)
     x = _initial(chain, schedule, initial)
     run = run_reference if engine == "reference" else run_fused
-    x, state, records = run(chain, x)
+    x, state, records, population = run(chain, x)
     log_posterior = None
     if tracker is not None and state is not None:
         log_posterior = tracker.log_posterior(state)
         if "tracked" in records:
             records["tracked"] = tracker.log_posterior(records["tracked"])
     if "exact" in records:
-        records["exact"][-1] = [mixture.log_posterior(x, concept) for concept in concepts]
+        records["exact"][-1] = [roles.log_share(mixture, x, concept) for concept in concepts]
     time = np.append(coefficients.time, 0.0)
     return ChainResult(
         x=x,
         time=time,
         log_posterior=log_posterior,
         **{name: records.get(name) for name in RECORDS},
+        log_weights=None if population is None else population.log_weights,
+        ess=None if population is None else np.array(population.ess),
     )
+
+
+def _check_weights(weights: object, rule: Rule, coefficients: StepCoefficients) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, FeynmanKac):
+        raise TypeError(f"weights must be a FeynmanKac, got {checks.shown(weights)}")
+    inner = rules.innermost(rule)
+    if not isinstance(inner, rules.DynamicNegativeGuidance):
+        raise ValueError(
+            "weights must be None unless the rule is DynamicNegativeGuidance, whose target they "
+            f"are for; got {inner!r}"
+        )
+    silent = int(np.sum(coefficients.step_var[:-1] == 0))
+    if silent:
+        raise ValueError(
+            "weights must be None for a sampler with steps without noise before the last, which "
+            f"have no density to compare; got one with {silent}"
+        )
 
 
 def _records(record: object) -> frozenset[str]:

@@ -13,6 +13,11 @@ everything is float64.
     FBG    Koulischer et al. 2025, arXiv 2506.06085
     CCFG   Chang, Chung and Ye 2024, arXiv 2411.17077
     Perp-Neg   Armandpour et al. 2023, arXiv 2304.04968
+    CFG++  Chung et al. 2024, arXiv 2406.08070
+    GeoGuide   arXiv 2407.12889
+    SPELL  arXiv 2410.06025
+    CRG    arXiv 2606.29801
+    Safe Denoiser   arXiv 2502.08011
 """
 
 from __future__ import annotations
@@ -278,6 +283,132 @@ def contrastive_cfg(
     decay = np.exp(-temperature * squared_distance(eps_neg, eps))
     weight = 2.0 * decay / (1.0 + decay)
     return eps - guidance_scale * per_sample(weight, eps) * (eps_neg - eps)
+
+
+def cfg_beneath(eps_null: np.ndarray, eps_pos: np.ndarray, w: float) -> np.ndarray:
+    """eps_null + w (eps_pos - eps_null), as text-to-image pipelines write it."""
+    return eps_null + w * (eps_pos - eps_null)
+
+
+def sld_pipeline(
+    eps_null: np.ndarray,
+    eps_pos: np.ndarray,
+    eps_safety: np.ndarray,
+    momentum: np.ndarray,
+    step: int,
+    w: float,
+    warmup: int,
+    sld_scale: float,
+    threshold: float,
+    momentum_scale: float,
+    mom_beta: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Guided prediction and next momentum of the authors' pipeline in diffusers (SLD, Eqs. 3-8)."""
+    guidance = eps_pos - eps_null
+    scale = np.minimum(np.abs(eps_pos - eps_safety) * sld_scale, 1.0)
+    scale = np.where(eps_pos - eps_safety >= threshold, 0.0, scale)
+    safety = (eps_safety - eps_null) * scale
+    safety = safety + momentum_scale * momentum
+    momentum = mom_beta * momentum + (1.0 - mom_beta) * safety
+    if step >= warmup:
+        guidance = guidance - safety
+    return eps_null + w * guidance, momentum
+
+
+def contrastive_cfg_both(
+    eps_null: np.ndarray, eps_pos: np.ndarray, eps_neg: np.ndarray, w: float, tau: float
+) -> np.ndarray:
+    """u + w f(c - u) (c - u) - w h(n - u) (n - u), both factors (CCFG)."""
+    toward = 2.0 / (1.0 + np.exp(-tau * squared_distance(eps_pos, eps_null)))
+    decay = np.exp(-tau * squared_distance(eps_neg, eps_null))
+    away = 2.0 * decay / (1.0 + decay)
+    guided = eps_null + w * per_sample(toward, eps_null) * (eps_pos - eps_null)
+    return guided - w * per_sample(away, eps_null) * (eps_neg - eps_null)
+
+
+def geoguide(
+    eps: np.ndarray,
+    eps_neg: np.ndarray,
+    kappa: float,
+    n_steps: int,
+    alpha_ts: float,
+    beta_ts: float,
+    sigma_t: float,
+) -> np.ndarray:
+    """eps - lambda (eps_neg - eps), lambda = kappa sqrt(D)/(N |m| |delta|) (GeoGuide)."""
+    m = -beta_ts / (alpha_ts * sigma_t)
+    length = np.sqrt(squared_distance(eps_neg, eps))
+    scale = kappa * math.sqrt(eps[0].size) / (n_steps * abs(m) * length)
+    return eps - per_sample(scale, eps) * (eps_neg - eps)
+
+
+def crg(
+    eps: np.ndarray,
+    eps_null: np.ndarray,
+    eps_neg: np.ndarray,
+    past: np.ndarray,
+    lambda0: float,
+    gain: float,
+    threshold: float,
+) -> np.ndarray:
+    """c - lambda0 omega (n - u), omega = max(CP - threshold, 0)/(K |n - u|^2) (CRG)."""
+    b = squared_distance(eps, eps_null) - squared_distance(eps, eps_neg)
+    cp = gain / 2.0 * b + past
+    omega = np.maximum(cp - threshold, 0.0) / (gain * squared_distance(eps_neg, eps_null))
+    return eps - lambda0 * per_sample(omega, eps) * (eps_neg - eps_null)
+
+
+def crg_kappa(beta: float, n_steps: int, alpha: float, alpha_bar: float) -> float:
+    """kappa = beta T/(2 alpha (1 - alpha_bar)), which weighs b in the sum over steps, over T."""
+    return beta * n_steps / (2.0 * alpha * (1.0 - alpha_bar))
+
+
+def spell(x0: np.ndarray, points: np.ndarray, radius: float, scale: float) -> np.ndarray:
+    """D + scale sum_k relu(r/|D - z_k| - 1)(D - z_k) (SPELL)."""
+    moved = x0.copy()
+    for point in points:
+        distance = np.sqrt(squared_distance(x0, np.broadcast_to(point, x0.shape)))
+        moved = moved + scale * per_sample(np.maximum(radius / distance - 1.0, 0.0), x0) * (
+            x0 - point
+        )
+    return moved
+
+
+def image_referenced(
+    x: np.ndarray,
+    x0: np.ndarray,
+    density: np.ndarray,
+    points: np.ndarray,
+    alpha: float,
+    sigma: float,
+    prior: float,
+) -> np.ndarray:
+    """D + o (D - D_unsafe), o = p/(1 - p), p = P(unsafe) p_t(x | unsafe)/p_t(x) (Safe Denoiser)."""
+    guided = np.zeros_like(x0)
+    for i in range(len(x)):
+        kernels = [
+            math.exp(-np.sum((x[i] - alpha * z) ** 2) / (2.0 * sigma**2))
+            / (2.0 * math.pi * sigma**2) ** (len(z) / 2)
+            for z in points
+        ]
+        unsafe = sum(k * z for k, z in zip(kernels, points, strict=True)) / sum(kernels)
+        p = prior * sum(kernels) / len(points) / density[i]
+        guided[i] = x0[i] + p / (1.0 - p) * (x0[i] - unsafe)
+    return guided
+
+
+def cfg_plus_plus_step(
+    alpha_bar_t: float,
+    alpha_bar_s: float,
+    x: np.ndarray,
+    eps_null: np.ndarray,
+    eps_pos: np.ndarray,
+    guidance_scale: float,
+) -> np.ndarray:
+    """DDIM with the guided x0 and the unguided noise (CFG++, Algorithm 2)."""
+    guided = cfg_beneath(eps_null, eps_pos, guidance_scale)
+    x0 = (x - np.sqrt(1.0 - alpha_bar_t) * guided) / np.sqrt(alpha_bar_t)
+    return np.sqrt(alpha_bar_s) * x0 + np.sqrt(1.0 - alpha_bar_s) * eps_null
 
 
 def fbg_scale(log_ratio: Any, mixing: float) -> Any:

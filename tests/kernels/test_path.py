@@ -43,6 +43,8 @@ from tests.helpers.mixtures import moderate
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
+# For tests that call the interpreter often, which takes milliseconds a call.
+MOSTLY_TORCH = ["reference", pytest.param("triton", marks=[needs_triton, pytest.mark.slow])]
 ROOT = Path(__file__).parents[2]
 CASES = {
     "linear, noise": (NoiseSchedule.linear().respace(12), "epsilon"),
@@ -54,7 +56,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOSTLY_TORCH)
 @pytest.mark.parametrize("compare", ["rest", "base"])
 @pytest.mark.parametrize("case", CASES)
 def test_states_are_those_of_exact_chains(case, compare, backend):
@@ -288,6 +290,7 @@ def test_a_failed_call_leaves_the_memory_as_it_was():
 # ---------------------------------------------------------------- what the machine code is like
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_compile_without_spills_and_read_16_bytes_at_a_time(tmp_path):
     """For sm_80, sm_90 and sm_100, with predictions of 32 and of 16 bits, at every point."""

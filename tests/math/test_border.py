@@ -16,8 +16,11 @@ import pytest
 
 import dng_math
 from dng_math import (
+    CRG,
     DDIM,
     DDPM,
+    SPELL,
+    CFGPlusPlus,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     ContrastiveCFG,
@@ -25,7 +28,10 @@ from dng_math import (
     EulerMaruyama,
     ExactPosterior,
     FeedbackGuidance,
+    FeynmanKac,
     GaussianMixture,
+    GeoGuide,
+    ImageReferenced,
     LimitedInterval,
     LogOddsTracker,
     NegativePrompting,
@@ -35,6 +41,7 @@ from dng_math import (
     PerpNeg,
     ProbabilityFlow,
     SafeLatentDiffusion,
+    SignedNegative,
     StepCoefficients,
     TimeProfile,
     distances,
@@ -349,8 +356,58 @@ TABLE: list[Case] = [
             PerpNeg,
             DynamicNegativeGuidance,
             SafeLatentDiffusion,
+            SignedNegative,
+            GeoGuide,
+            CRG,
+            CFGPlusPlus,
         )
         for case in bad(rule, {}, guidance_scale=NO_REAL)
+    ),
+    *(
+        case
+        for rule in (
+            NegativePrompting,
+            SignedNegative,
+            SafeLatentDiffusion,
+            ContrastiveCFG,
+            DynamicNegativeGuidance,
+            DynamicNegativeGuidance.tracked,
+            GeoGuide,
+        )
+        for case in bad(rule, {}, reference=[*NO_CHOICE, "Positive", "null"])
+    ),
+    *bad(
+        SafeLatentDiffusion.preset,
+        {"level": "weak"},
+        level=[*NO_CHOICE, "Weak"],
+        guidance_scale=NO_REAL,
+    ),
+    *bad(ContrastiveCFG.published, {}, guidance_scale=NO_REAL, temperature=[*NO_REAL, -1.0]),
+    *bad(ContrastiveCFG, {}, positive_factor=NO_BOOLEAN),
+    *bad(FeedbackGuidance.published, {}, hybrid=NO_BOOLEAN),
+    *bad(CRG, {}, gain=[*NO_REAL, 0.0], threshold=NO_REAL),
+    *bad(
+        SPELL,
+        {"points": [[0.0], [1.0]], "radius": 1.0},
+        points=[*NO_FINITE_ARRAY, [], [[], []], [0.0, 1.0]],
+        radius=[*NO_REAL, 0.0],
+        guidance_scale=NO_REAL,
+    ),
+    *bad(
+        ImageReferenced,
+        {"points": [[0.0], [1.0]], "prior": 0.2},
+        points=[*NO_FINITE_ARRAY, [], [[], []], [0.0, 1.0]],
+        prior=[*NO_REAL, 0.0, 1.0],
+        guidance_scale=NO_REAL,
+        bandwidth=[*NO_REAL, -1.0],
+        p_max=[*NO_REAL, 0.0, 1.0],
+        reference=[*NO_CHOICE, "null"],
+    ),
+    *bad(
+        FeynmanKac,
+        {},
+        resample_below=[*NO_REAL, -0.1, 1.1],
+        largest_increment=[*OPTIONAL_REAL, 0.0],
     ),
     *bad(
         SafeLatentDiffusion,
@@ -376,7 +433,11 @@ TABLE: list[Case] = [
         step_offset=OPTIONAL_REAL,
         lambda_ref=[*NO_REAL, 1.0],
         log_ratio_max=[*NO_REAL, 0.0],
+        cfg_scale=[*NO_REAL, 0.9, 10.0],
+        sigma_lo=[*NO_REAL, -0.1],
+        sigma_hi=[*OPTIONAL_REAL, -0.1],
     ),
+    *bad(FeedbackGuidance, {"sigma_lo": 0.5, "sigma_hi": 2.0}, sigma_lo=[2.1]),
     *bad(
         LimitedInterval,
         {"rule": NegativePrompting(), "t_lo": 0.2, "t_hi": 0.8},
@@ -495,6 +556,8 @@ TABLE: list[Case] = [
         ],
         threads=[*OPTIONAL_INTEGER, 0],
         engine=["gpu", 5, None, ["fused"]],
+        cfg_scale=OPTIONAL_REAL,
+        weights=[0.5, True, "half", FeynmanKac, FeynmanKac(), {}],
     ),
     *bad(
         sample,
@@ -526,6 +589,14 @@ TABLE: list[Case] = [
         memory=[X, "a"],
         step=OPTIONAL_INTEGER,
         time=[*OPTIONAL_REAL, -0.1, 1.1],
+        cfg_scale=OPTIONAL_REAL,
+        coefficients=[SCHEDULE, "c", StepCoefficients, 5],
+    ),
+    *bad(
+        predict,
+        {**PREDICT, "rule": GeoGuide(), "step": 3, "coefficients": COEFFICIENTS},
+        step=[*NO_INTEGER, 10],
+        coefficients=[None, SCHEDULE, "c", StepCoefficients],
     ),
     *bad(
         predict,

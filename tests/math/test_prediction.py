@@ -8,12 +8,14 @@ import pytest
 from dng_math import (
     DDIM,
     DDPM,
+    CFGPlusPlus,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     ContrastiveCFG,
     DynamicNegativeGuidance,
     FeedbackGuidance,
     GaussianMixture,
+    GeoGuide,
     LimitedInterval,
     LogOddsTracker,
     NegativePrompting,
@@ -57,6 +59,9 @@ RULES = {
     "log-odds, path": DynamicNegativeGuidance(1.0, PathTracker(prior=0.3)),
     "path, base": DynamicNegativeGuidance(1.0, PathTracker(compare="base")),
     "fbg": FeedbackGuidance(),
+    "fbg, hybrid": FeedbackGuidance(cfg_scale=2.0, sigma_lo=0.2, sigma_hi=3.0),
+    "geoguide": GeoGuide(1.0),
+    "cfg++": CFGPlusPlus(0.6),
     "interval, np": LimitedInterval(NegativePrompting(0.4), 0.2, 0.7),
     "interval, sld": LimitedInterval(SafeLatentDiffusion(0.4), 0.2, 0.7),
     "interval, log-odds": LimitedInterval(DynamicNegativeGuidance(1.0, LogOddsTracker()), 0.2, 0.9),
@@ -79,6 +84,7 @@ def walk(mixture, rule, coefficients, x, state_of, **roles):
             memory=memory,
             step=i,
             time=float(coefficients.time[i]),
+            coefficients=coefficients,
             **roles,
         )
         memory = result.memory
@@ -285,6 +291,7 @@ def test_no_signal_and_no_points():
         else:
             options = {}
         options |= {"forbidden": [0], "step": 5, "time": 0.5}
+        options["coefficients"] = SCHEDULE.coefficients()
         for kind in QUANTITIES:
             got = predict(mixture, x, 0.0, 2.0, rule, prediction_type=kind, **options)
             assert np.isfinite(got.guided).all()

@@ -332,7 +332,7 @@ def test_feedback_is_the_textbook(seed):
     assert error(tracker.step_offset, textbook.fbg_step_offset(0.9, 0.6, 50)) < 1e-14
     assert error(tracker.low, textbook.fbg_floor(0.9, 8.0)) < 1e-14
     small = c.tracker_variance("small")
-    at_t1 = np.interp(0.3, c.time[::-1], small[::-1])
+    at_t1 = small[::-1][15]  # position 0.3 N, counted from the step onto the data
     wanted = textbook.fbg_temperature(at_t1, tracker.step_offset)
     assert error(tracker.temperature, wanted) < 1e-14
     x_next, mean, mean_pos = step(seed)
@@ -555,7 +555,12 @@ def test_the_usual_rule_in_one_line():
 
 
 def test_rules_have_one_name_each_and_an_interval_only_where_there_is_one():
-    given = {"dng": {"posterior": PaperTracker()}, "fbg": {"pi": 0.9}}
+    given = {
+        "dng": {"posterior": PaperTracker()},
+        "fbg": {"pi": 0.9},
+        "spell": {"points": [[0.0]], "radius": 1.0},
+        "images": {"points": [[0.0]], "prior": 0.3},
+    }
     made = {name: rules.rule_named(name, 2.5, **given.get(name, {})) for name in rules.RULES}
     assert {type(rule) for rule in made.values()} == set(rules.RULES.values())
     assert all(getattr(rule, "guidance_scale", 2.5) == 2.5 for rule in made.values())
