@@ -333,7 +333,7 @@ def test_an_example_prints_what_its_page_says(page, program, said, tmp_path):
 
 
 def test_the_examples_are_found():
-    assert [page for page, *_ in examples()] == ["README.md"] * 3 + ["experiments.md"]
+    assert [page for page, *_ in examples()] == ["README.md"] * 3 + ["experiments.md", "path.md"]
 
 
 @pytest.mark.parametrize(
