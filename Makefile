@@ -7,7 +7,7 @@ BENCHMARKS ?= start host mixture step overhead loop
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help figures class-removal test test-cpus test-lowest benchmark lint clean
+.PHONY: help figures class-removal text-to-image test test-cpus test-lowest benchmark lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -17,6 +17,9 @@ figures: $(VENV)/figures.stamp ## draw the figures (ARGS="..." is passed on)
 
 class-removal: $(VENV)/models.stamp ## train networks on digits, sweep and plot (ARGS="--quick": shipped ones)
 	$(BIN)/python -m dng_models.class_removal run $(ARGS)
+
+text-to-image: $(VENV)/models.stamp ## prompts without something, in a laboratory (ARGS="--quick": under a minute)
+	$(BIN)/python -m dng_models.text_to_image run $(ARGS)
 
 test: $(VENV)/test.stamp ## run the tests (PYTEST_ARGS="-m slow" runs the long ones)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(PYTEST_ARGS)

@@ -25,6 +25,7 @@ __all__ = [
     "Trace",
     "add_latents_block",
     "apply_guidance",
+    "estimate_prior",
     "load_network",
     "remove_guidance",
     "sample",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
         scheduler_run,
         transition,
     )
+    from dng_models.text_to_image.priors import estimate_prior
 else:
     from dng_models.support import extras
 
@@ -91,6 +93,7 @@ else:
         "Trace": "pipelines.trace",
         "add_latents_block": "pipelines.modular_blocks",
         "apply_guidance": "pipelines.hook",
+        "estimate_prior": "text_to_image.priors",
         "load_network": "class_removal.networks",
         "remove_guidance": "pipelines.hook",
         "sample": "pairs.sampling",

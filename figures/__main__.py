@@ -25,11 +25,14 @@ try:
         class_removal_networks,
         class_removal_tuned,
         guidance_1d,
+        league,
+        path_tracker,
         pipeline_digits,
         posterior_tracking,
         schedulers,
         score_fields,
         style,
+        text_to_image,
         tracker_steps,
         update_geometry,
     )
@@ -45,11 +48,14 @@ FIGURES: dict[str, ModuleType] = {
     "posterior_tracking": posterior_tracking,
     "score_fields": score_fields,
     "tracker_steps": tracker_steps,
+    "path_tracker": path_tracker,
+    "league": league,
     "class_removal": class_removal,
     "class_removal_tuned": class_removal_tuned,
     "class_removal_networks": class_removal_networks,
     "pipeline_digits": pipeline_digits,
     "schedulers": schedulers,
+    "text_to_image": text_to_image,
 }
 FORMATS = ("png", "svg")
 OUT = Path("figures", "out")

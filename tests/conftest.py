@@ -48,7 +48,9 @@ NEEDED = {
     "figures/test_class_removal_networks.py": ("torch", "diffusers"),
     "figures/test_pipeline_digits.py": ("torch", "diffusers"),
     "figures/test_schedulers.py": ("torch", "diffusers"),
+    "figures/test_text_to_image.py": ("torch", "diffusers", "transformers"),
     "benchmarks": ("torch", "matplotlib"),
+    "house/test_choosing.py": ("torch", "diffusers", "transformers"),
     "house/test_docs.py": ("diffusers",),
     "house/test_results.py": ("torch", "diffusers", "matplotlib"),
 }

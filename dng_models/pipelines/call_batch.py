@@ -58,7 +58,8 @@ class BatchCall(WatchedCall):
                 rows_and_latents = zip(given, shown, strict=True)
                 shown = [[*r[:-1], z] if isinstance(r, list) else z for r, z in rows_and_latents]
             found, _ = predict(hook, module, {**arguments, layout.latents: shown}, batch, parts)
-            return [self._to_step(found[part]) for part in (POSITIVE, *self.parts.negatives)]
+            used = (self.parts.compared, *self.parts.negatives)
+            return [self._to_step(found[part]) for part in used]
 
         x = latents.chunk(parts)[first]
         guided = self._guide(whole, network, x if latents.ndim > 1 else None)

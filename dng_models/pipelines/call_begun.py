@@ -72,6 +72,8 @@ class Parts:
         Parts with unwanted concepts, one per concept.
     unconditional : int or None
         Part with the unconditional prediction.
+    compared : int
+        Part that trackers compare the concepts with.
     """
 
     def __init__(self, chain: GuidedChain, concepts: Sequence[Concept] | None) -> None:
@@ -89,6 +91,10 @@ class Parts:
                 # The pipeline's negative prompt is the unwanted one: add the empty prompt.
                 self.unconditional = 2
                 self.added.append(Concept())
+        self.compared = POSITIVE
+        if chain.reference == "unconditional":
+            assert self.unconditional is not None
+            self.compared = self.unconditional
 
     @property
     def avoids_own(self) -> bool:

@@ -63,7 +63,8 @@ class SeparateCall(WatchedCall):
             # Use the caches of the begun call, so that those of the run itself stay unchanged.
             caches = {n: v for n, v in self._text_of(own).items() if not isinstance(v, Tensor)}
             found, _ = predict({**arguments, **caches, self.layout.latents: shown})
-            return [self._to_step(found[part]) for part in (POSITIVE, *self.parts.negatives)]
+            used = (self.parts.compared, *self.parts.negatives)
+            return [self._to_step(found[part]) for part in used]
 
         found, output = predict(arguments)
         guided = self._guide(found, network, latents)

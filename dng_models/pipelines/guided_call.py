@@ -16,6 +16,7 @@ from dng_models.pipelines.call_separate import AloneCall, SeparateCall
 from dng_models.pipelines.call_watched import WatchedCall
 from dng_models.pipelines.guided_chain import GuidedChain
 from dng_models.pipelines.layouts import Calls, Control, Layout
+from dng_models.pipelines.negative_template import with_composed_negatives
 from dng_models.pipelines.network_hook import (
     NAME,
     NetworkHook,
@@ -47,6 +48,8 @@ class GuidedCalls:
         Unwanted concepts in place of the pipeline's own negative prompt.
     denoisers : sequence of callable
         Unwanted networks, for pipelines without prompts.
+    negative_template : str, optional
+        How the negative prompt of each call is composed with its prompt.
 
     Raises
     ------
@@ -61,7 +64,9 @@ class GuidedCalls:
         chain: GuidedChain,
         concepts: Sequence[Concept] | None,
         denoisers: Sequence[Denoiser],
+        negative_template: str | None = None,
     ) -> None:
+        self.negative_template = negative_template
         self.pipe, self.layout, self.chain = pipe, layout, chain
         self.denoisers = list(denoisers)
         self.parts = Parts(chain, concepts)
@@ -139,6 +144,8 @@ class GuidedCalls:
             raise ValueError("pipe must not be called again while a guided call of it runs")
         self.attach()
         given = rows.given_to(function, args, kwargs)[0]
+        if self.negative_template is not None:
+            kwargs = with_composed_negatives(self.negative_template, given, kwargs)
         kwargs = self._switched_on(function, given, kwargs)
         call = self._call = KINDS[self.layout.calls](
             self.pipe,

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ from dng_models.pipelines.skipping import LONGEST_SKIP, expect, matters, scale_b
 from dng_models.pipelines.trace import RunTrace, Trace
 from dng_models.pipelines.transitions import SchedulerRun, scheduler_run
 
+Reference = Literal["positive", "unconditional"]
+REFERENCES: tuple[str, ...] = get_args(Reference)
 SAME_TIMESTEP = 1e-5  # float32 keeps seven digits of a timestep
 ANY_RUN = NoiseSchedule.linear(2).coefficients()
 
@@ -66,6 +68,9 @@ class GuidedChain:
     cfg_scale : float, optional
         Classifier-free guidance beneath the rule: base = unconditional + cfg_scale (positive -
         unconditional).  None: base = positive.
+    reference : {"positive", "unconditional"}
+        What trackers compare the unwanted predictions with.  "unconditional" tracks the posterior
+        among all images, p(c | x) without the positive prompt; the push stays from the positive.
     eta : float, optional
         The eta that a DDIM scheduler's step is given; None: that given to :meth:`begin`, or 0.
     divergence_probes : int
@@ -101,6 +106,7 @@ class GuidedChain:
         *,
         concepts: int | None = None,
         cfg_scale: float | None = None,
+        reference: Reference = "positive",
         eta: float | None = None,
         divergence_probes: int = 0,
         skip_below: float | None = None,
@@ -152,6 +158,7 @@ class GuidedChain:
         self.rule = rule
         self.concepts = concepts
         self.cfg_scale = cfg_scale
+        self.reference = checks.choice("reference", reference, REFERENCES)
         self.eta = eta
         self.divergence_probes = divergence_probes
         self.skip_below = skip_below
@@ -159,15 +166,35 @@ class GuidedChain:
         self.has_network = has_network
         self.trace = Trace() if trace is None else trace
         self.needs_negative = not (self.leads or isinstance(inner, Unguided))
-        self.needs_unconditional = self.leads or isinstance(inner, PerpNeg) or cfg_scale is not None
+        self.needs_unconditional = (
+            self.leads
+            or isinstance(inner, PerpNeg)
+            or cfg_scale is not None
+            or self.reference == "unconditional"
+        )
         self.tracks = isinstance(inner, FeedbackGuidance) or isinstance(
             getattr(inner, "posterior", None), PaperTracker | LogOddsTracker | PathTracker
         )
+        self._check_reference()
         self._initial = self._first_log_posterior(initial_log_posterior)
         self._rules = rules
         # Whether scale 0 means that the guided prediction is the base.
         self._plain = not (self.leads or isinstance(inner, PerpNeg | SafeLatentDiffusion))
         self._run: GuidedRun | None = None
+
+    def _check_reference(self) -> None:
+        if self.reference == "positive":
+            return
+        if self.leads or not self.tracks:
+            raise ValueError(
+                f"reference must be 'positive' for {self.rule!r}, which tracks no posterior of "
+                "something unwanted, got 'unconditional'"
+            )
+        if self.skip_below is not None:
+            raise ValueError(
+                "skip_below must be None with reference='unconditional', where a skipped "
+                f"prediction would be evidence, got {self.skip_below!r}"
+            )
 
     def _first_log_posterior(self, given: Tensor | None) -> Tensor | None:
         """The checked ``initial_log_posterior``, (B,) or (M, B); None: begin with the prior."""
@@ -441,9 +468,10 @@ class GuidedChain:
         negatives : Tensor or sequence of Tensor, shape (B, ...) each
             Predictions of the unwanted concepts, one per concept.
         unconditional : Tensor, shape (B, ...), optional
-            The unconditional prediction, for ``cfg_scale``, Perp-Neg, CFG and FBG.
+            The unconditional prediction, for ``cfg_scale``, Perp-Neg, CFG and FBG, and as the
+            trackers' reference.
         network : callable, optional
-            Maps x (B, ...) to the positive and the concepts' predictions, for the divergence.
+            Maps x (B, ...) to the reference's and the concepts' predictions, for the divergence.
         x : Tensor, shape (B, ...), optional
             The network's input, for the divergence; not needed after :meth:`observe`.
 
@@ -471,7 +499,8 @@ class GuidedChain:
             others = []
         if self.needs_unconditional and unconditional is None:
             raise ValueError(
-                f"unconditional must be given for {self.rule!r} with cfg_scale={self.cfg_scale}"
+                f"unconditional must be given for {self.rule!r} with cfg_scale={self.cfg_scale} "
+                f"and reference={self.reference!r}"
             )
         if not self.needs_unconditional:
             unconditional = None
@@ -496,7 +525,8 @@ class GuidedChain:
             if not run.begun:
                 self._first(run, positive)
             if self.follows:
-                self._arrive(run, positive, others, network)
+                compared = self._compared(positive, unconditional)
+                self._arrive(run, compared, others, network)
             result, scale = self._guided(run, positive, others, unconditional)
             self._record(run, scale)
             self._count(run, len(others), len(positive))
@@ -685,7 +715,8 @@ class GuidedChain:
     ) -> tuple[Tensor, Tensor]:
         """The guided prediction and the scale of every image."""
         state = run.state
-        base, third, along = positive, unconditional, None
+        combined_with = None if self.cfg_scale is None else unconditional
+        base, third, along = positive, combined_with, None
         if self.leads:
             assert unconditional is not None
             base, other, third = unconditional, positive, None
@@ -697,7 +728,7 @@ class GuidedChain:
         elif self.concepts is None or state is None:
             other = others[0]
         elif len(run.plans) > 1:
-            return self._guided_by_each(run, positive, others, unconditional)
+            return self._guided_by_each(run, positive, others, combined_with)
         else:
             joint, state = union_of_concepts(run.plan, torch.stack(others), state)
             other = joint.to(positive.dtype)
@@ -755,6 +786,13 @@ class GuidedChain:
             result = result - _per_image(scale.to(wide), gap) * gap
         return result.to(positive.dtype), scales.sum(0)
 
+    def _compared(self, positive: Tensor, unconditional: Tensor | None) -> Tensor:
+        """The prediction that trackers compare those of the concepts with."""
+        if self.reference == "positive":
+            return positive
+        assert unconditional is not None
+        return unconditional
+
     def _remember(
         self,
         run: GuidedRun,
@@ -773,7 +811,8 @@ class GuidedChain:
             assert unconditional is not None
             run.base, run.others = unconditional.clone(), [positive.clone()]
         else:
-            run.base, run.others = positive.clone(), [other.clone() for other in others]
+            run.base = self._compared(positive, unconditional).clone()
+            run.others = [other.clone() for other in others]
         run.gaps = [None] * len(run.others)
         if run.plan.needs_divergence:
             run.gaps = list(self._divergence_gaps(run, network))
@@ -789,7 +828,7 @@ class GuidedChain:
         return divergence_gaps(run, run.x, network, self.divergence_probes, named=self.probes)
 
     def _arrive(
-        self, run: GuidedRun, positive: Tensor, others: list[Tensor], network: Predictions | None
+        self, run: GuidedRun, compared: Tensor, others: list[Tensor], network: Predictions | None
     ) -> None:
         """Update the posteriors to the point whose predictions were made, along the path to it."""
         assert run.state is not None
@@ -799,7 +838,7 @@ class GuidedChain:
         if begins:
             run.paths = [PathMemory() for _ in others]
         c, step = run.steps.coefficients, run.step
-        wide = torch.float64 if positive.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if compared.dtype == torch.float64 else torch.float32
         x = run.x.to(torch.promote_types(run.x.dtype, wide))
         states = run.state if self.concepts is not None else run.state[None]
         plans = run.plans * (len(states) // len(run.plans))
@@ -814,7 +853,7 @@ class GuidedChain:
                 tracker,
                 memory,
                 x,
-                positive.to(x.dtype) if wide == torch.float64 else positive,
+                compared.to(x.dtype) if wide == torch.float64 else compared,
                 other.to(x.dtype) if wide == torch.float64 else other,
                 own,
                 float(c.alpha_t[step]),

@@ -22,8 +22,9 @@ from dng_models.pairs.denoisers import Denoiser
 from dng_models.pipelines import rows
 from dng_models.pipelines.call_begun import Concept, check_text, maskless
 from dng_models.pipelines.guided_call import GuidedCalls
-from dng_models.pipelines.guided_chain import GuidedChain
+from dng_models.pipelines.guided_chain import GuidedChain, Reference
 from dng_models.pipelines.layouts import Layout, layout_of
+from dng_models.pipelines.negative_template import checked_template
 from dng_models.pipelines.trace import Trace
 
 _GUIDED = "_dng_guided_calls"
@@ -36,7 +37,9 @@ def apply_guidance(
     *,
     negative_prompts: Sequence[Negative] | None = None,
     negative_classes: Sequence[int] | None = None,
+    negative_template: str | None = None,
     cfg_scale: float | None = None,
+    reference: Reference = "positive",
     unwanted: Denoiser | Sequence[Denoiser] | None = None,
     eta: float | None = None,
     divergence_probes: int = 0,
@@ -69,9 +72,18 @@ def apply_guidance(
         (``negative_pooled_prompt_embeds`` ...) to tensors.
     negative_classes : sequence of int, optional
         Unwanted classes, for pipelines with class labels in place of prompts (DiT).
+    negative_template : str, optional
+        How the negative prompt of each call is composed with its prompt, as in "{positive}, with
+        {negative}".  The composed negative needs no offset, and its prior is the share of unguided
+        images that have what is unwanted (:func:`dng_models.estimate_prior`).  None: it is used as
+        it is given.
     cfg_scale : float, optional
         Classifier-free guidance beneath the rule: base = unconditional + cfg_scale (positive -
         unconditional), and the posterior compares negative with positive.  None: base = positive.
+    reference : {"positive", "unconditional"}
+        What trackers compare the negative with.  "unconditional" is for a negative that says
+        nothing of the positive prompt: its posterior among all images needs no offset, at the cost
+        of a third prediction, which ``cfg_scale`` makes anyway.  The push stays from the positive.
     unwanted : callable or sequence of callable
         Unwanted network, for a pipeline without prompts; as for :func:`dng_models.sample`, called
         with the network's own latents and times.  A sequence has several, each with its own
@@ -135,7 +147,9 @@ def apply_guidance(
         rule,
         negative_prompts=negative_prompts,
         negative_classes=negative_classes,
+        negative_template=negative_template,
         cfg_scale=cfg_scale,
+        reference=reference,
         unwanted=unwanted,
         eta=eta,
         divergence_probes=divergence_probes,
@@ -180,6 +194,7 @@ def guided_calls(
     trace: Trace,
     negative_prompts: Sequence[Negative] | None = None,
     negative_classes: Sequence[int] | None = None,
+    negative_template: str | None = None,
     unwanted: Denoiser | Sequence[Denoiser] | None = None,
     layout: Layout | None = None,
     **options: Any,
@@ -188,7 +203,7 @@ def guided_calls(
 
     Parameters
     ----------
-    pipe, rule, negative_prompts, negative_classes, unwanted, layout
+    pipe, rule, negative_prompts, negative_classes, negative_template, unwanted, layout
         As for :func:`apply_guidance`.
     trace : Trace
         The trace that records the runs.
@@ -221,6 +236,13 @@ def guided_calls(
             f"{type(pipe).__name__} without one"
         )
     concepts = _concepts(pipe, row, negative_prompts, negative_classes)
+    if negative_template is not None:
+        checked_template("negative_template", negative_template)
+        if concepts is not None or row.calls == "alone" or row.labels is not None:
+            raise ValueError(
+                "negative_template must be None without a negative_prompt in the pipeline's call "
+                f"(write negative_prompts in full), got {negative_template!r}"
+            )
     if isinstance(unwanted, Sequence) and len(unwanted) == 0:
         raise ValueError(f"unwanted must not be an empty sequence, got {unwanted!r}")
     if row.calls == "alone":
@@ -240,7 +262,7 @@ def guided_calls(
         )
     denoisers = _denoisers(chain, unwanted, pipe) if row.calls == "alone" else []
     _check_inpainting(pipe, row, chain)
-    return GuidedCalls(pipe, row, chain, concepts, denoisers)
+    return GuidedCalls(pipe, row, chain, concepts, denoisers, negative_template)
 
 
 # ---------------------------------------------------------------------- the pipeline's class
@@ -368,7 +390,8 @@ def _denoisers(chain: GuidedChain, unwanted: Any, pipe: Any) -> list[Denoiser]:
     if chain.needs_unconditional:
         raise ValueError(
             f"rule and cfg_scale must do without a second prompt: a {type(pipe).__name__} has "
-            f"none; got {chain.rule!r} with cfg_scale={chain.cfg_scale!r}"
+            f"none; got {chain.rule!r} with cfg_scale={chain.cfg_scale!r} and "
+            f"reference={chain.reference!r}"
         )
     if not chain.needs_negative:
         return []

@@ -21,6 +21,7 @@ from diffusers import (
 
 from dng_math.rules import Rule
 from dng_models.pairs.denoisers import Denoiser
+from dng_models.pipelines.guided_chain import Reference
 from dng_models.pipelines.hook import guided_calls
 from dng_models.pipelines.trace import Trace
 
@@ -36,7 +37,9 @@ class _Prompted:
         *args: Any,
         rule: Rule | None = None,
         negative_prompts: Sequence[str] | None = None,
+        negative_template: str | None = None,
         cfg_scale: float | None = None,
+        reference: Reference = "positive",
         divergence_probes: int = 0,
         skip_below: float | None = None,
         **kwargs: Any,
@@ -52,7 +55,7 @@ class _Prompted:
         rule : Rule, optional
             The rule, such as :meth:`dng_math.DynamicNegativeGuidance.tracked`; None: the parent's
             own guidance.
-        negative_prompts, cfg_scale, divergence_probes, skip_below
+        negative_prompts, negative_template, cfg_scale, reference, divergence_probes, skip_below
             As for :func:`dng_models.apply_guidance`; only with ``rule``.
 
         Returns
@@ -68,7 +71,9 @@ class _Prompted:
         parent: Any = super()
         options = {
             "negative_prompts": negative_prompts,
+            "negative_template": negative_template,
             "cfg_scale": cfg_scale,
+            "reference": None if reference == "positive" else reference,
             "divergence_probes": divergence_probes or None,
             "skip_below": skip_below,
         }
@@ -76,7 +81,7 @@ class _Prompted:
             _refuse_options(options)
             self.trace = None
             return parent.__call__(*args, **kwargs)
-        options["divergence_probes"] = divergence_probes
+        options |= {"divergence_probes": divergence_probes, "reference": reference}
         return _guided(self, rule, options, parent.__call__, args, kwargs)
 
 

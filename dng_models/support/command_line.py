@@ -95,7 +95,8 @@ def run(
     parser : ArgumentParser
         From :func:`commands_of`; every command must have an option ``--debug``.
     commands : str
-        Name of the module with the functions; it is imported after the arguments are parsed.
+        Name of the module with the functions, where hyphens of NAME are underscores; it is
+        imported after the arguments are parsed.
     arguments : sequence of str, optional
         Default: the arguments of this process.
 
@@ -113,7 +114,8 @@ def run(
     given = parser.parse_args(arguments)
     try:
         with what_is_said(getattr(given, "quiet", False)):
-            getattr(import_module(commands), f"{given.command}_command")(given)
+            name = given.command.replace("-", "_")
+            getattr(import_module(commands), f"{name}_command")(given)
     except KeyboardInterrupt:
         print(
             "\ninterrupted; nothing is lost, and the same command goes on from here",

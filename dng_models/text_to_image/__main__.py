@@ -12,9 +12,9 @@ from typing import Any
 
 from dng_models.support import command_line, options
 from dng_models.text_to_image.config import DEFAULT_CLIP, Config
+from dng_models.text_to_image.laboratory.training_config import LaboratoryTraining
 
 PROGRAM = "python -m dng_models.text_to_image"
-BATCH_SIZE = 4
 
 DESCRIPTION = """\
 Ask a text-to-image model for pictures without something: the experiment of Dynamic Negative
@@ -22,11 +22,17 @@ Guidance with Stable Diffusion (arXiv 2410.14398, Table 1, Figs. 5, 6, 12, 16-23
 that is related to the picture should change it; one that has nothing to do with it should leave it
 alone.
 
+Without --model, a laboratory is asked: diffusers' pipeline on a small world of pictures, drawn by
+the program, whose network is exact. A judge says what each image shows, and the ideal images are
+known. Nothing is downloaded. With --model, the same for any pipeline of diffusers, judged by CLIP.
+
   run        all of the following
   generate   draw the images: prompts x rules x related and unrelated negative x scales
   score      CLIP similarity to the unguided images, and whether the unwanted is found in them
   table      prompts and hyperparameters, the paper's Q by prompt and rule, and the detections
   plot       similarities, scales over time, trajectories, images, detections
+  train-laboratory  a Stable Diffusion pipeline on the laboratory's world, and judge it exactly
+  choices    what docs/choosing.md says: negative, prior, offset and steps, in the laboratory
 
 Every command says more: %(prog)s COMMAND --help
 """
@@ -43,6 +49,7 @@ What a run leaves in its folder (--out, by default runs/text_to_image):
   table.csv, q.csv                 numbers by point, and by prompt and rule
   figures/                         trajectories_* (paper, Fig. 5), similarities (6), similarities_*
                                    (6a), scales_* (12), grid_* (16-23), detections
+  priors.json                      what was counted with --prior measured
   work/                            lines of images that are not in images.jsonl yet
 
 Everything resumes at the image: the same command, started again, goes on where it was stopped and
@@ -52,7 +59,9 @@ refused. One process, or launch of several, writes to a folder at a time; anothe
 only, "torchrun --nproc-per-node 2 -m ...") spreads the images over processes, with the same result.
 
 examples:
-  %(prog)s run --tiny                      all of it with tiny networks: under a minute, no weights
+  %(prog)s run                             the laboratory: a few minutes, no weights
+  %(prog)s run --quick                     fewer images and steps of it: under a minute
+  %(prog)s run --model DIR --dry-run       checks, evaluations and expected time of a run
   %(prog)s run --model stabilityai/stable-diffusion-2 --out runs/sd2
   %(prog)s run --model DIR --only "dinner table" --rules np dng sld --num-images 8
 """
@@ -91,8 +100,11 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tiny",
         action="store_true",
-        help="a tiny random pipeline and a tiny CLIP instead, few steps and images: shows that "
-        "everything works, and nothing else",
+        help="a tiny random Stable Diffusion and a tiny CLIP instead, few steps and images: shows "
+        "that what a real one needs works, and nothing else",
+    )
+    group.add_argument(
+        "--quick", action="store_true", help="fewer steps and images, where they are not given"
     )
     options.add(group, Config, "dtype", shown="float16 on a GPU, else float32")
     group = parser.add_argument_group(
@@ -100,11 +112,11 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prompts",
-        default="paper",
         metavar="FILE",
-        help="'paper', or a JSON file: a list of objects with name, prompt, related, unrelated, "
-        "and if they differ from the defaults prior, temperature, offset, np_scale, dng_scale "
-        "(default: paper)",
+        help="'paper', 'laboratory', or a JSON file: a list of objects with name, prompt, related, "
+        "unrelated, and if they differ from the defaults prior, temperature, offset, offset_nats, "
+        "np_scale, dng_scale, and for composed negatives related_share, unrelated_share, "
+        "composed_scale (default: the model's)",
     )
     group.add_argument(
         "--only", nargs="+", metavar="NAME", help="of the prompts, those with these names"
@@ -115,6 +127,7 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
     options.add(
         scales, Config, "fractions", flag="--relative-scales", type=_numbers, action=_Joined
     )
+    options.add(group, Config, "negative_template", "prior")
     options.add(group, Config, "num_images", "seed", "height", "width")
 
     group = parser.add_argument_group("how it is drawn")
@@ -132,7 +145,12 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
 
 def _scoring_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is measured")
-    options.add(group, Config, "clip", shown=f"{DEFAULT_CLIP}, or the tiny one of a tiny run")
+    options.add(
+        group,
+        Config,
+        "clip",
+        shown=f"{DEFAULT_CLIP}; judge in the laboratory, and a tiny one in a tiny run",
+    )
     options.add(group, Config, "detector")
 
 
@@ -142,9 +160,8 @@ def _run_options(parser: argparse.ArgumentParser, *, networks: bool = True) -> N
         group.add_argument(
             "--batch-size",
             type=int,
-            default=BATCH_SIZE,
             metavar="N",
-            help="images that the networks see at once (default: %(default)s)",
+            help="images that the networks see at once (default: 4, in the laboratory 48)",
         )
         group.add_argument("--quiet", action="store_true", help="no progress bars")
     group.add_argument("--debug", action="store_true", help="show where an error comes from")
@@ -159,10 +176,18 @@ def make_parser() -> argparse.ArgumentParser:
     run = command(
         "run",
         "Draw what is missing, measure it, plot it, and print the table.\n\n"
-        "The paper's prompts, two rules and four scales are 85 points; with 32 images each that\n"
-        "is 2,720 images, of 50 steps on a doubled batch.",
-        "--tiny\n--model stabilityai/stable-diffusion-2 --prompts paper --rules np,dng --out sd2\n"
-        "--model DIR --clip DIR --rules np dng sld --relative-scales 0.5 1",
+        "In the laboratory, five prompts with seven methods at two scales are 135 points of 48\n"
+        "images. The paper's prompts, two rules and four scales are 85 points; with 32 images\n"
+        "each that is 2,720 images, of 50 steps on a doubled batch.",
+        "--quick\n--model stabilityai/stable-diffusion-2 --prompts paper --rules np,dng --out sd2\n"
+        "--model DIR --clip DIR --rules np dng sld --relative-scales 0.5 1\n"
+        "--model DIR --negative-template '{positive}, with {negative}' --prior measured --dry-run",
+    )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load and check everything, say how much would be drawn and how long it would take, "
+        "and draw nothing",
     )
     _drawing_options(run)
     _scoring_options(run)
@@ -171,7 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate = command(
         "generate",
         "Draw the images that are not there yet, into DIR/images.",
-        "--tiny\n--only 'dinner table' --rules dng --guidance-scales 5 10 20",
+        "--only 'dinner table' --rules dng --guidance-scales 1 2 4",
     )
     _drawing_options(generate)
     _run_options(generate)
@@ -208,6 +233,59 @@ def make_parser() -> argparse.ArgumentParser:
         help="images in a row of a grid (default: %(default)s)",
     )
     _run_options(plot, networks=False)
+    choices = command(
+        "choices",
+        "Print the tables of docs/choosing.md: measure in the laboratory which form of a\n"
+        "negative, prior, offset and number of steps are right. About 12 minutes on one core.",
+        "\n--part needed\n--part priors --num-images 16",
+    )
+    choices.add_argument(
+        "--part",
+        nargs="+",
+        choices=("needed", "forms", "priors", "steps"),
+        help="the priors that are needed, exactly; forms of a negative; wrong priors; steps and "
+        "trackers (default: all)",
+    )
+    choices.add_argument(
+        "--num-images",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images of each prompt and negative (default: %(default)s)",
+    )
+    choices.add_argument("--debug", action="store_true", help="show where an error comes from")
+    training = command(
+        "train-laboratory",
+        "Train a Stable Diffusion pipeline on the laboratory's world: text encoder and UNet, from\n"
+        "nothing, by the world's exact predictions. What is finished is not trained again; what\n"
+        "was stopped goes on, with the bits of a training that was not. DIR is then a model for\n"
+        "--model, and for from_pretrained of diffusers.",
+        "--quick --out runs/quick\n--judge\n--judge --num-images 300",
+    )
+    group = training.add_argument_group("training")
+    group.add_argument(
+        "--quick", action="store_true", help="a few updates of tiny networks, which learn nothing"
+    )
+    options.add(group, LaboratoryTraining, "steps", "batch_size", "learning_rate", "channels")
+    options.add(group, LaboratoryTraining, "difference_weight", "mismatched", "seed")
+    group = training.add_argument_group("gate")
+    group.add_argument(
+        "--judge",
+        action="store_true",
+        help="draw images of the finished pipeline, judge them exactly, print what is there, and "
+        "write it to DIR/gate.json; exit status 1 if the pipeline does not pass",
+    )
+    group.add_argument(
+        "--num-images",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images of each of six kinds of captions (default: %(default)s)",
+    )
+    group = options.run_group(training, "runs/laboratory")
+    options.add(group, LaboratoryTraining, "checkpoint_every")
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+    group.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser
 
 

@@ -11,14 +11,23 @@ import torch
 
 from dng_math import checks
 from dng_models.support import files
-from dng_models.text_to_image import compare, prompts, store
-from dng_models.text_to_image.config import DEFAULT_CLIP, TINY, Config, prompts_from_json
+from dng_models.text_to_image import compare, priors, prompts, store
+from dng_models.text_to_image.config import (
+    THE_LABORATORY,
+    TINY,
+    Config,
+    defaults_of,
+    prompts_from_json,
+)
 from dng_models.text_to_image.generation import Materials, generate, measure
+from dng_models.text_to_image.laboratory.prompts import LABORATORY
 from dng_models.text_to_image.store import RunFolder
 
 MEANINGLESS = "Of tiny random networks: these numbers show that everything works, and nothing else."
 # Defaults with --tiny.
 FEWER: dict[str, Any] = {"model": TINY, "clip": TINY, "steps": 6, "num_images": 4}
+# Defaults with --quick.
+QUICK: dict[str, Any] = {"steps": 20, "num_images": 12}
 
 
 def _config(given: argparse.Namespace) -> Config:
@@ -33,13 +42,20 @@ def _config(given: argparse.Namespace) -> Config:
         if "model" in told:
             raise ValueError(f"model must not be given with --tiny, got {told['model']!r}")
         told = FEWER | told
+    if given.quick:
+        told = QUICK | told
     if "dtype" not in told:
-        on_gpu = not given.tiny and _is_gpu(given.device)
+        # The exact model computes in float32 whatever its latents are.
+        exact = told.get("model", Config.model) in (TINY, THE_LABORATORY)
+        on_gpu = not exact and _is_gpu(given.device)
         told["dtype"] = "float16" if on_gpu else "float32"
     if given.interval is not None:
         told["t_lo"], told["t_hi"] = given.interval
     told["split_negatives"] = given.negative_prompts == "split"
-    chosen = prompts.load(given.prompts)
+    if given.prompts is not None:
+        chosen = prompts.load(given.prompts, {THE_LABORATORY: LABORATORY})
+    else:
+        chosen = defaults_of(told.get("model", Config.model))["prompts"]
     if given.only:
         by_name = {prompt.name: prompt for prompt in chosen}
         for name in given.only:
@@ -85,10 +101,10 @@ def _measuring(given: argparse.Namespace, folder: RunFolder) -> Config:
     settings = store.read_settings(folder)
     if settings is None:
         raise FileNotFoundError(f"there are no images in {folder.path}: 'generate' draws them")
-    tiny = settings["settings"]["model"] == TINY
+    model = settings["settings"]["model"]
     return Config(
-        model=settings["settings"]["model"],
-        clip=getattr(given, "clip", TINY if tiny else DEFAULT_CLIP),
+        model=model,
+        clip=getattr(given, "clip", TINY if model == TINY else defaults_of(model)["clip"]),
         detector=getattr(given, "detector", Config.detector),
     )
 
@@ -106,6 +122,9 @@ def _write_tables(folder: RunFolder) -> str:
     settings = store.read_settings(folder)
     if settings is not None:
         chosen = prompts_from_json(settings["prompts"], folder.settings)
+        if settings["settings"].get("prior") == "measured":
+            counted = priors.table(priors.read(folder.priors), [each.name for each in chosen])
+            text = f"{counted}\n{text}" if counted else text
         text = f"{compare.prompt_table(chosen)}\n{text}"
         if settings["settings"]["model"] == TINY:
             text = f"{MEANINGLESS}\n\n{text}"
@@ -125,19 +144,56 @@ def plot_command(given: argparse.Namespace) -> None:
         print(path)
 
 
+def choices_command(given: argparse.Namespace) -> None:
+    """Print the tables of docs/choosing.md."""
+    from dng_models.text_to_image.laboratory import choices
+
+    for name in given.part or choices.PARTS:
+        print(choices.part(name, given.num_images), flush=True)
+
+
+def train_laboratory_command(given: argparse.Namespace) -> None:
+    """Train a pipeline on the laboratory's world, and judge it."""
+    from dng_models.support.processes import Place
+    from dng_models.text_to_image.laboratory import train
+    from dng_models.text_to_image.laboratory.gate import judge_folder
+    from dng_models.text_to_image.laboratory.training_config import QUICK, LaboratoryTraining
+
+    told = {
+        name: value
+        for name, value in vars(given).items()
+        if name in {field.name for field in dataclasses.fields(LaboratoryTraining)}
+    }
+    config = dataclasses.replace(QUICK if given.quick else LaboratoryTraining(), **told)
+    out = Path("runs", "laboratory") if given.out is None else given.out
+    device = Place(given.device).device
+    print(train.train_laboratory(out, config, device=device, progress=not given.quiet))
+    if given.judge:
+        verdict = judge_folder(
+            out, images=given.num_images, device=device, progress=not given.quiet
+        )
+        print(verdict.table())
+        if not verdict.passed:
+            raise SystemExit(1)
+
+
 def run_command(given: argparse.Namespace) -> None:
     """Draw the images, measure them, and write the figures and tables."""
-    from dng_models.text_to_image import plot
+    from dng_models.text_to_image import dry_run, plot
 
     config, materials = _config(given), _materials(given)
+    if given.dry_run:
+        print(dry_run.report(config, materials), end="")
+        return
     with materials.only_writer(materials.folder.path):
         # Load the models first: a missing one should fail before hours of drawing.
         materials.pipeline(config)
         materials.detector(config)
+        # Once unguided images are measured, the images to follow are known.
+        generate(config, materials, unguided=True, progress=not given.quiet)
+        measure(config, materials, progress=not given.quiet)
         generate(config, materials, progress=not given.quiet)
         measure(config, materials, progress=not given.quiet)
-        # Once measured, the images to follow are known, and this call draws their strips.
-        generate(config, materials, progress=not given.quiet)
         if materials.processes.is_main_process:
             for path in plot.draw_all(materials.folder.path):
                 print(path)

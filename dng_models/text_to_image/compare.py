@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from dng_math.distances import binomial_interval
 from dng_models.support.metrics import Estimate
-from dng_models.text_to_image.config import KINDS, METHODS, UNGUIDED, Kind
+from dng_models.text_to_image.config import IDEAL, JUDGE, KINDS, METHODS, UNGUIDED, Kind
 from dng_models.text_to_image.paper_q import Selectivity, selectivity
 from dng_models.text_to_image.prompts import Prompt, split
 
 Array = NDArray[np.float64]
 Record = Mapping[str, Any]
+FEW_RULES = 3  # with more, tables have a row for each rule
 PRESENT = 0.5  # lowest probability at which a concept counts as found
 
 # The paper's printed Q (Eq. 23): mean and standard deviation over its five prompts.  Its values for
@@ -228,20 +229,183 @@ def unguided_of(found: Iterable[Cell]) -> dict[str, Cell]:
     return {cell.prompt: cell for cell in found if cell.rule == UNGUIDED}
 
 
+# ---------------------------------------------------------------------- the laboratory's truth
+
+
+def by_the_judge(records: Iterable[Record]) -> bool:
+    """Whether the laboratory's judge measured the similarities."""
+    return any(record.get("measured_by", {}).get("clip") == JUDGE for record in records)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the laboratory's judge says of a method at a scale, over N images of all prompts.
+
+    Attributes
+    ----------
+    rule : str
+    guidance_scale : float
+    images : int
+        N, the number of images of each negative.
+    before, still_there : Estimate
+        Share of images with something of the related negative: without guidance, and with it.
+    others_changed : float
+        Under the related negative, the share of cells that changed, of those that showed nothing
+        unwanted.
+    cells_changed : float
+        As that, under the unrelated negative.
+    images_changed : Estimate
+        Share of images in which one of those cells changed.
+    ghosts : float
+        Share of all cells, under both negatives, that are no picture of the world.
+    """
+
+    rule: str
+    guidance_scale: float
+    images: int
+    before: Estimate
+    still_there: Estimate
+    others_changed: float
+    cells_changed: float
+    images_changed: Estimate
+    ghosts: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Of N images with I cells: which show the unwanted, had nothing of it, changed, are ghosts."""
+
+    there: NDArray[np.bool_]
+    others: NDArray[np.bool_]
+    changed: NDArray[np.bool_]
+    ghosts: NDArray[np.bool_]
+
+
+def truths(records: Sequence[Record]) -> list[Truth]:
+    """What the judge says of every method and scale; empty if it did not look at all images.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Measured images.
+
+    Returns
+    -------
+    list of Truth
+        Unguided first, then in the order of :data:`dng_models.text_to_image.config.METHODS`.
+    """
+    if not records or any(record.get("seen") is None for record in records):
+        return []
+    negatives = {
+        (record["prompt"], record["kind"]): split(record["negative"])
+        for record in records
+        if record["kind"] != "none"
+    }
+    groups: dict[tuple[str, float], dict[str, list[Record]]] = {}
+    for record in records:
+        where = groups.setdefault((record["rule"], record["guidance_scale"]), {})
+        for kind in KINDS if record["kind"] == "none" else (record["kind"],):
+            if (record["prompt"], kind) in negatives:
+                where.setdefault(kind, []).append(record)
+    order = (UNGUIDED, *METHODS)
+    found = []
+    for rule, scale in sorted(groups, key=lambda each: (order.index(each[0]), each[1])):
+        kinds = groups[rule, scale]
+        if kinds.keys() < set(KINDS):
+            continue
+        related, unrelated = (_seen(kinds[kind], kind, negatives) for kind in KINDS)
+        had = [
+            bool(set(r["seen"]["before"]) & {*negatives[r["prompt"], KINDS[0]]})
+            for r in kinds[KINDS[0]]
+        ]
+        ghosts = np.concatenate([related.ghosts.ravel(), unrelated.ghosts.ravel()])
+        found.append(
+            Truth(
+                rule,
+                scale,
+                len(had),
+                _share(np.array(had)),
+                _share(np.any(related.there, axis=1)),
+                float(related.changed.sum() / max(related.others.sum(), 1)),
+                float(unrelated.changed.sum() / max(unrelated.others.sum(), 1)),
+                _share(np.any(unrelated.changed, axis=1)),
+                float(ghosts.mean()),
+            )
+        )
+    return found
+
+
+def _seen(
+    records: Sequence[Record],
+    kind: str,
+    negatives: Mapping[tuple[str, str], tuple[str, ...]],
+) -> _Seen:
+    there, others, changed, ghosts = [], [], [], []
+    for record in records:
+        unwanted = negatives[record["prompt"], kind]
+        there.append([cell in unwanted for cell in record["seen"]["cells"]])
+        others.append([cell not in unwanted for cell in record["seen"]["before"]])
+        changed.append(record["seen"]["changed"])
+        ghosts.append(record["seen"]["ghosts"])
+    free = np.array(others)
+    return _Seen(np.array(there), free, np.array(changed) & free, np.array(ghosts))
+
+
+def _share(hits: NDArray[Any]) -> Estimate:
+    low, high = binomial_interval(int(hits.sum()), len(hits))
+    return Estimate(float(hits.mean()), float(low), float(high))
+
+
+def truth_table(records: Sequence[Record]) -> str:
+    """What the laboratory's judge says by method and scale, as Markdown; empty without it."""
+    lines = []
+    for one in truths(records):
+        unguided = one.rule == UNGUIDED
+        row = [
+            "unguided" if unguided else METHODS[one.rule].label,
+            "" if unguided or one.rule == IDEAL else f"{one.guidance_scale:g}",
+            _interval(one.still_there, 3),
+            fixed(one.others_changed, 3),
+            fixed(one.cells_changed, 3),
+            _interval(one.images_changed, 3),
+            fixed(one.ghosts, 3),
+            str(one.images),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    if not lines:
+        return ""
+    header = [
+        "| method | scale | related: still there | other cells changed "
+        "| unrelated: cells changed | images changed | ghosts | images |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    note = (
+        "What the laboratory's judge sees, over all prompts. Related negative: share of images "
+        "that still have what it names, and share of the cells without it that changed. Unrelated "
+        "negative: share of the cells, and of the images, that changed, though nothing should. "
+        "Ghosts: cells that are no picture of the world. With 95% intervals.\n"
+    )
+    return "\n".join([*header, *lines]) + f"\n\n{note}"
+
+
 # ---------------------------------------------------------------------- tables
 
 
 def prompt_table(prompts: Sequence[Prompt]) -> str:
     """The prompts and their hyperparameters as Markdown, like the paper's Table 1."""
-    lines = [
-        "| prompt | positive prompt | related negative | unrelated negative | prior | temperature "
-        "| offset | NP scale | DNG scale |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|",
-    ]
+    titles = ["prompt", "positive prompt", "related negative", "unrelated negative"]
+    fields = ["prior", "temperature", "offset", "np_scale", "dng_scale"]
+    fields += ["offset_nats"] if any(each.offset_nats for each in prompts) else []
+    if any(each.related_share is not None for each in prompts):
+        fields += ["related_share", "unrelated_share", "composed_scale"]
+    named = {"np_scale": "NP scale", "dng_scale": "DNG scale"}
+    titles += [named.get(field, field.replace("_", " ")) for field in fields]
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---|---|" + "---:|" * len(fields)]
     for each in prompts:
         texts = (each.name, each.prompt, each.related, each.unrelated)
-        numbers = (each.prior, each.temperature, each.offset, each.np_scale, each.dng_scale)
-        row = [*map(_in_a_cell, texts), *(f"{number:g}" for number in numbers)]
+        numbers = [getattr(each, field) for field in fields]
+        shown = ["" if number is None else f"{number:g}" for number in numbers]
+        row = [*map(_in_a_cell, texts), *shown]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
@@ -252,9 +416,60 @@ def _in_a_cell(text: str) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Q, mean gap and ratio by prompt and rule, the paper's Q, and detections, as Markdown."""
+    """Q, mean gap and ratio by prompt and rule, the paper's Q, and detections, as Markdown.
+
+    Where the laboratory's judge looked, what it saw comes first, and stands for the detections.
+    """
     found = summaries(records)
     rules = [rule for rule in METHODS if any(each.rule == rule for each in found)]
+    judged = by_the_judge(records)
+    lines = _by_rule(found, rules) if len(rules) > FEW_RULES else _by_prompt(found, rules, judged)
+    images = sorted({each.images for each in found})
+    scales = sorted({len(each.scales) for each in found})
+    text = "\n".join(lines) + "\n\n"
+    text += (
+        "Q, as the paper defines it (Eq. 23): with the line of unrelated against related "
+        "similarity to the unguided image, fitted over the scales, its height over the diagonal at "
+        "the middle of the related range; – where the scales (one, or all of one similarity) "
+        f"define no line. Mean gap: unrelated minus related, mean over {_range(scales)} scales. "
+        f"Both of {_range(images)} images a point, with 95% intervals; more is better. Ratio: "
+        "change by the unrelated negative for every unit of change by the related one; 0 is best. "
+        "Averages with the standard deviation over prompts.\n"
+    )
+    if judged:
+        text += "Similarity is the share of the cells that stayed as they were.\n"
+    truth = truth_table(records)
+    if truth:
+        return f"{truth}\n{text}"
+    detections = detection_table(records)
+    return text if not detections else f"{text}\n{detections}"
+
+
+def _by_rule(found: Sequence[Summary], rules: Sequence[str]) -> list[str]:
+    """Lines of a table with a row for each rule, and Q of every prompt."""
+    prompts = list(dict.fromkeys(each.prompt for each in found))
+    titles = ["method", *(f"Q: {_in_a_cell(prompt)}" for prompt in prompts)]
+    titles += ["Q: average", "mean gap", "ratio"]
+    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
+    for rule in rules:
+        by = {each.prompt: each.selectivity for each in found if each.rule == rule}
+        row = [METHODS[rule].label]
+        row += [_interval(by[prompt].q, 3) if prompt in by else "" for prompt in prompts]
+        row += _averages(list(by.values()))
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def _averages(values: Sequence[Selectivity]) -> list[str]:
+    return [
+        _spread([one.q.value for one in values], 3),
+        _spread([one.gap.value for one in values], 3),
+        _spread([one.ratio.value for one in values], 2),
+    ]
+
+
+def _by_prompt(found: Sequence[Summary], rules: Sequence[str], judged: bool) -> list[str]:
+    """Lines of a table with a row for each prompt, and all numbers of every rule."""
     lines = [
         "| prompt | "
         + " | ".join(f"{METHODS[r].label}: Q | mean gap | ratio" for r in rules)
@@ -276,28 +491,13 @@ def table(records: Sequence[Record]) -> str:
     averages, printed = ["average"], ["the paper, Stable Diffusion 2"]
     for rule in rules:
         values = [one for (_, name), one in by.items() if name == rule]
-        averages += [
-            _spread([one.q.value for one in values], 3),
-            _spread([one.gap.value for one in values], 3),
-            _spread([one.ratio.value for one in values], 2),
-        ]
+        averages += _averages(values)
         paper = PAPER_Q.get(rule)
         printed += ["" if paper is None else f"{paper[0]:.3f} ± {paper[1]:.3f}", "", ""]
-    lines += [f"| {' | '.join(averages)} |", f"| {' | '.join(printed)} |"]
-    images = sorted({each.images for each in found})
-    scales = sorted({len(each.scales) for each in found})
-    text = "\n".join(lines) + "\n\n"
-    text += (
-        "Q, as the paper defines it (Eq. 23): with the line of unrelated against related "
-        "similarity to the unguided image, fitted over the scales, its height over the diagonal at "
-        "the middle of the related range; – where the scales (one, or all of one similarity) "
-        f"define no line. Mean gap: unrelated minus related, mean over {_range(scales)} scales. "
-        f"Both of {_range(images)} images a point, with 95% intervals; more is better. Ratio: "
-        "change by the unrelated negative for every unit of change by the related one; 0 is best. "
-        "Averages with the standard deviation over prompts.\n"
-    )
-    detections = detection_table(records)
-    return text if not detections else f"{text}\n{detections}"
+    lines.append(f"| {' | '.join(averages)} |")
+    if not judged:
+        lines.append(f"| {' | '.join(printed)} |")
+    return lines
 
 
 def q_table(records: Sequence[Record]) -> str:
@@ -361,7 +561,7 @@ def detection_table(records: Sequence[Record]) -> str:
     note = (
         "Share of the images in which the detector finds at least one concept of the negative "
         "prompt, without guidance and at the largest scale, with its 95% interval; similarity: "
-        "mean CLIP cosine to the unguided image.\n"
+        "mean similarity to the unguided image.\n"
     )
     return "\n".join([*header, *lines]) + f"\n\n{note}" if lines else ""
 

@@ -16,13 +16,26 @@ from typing import Any, Literal
 
 from dng_math import checks
 from dng_math.rules import DynamicNegativeGuidance, Rule, Unguided, limited, rule_named
+from dng_models.pipelines.negative_template import ALONE, COMPOSED, checked_template, filled_in
 from dng_models.support.options import between, check, integer, option, settings
-from dng_models.text_to_image.prompts import PAPER, Prompt, check_names, file_name, from_json, split
+from dng_models.text_to_image.laboratory.prompts import LABORATORY
+from dng_models.text_to_image.prompts import (
+    PAPER,
+    SHARES,
+    Prompt,
+    check_names,
+    file_name,
+    from_json,
+    split,
+)
 
 Kind = Literal["none", "related", "unrelated"]
 KINDS: tuple[Kind, ...] = ("related", "unrelated")
 UNGUIDED = "none"
-DEFAULT_MODEL = "stabilityai/stable-diffusion-2"
+IDEAL = "ideal"
+THE_LABORATORY = "laboratory"
+JUDGE = "judge"  # the laboratory's, in place of CLIP and of a detector
+PAPER_MODEL = "stabilityai/stable-diffusion-2"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 TINY = "tiny"
 Scheduler = Literal["auto", "ddpm", "ddim", "euler-ancestral", "sde-dpm++", "flow", "own"]
@@ -41,20 +54,31 @@ class Method:
         for "np" and "dng" only: the other constant rules take those of negative prompting.
     several : bool
         Whether the rule takes several concepts.
+    tracker : {"paper", "log-odds", "path"}, optional
+        Tracker of DNG's posterior; None for rules that track none.
+    negative : {"given", "alone", "empty"}
+        How the negative is shown: as the configuration's template has it; alone, whatever the
+        template, with the prompt's settings for that; or alone and compared with the empty prompt.
     """
 
     label: str
     reference: Literal["np", "dng"]
     several: bool = False
+    tracker: Literal["paper", "log-odds", "path"] | None = None
+    negative: Literal["given", "alone", "empty"] = "given"
 
 
 METHODS: dict[str, Method] = {
     "np": Method("NP", "np"),
-    "dng": Method("DNG", "dng", several=True),
-    "dng-log-odds": Method("DNG log-odds", "dng", several=True),
+    "dng": Method("DNG", "dng", several=True, tracker="paper"),
+    "dng-empty": Method("DNG vs empty", "dng", several=True, tracker="paper", negative="empty"),
+    "dng-bare": Method("DNG bare", "dng", several=True, tracker="paper", negative="alone"),
+    "dng-log-odds": Method("DNG log-odds", "dng", several=True, tracker="log-odds"),
+    "dng-path": Method("DNG path", "dng", several=True, tracker="path"),
     "sld": Method("SLD", "np"),
     "perp-neg": Method("Perp-Neg", "np"),
     "ccfg": Method("CCFG", "np"),
+    IDEAL: Method("ideal", "np"),
 }
 RULES = tuple(METHODS)
 
@@ -86,6 +110,8 @@ class Point:
         folder = file_name(self.prompt.name)
         if self.rule == UNGUIDED:
             return f"{folder}/unguided"
+        if self.rule == IDEAL:
+            return f"{folder}/{self.rule}-{self.kind}"
         return f"{folder}/{self.rule}-{self.kind}-{self.guidance_scale:.10g}"
 
     @property
@@ -135,11 +161,44 @@ def _scales(name: str, value: object) -> tuple[float, ...]:
     return tuple(found)
 
 
+BY_MODEL: Any = None  # stands for what defaults_of gives
+
+
+def defaults_of(model: str) -> dict[str, Any]:
+    """Values of options that were not given, which depend on the model.
+
+    Parameters
+    ----------
+    model : str
+        "laboratory", "tiny", a name or a folder.
+    """
+    if model == THE_LABORATORY:
+        return {
+            "prompts": LABORATORY,
+            "rules": ("np", "dng", "dng-empty", "dng-bare", "dng-log-odds", "sld", IDEAL),
+            "negative_template": COMPOSED,
+            "fractions": (0.5, 1.0),
+            "num_images": 48,
+            "clip": JUDGE,
+        }
+    return {
+        "prompts": PAPER,
+        "rules": ("np", "dng"),
+        "negative_template": ALONE,
+        "fractions": (0.25, 0.5, 0.75, 1.0),
+        "num_images": 32,
+        "clip": DEFAULT_CLIP,
+    }
+
+
 @settings
 class Config:
     """Everything that the images of a folder share, and how they are measured.
 
-    The model and CLIP may be "tiny", random networks that show that everything works.  The
+    The model may be "laboratory", whose predictions are exact and whose judge knows what is in an
+    image, and "tiny", random networks that show that everything works.  Both decide what some
+    options mean if they are None: without a word of the user's, the laboratory compares all methods
+    with negatives that are composed with the prompt, and other models do what the paper did.  The
     schedulers are those of :func:`dng_models.text_to_image.pipelines.set_scheduler`.  Without
     ``guidance_scales`` the scales are ``fractions`` of the prompt's own.
 
@@ -151,17 +210,38 @@ class Config:
     """
 
     model: str = option(
-        DEFAULT_MODEL,
-        "any text-to-image pipeline of diffusers: a name on the hub, or a folder. The paper's "
-        "numbers are of Stable Diffusion 2",
+        THE_LABORATORY,
+        "laboratory, whose predictions are exact, or any text-to-image pipeline of diffusers: a "
+        "name on the hub, or a folder. The paper's numbers are of Stable Diffusion 2, "
+        f"{PAPER_MODEL}",
         check=_model_name,
         metavar="NAME_OR_DIR",
     )
     prompts: tuple[Prompt, ...] = option(
-        PAPER, "prompts with their negatives", check=_prompts, shown="the paper's"
+        BY_MODEL,
+        "prompts with their negatives",
+        check=_prompts,
+        shown="the laboratory's or paper's",
     )
     rules: tuple[str, ...] = option(
-        ("np", "dng"), f"rules to compare, of {', '.join(RULES)}", check=_rules, metavar="RULE"
+        BY_MODEL,
+        f"rules to compare, of {', '.join(RULES)}; dng-empty and dng-bare show the negative alone, "
+        "and dng-empty compares it with the empty prompt; ideal is for captions of the laboratory",
+        check=_rules,
+        metavar="RULE",
+        shown="np dng, and in the laboratory most",
+    )
+    negative_template: str = option(
+        BY_MODEL,
+        "how a negative is shown to the model, of {positive} and {negative}",
+        check=checked_template,
+        metavar="TEXT",
+        shown=f"'{COMPOSED}' in the laboratory, else '{ALONE}'",
+    )
+    prior: Literal["given", "measured"] = option(
+        "given",
+        "DNG's priors: those of the prompts, or the share of the unguided images in which the "
+        "detector finds what the negative names",
     )
     guidance_scales: tuple[float, ...] | None = option(
         None,
@@ -170,12 +250,17 @@ class Config:
         metavar="G",
     )
     fractions: tuple[float, ...] = option(
-        (0.25, 0.5, 0.75, 1.0),
-        "guidance scales as fractions of the prompt's own scale (np_scale or dng_scale)",
+        BY_MODEL,
+        "guidance scales as fractions of the prompt's own scale (np_scale, dng_scale or "
+        "composed_scale)",
         check=_scales,
+        shown="0.25 0.5 0.75 1, in the laboratory 0.5 1",
     )
     num_images: int = option(
-        32, "images of every prompt, rule, negative and scale", check=integer(1)
+        BY_MODEL,
+        "images of every prompt, rule, negative and scale",
+        check=integer(1),
+        shown="32, in the laboratory 48",
     )
     seed: int = option(
         0, "seed of the first image; image i has seed + i", check=integer(0, 2**63 - 1)
@@ -220,20 +305,25 @@ class Config:
         check=checks.non_negative,
     )
     clip: str = option(
-        DEFAULT_CLIP,
-        "CLIP model of the similarities: a name on the hub, or a folder",
+        BY_MODEL,
+        "CLIP model of the similarities: a name on the hub, or a folder; or judge, the "
+        "laboratory's, to which similarity is the share of cells that stayed as they were",
         check=_model_name,
         metavar="NAME_OR_DIR",
+        shown=f"{DEFAULT_CLIP}, in the laboratory judge",
     )
     detector: str = option(
         "clip",
-        "what tells whether the unwanted is in an image, zero-shot: clip (the same model), another "
-        "CLIP model, or none",
+        "what tells whether the unwanted is in an image: clip (the same model, zero-shot), another "
+        "CLIP model, judge, or none",
         check=_model_name,
         metavar="NAME_OR_DIR",
     )
 
     def __post_init__(self) -> None:
+        for name, value in defaults_of(self.model).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         check(self)
         checks.integer("seed", self.seed, 0, 2**63 - 1 - self.num_images)
         checks.real("t_lo", self.t_lo, "in [0, t_hi]", 0.0, self.t_hi, closed="[]")
@@ -247,6 +337,40 @@ class Config:
                     f"rules must be of {several} where split_negatives is True: {rule!r} takes one "
                     "concept"
                 )
+        if self.prior == "measured" and self.detector == "none":
+            raise ValueError("detector must not be 'none' where prior is 'measured'")
+        for prompt in self.prompts:
+            for kind in KINDS:
+                self._check_prompt(prompt, kind)
+
+    def _check_prompt(self, prompt: Prompt, kind: Kind) -> None:
+        """Check that the rules have what they need of a prompt."""
+        if IDEAL in self.rules:
+            try:
+                self.texts(Point(prompt, IDEAL, kind, 1.0))
+            except ValueError as error:
+                raise ValueError(
+                    f"rules must be without 'ideal' for the prompt {prompt.name!r}, which has no "
+                    f"caption of the laboratory without its {kind} negative: {error}"
+                ) from None
+        for rule in self.rules:
+            tracker, alone = METHODS[rule].tracker, self._settings_alone(rule)
+            if tracker and not alone and self.prior == "given" and prompt.share(kind) is None:
+                raise ValueError(
+                    f"prior must be 'measured' for {rule!r} with negative_template "
+                    f"{self.negative_template!r}, or the prompt {prompt.name!r} must have a "
+                    f"{kind}_share"
+                )
+            if tracker == "path" and alone and prompt.offset != 0.0:
+                raise ValueError(
+                    f"offset of the prompt {prompt.name!r} must be 0 for 'dng-path', whose offsets "
+                    f"are offset_nats, got {prompt.offset!r}"
+                )
+
+    def _settings_alone(self, rule: str) -> bool:
+        """Whether a rule takes the prompt's settings for a negative that stands alone."""
+        form = METHODS[rule].negative
+        return form == "alone" or (form == "given" and "{positive}" not in self.negative_template)
 
     # ------------------------------------------------------------------ JSON
 
@@ -261,7 +385,8 @@ class Config:
             prompt.name: {
                 field: value
                 for field, value in dataclasses.asdict(prompt).items()
-                if field != "name"
+                # Measured shares are kept with the images that they were counted in.
+                if field != "name" and not (self.prior == "measured" and field in SHARES)
             }
             for prompt in self.prompts
         }
@@ -271,9 +396,14 @@ class Config:
 
     def scales_of(self, rule: str, prompt: Prompt) -> tuple[float, ...]:
         """Return the guidance scales of a rule for a prompt, each once, without 0 (unguided)."""
+        if rule == IDEAL:
+            return (1.0,)
         scales = self.guidance_scales
         if scales is None:
-            reference = prompt.np_scale if METHODS[rule].reference == "np" else prompt.dng_scale
+            reference = prompt.np_scale
+            if METHODS[rule].reference == "dng":
+                alone = self._settings_alone(rule)
+                reference = prompt.dng_scale if alone else prompt.composed_scale
             # Rounded, so that 0.75 times 3.4 gives a file name with 2.55.
             scales = tuple(float(f"{fraction * reference:.10g}") for fraction in self.fractions)
         return tuple(scale for scale in dict.fromkeys(scales) if scale != 0.0)
@@ -297,6 +427,26 @@ class Config:
             return ()
         return split(point.negative) if self.split_negatives else (point.negative,)
 
+    def texts(self, point: Point) -> tuple[str, tuple[str, ...]]:
+        """Return the prompt of a point as the pipeline is given it, and its negative prompts."""
+        positive = point.prompt.prompt
+        if point.rule == IDEAL:
+            # Only now, because it draws the world's pictures.
+            from dng_models.text_to_image.laboratory.captions import ideal
+            from dng_models.text_to_image.laboratory.standard import laboratory_world
+
+            return ideal(positive, point.negative or "", laboratory_world()), ()
+        method = METHODS.get(point.rule)
+        alone = method is None or method.negative != "given"
+        template = ALONE if alone else self.negative_template
+        return positive, tuple(filled_in(template, positive, each) for each in self.concepts(point))
+
+    def reference_of(self, point: Point) -> Literal["positive", "unconditional"]:
+        """Return what the tracker of a point's rule compares the negative with."""
+        method = METHODS.get(point.rule)
+        empty = method is not None and method.negative == "empty"
+        return "unconditional" if empty else "positive"
+
     def cfg_of(self, point: Point) -> float | None:
         """Return the CFG scale of a point; None for Perp-Neg, whose rule contains it."""
         return None if point.rule == "perp-neg" else self.cfg_scale
@@ -304,13 +454,19 @@ class Config:
     def hyperparameters(self, point: Point) -> dict[str, Any]:
         """Return the hyperparameters of a point's rule besides the scale, by their names."""
         found: dict[str, Any] = {}
-        if point.rule.startswith("dng"):
-            found = {
-                "prior": point.prompt.prior,
-                "temperature": point.prompt.temperature,
-                "offset": point.prompt.offset,
-                "tracker": "paper" if point.rule == "dng" else "log-odds",
-            }
+        tracker = METHODS[point.rule].tracker if point.rule != UNGUIDED else None
+        if tracker is not None:
+            prompt, share = point.prompt, point.prompt.share(point.kind)
+            found = {"prior": share, "temperature": 1.0, "offset": 0.0, "tracker": tracker}
+            if self._settings_alone(point.rule):
+                measured = self.prior == "measured" and METHODS[point.rule].negative == "given"
+                found |= {
+                    "prior": share if measured else prompt.prior,
+                    "temperature": prompt.temperature,
+                    "offset": prompt.offset,
+                }
+                if prompt.offset_nats:
+                    found["offset_nats"] = prompt.offset_nats
         elif point.rule == "ccfg":
             found = {"temperature": self.contrast}
         elif point.rule == "sld":
@@ -329,9 +485,9 @@ class Config:
     def rule(self, point: Point) -> Rule:
         """Return the guidance rule of a point."""
         given = self.hyperparameters(point)
-        if point.rule == UNGUIDED:
+        if point.rule in (UNGUIDED, IDEAL):
             return Unguided()
-        if point.rule.startswith("dng"):
+        if METHODS[point.rule].tracker is not None:
             rule: Rule = DynamicNegativeGuidance.tracked(point.guidance_scale, **given)
         else:
             rule = rule_named(point.rule, point.guidance_scale, **given)
@@ -342,8 +498,10 @@ class Config:
 # each measurement instead.
 SHARED = (
     *("model", "seed", "steps", "scheduler", "cfg_scale", "t_lo", "t_hi", "height", "width"),
-    *("dtype", "split_negatives", "contrast"),
+    *("dtype", "split_negatives", "contrast", "negative_template", "prior"),
 )
+# Of folders that were made before there was a choice.
+BEFORE = {"negative_template": ALONE, "prior": "given"}
 
 
 def check_same(config: Config, before: Mapping[str, Any], where: Path) -> None:
@@ -364,9 +522,13 @@ def check_same(config: Config, before: Mapping[str, Any], where: Path) -> None:
         If a setting, or a prompt that both have, differs: the message names all of them.
     """
     now = config.to_json()
-    differing = list(_differences(before["settings"], now["settings"]))
-    for name in before["prompts"].keys() & now["prompts"].keys():
-        found = _differences(before["prompts"][name], now["prompts"][name])
+    differing = list(_differences({**BEFORE, **before["settings"]}, now["settings"]))
+    for prompt in prompts_from_json(before["prompts"], where):
+        name = prompt.name
+        if name not in now["prompts"]:
+            continue
+        fields = {f: v for f, v in dataclasses.asdict(prompt).items() if f in now["prompts"][name]}
+        found = _differences(fields, now["prompts"][name])
         differing += [f"of prompt {name!r}, {each}" for each in found]
     if differing:
         raise ValueError(

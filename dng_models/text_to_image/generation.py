@@ -7,6 +7,7 @@ networks depends on the shape of a batch, so this gives every image the same bit
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,13 +23,24 @@ from dng_models.support import files
 from dng_models.support.processes import Place, versions
 from dng_models.support.progress import Progress
 from dng_models.support.threads import torch_threads
-from dng_models.text_to_image import compare, pipelines, scores, store
-from dng_models.text_to_image.config import TINY, Config, Point, check_same
+from dng_models.text_to_image import compare, pipelines, priors, scores, store
+from dng_models.text_to_image.config import (
+    JUDGE,
+    KINDS,
+    PAPER_MODEL,
+    THE_LABORATORY,
+    TINY,
+    UNGUIDED,
+    Config,
+    Point,
+    check_same,
+)
 from dng_models.text_to_image.prompts import split
 from dng_models.text_to_image.store import Record, RunFolder
 
 Array = NDArray[np.float64]
 Batch = tuple[Point, tuple[int, ...]]
+BATCH, LABORATORY_BATCH = 4, 48
 Followed = dict[Point, set[int]]  # images whose latents along the run are kept as a strip
 
 
@@ -40,8 +52,8 @@ class Materials(Place):
     folder : RunFolder
     device : torch.device or str, optional
         Default: the accelerator of this process, else the CPU.
-    batch_size : int
-        Images per network call, at least 1.
+    batch_size : int, optional
+        Images per network call, at least 1.  Default: 48 in the laboratory, and 4 elsewhere.
 
     Raises
     ------
@@ -54,12 +66,14 @@ class Materials(Place):
         folder: RunFolder,
         *,
         device: torch.device | str | None = None,
-        batch_size: int = 4,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__(device)
         self.folder = folder
-        self.batch_size = checks.integer("batch_size", batch_size, 1)
-        self._clips: dict[str, scores.Clip] = {}
+        self.batch_size = batch_size
+        if batch_size is not None:
+            checks.integer("batch_size", batch_size, 1)
+        self._clips: dict[str, scores.Similarity] = {}
         self._detectors: dict[tuple[str, str], scores.Detector | None] = {}
         self._pipe: Any = None
         self._unguided: dict[tuple[str, ...], Array] = {}
@@ -71,12 +85,25 @@ class Materials(Place):
             self._pipe = pipelines.load_pipeline(config, self.device)
         return self._pipe
 
-    def clip(self, config: Config) -> scores.Clip:
-        """CLIP; raises as :func:`dng_models.text_to_image.scores.load_clip`."""
-        if config.clip not in self._clips:
+    def batch(self, model: str) -> int:
+        """Images per network call of a model."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return LABORATORY_BATCH if model == THE_LABORATORY else BATCH
+
+    def clip(self, config: Config) -> scores.Similarity:
+        """CLIP; raises as :func:`dng_models.text_to_image.scores.load_similarity`."""
+        return self._similarity(config.clip)
+
+    def _similarity(self, name: str) -> scores.Similarity:
+        if name not in self._clips:
             pipelines.quiet()
-            self._clips[config.clip] = scores.load_clip(config.clip, self.device)
-        return self._clips[config.clip]
+            self._clips[name] = scores.load_similarity(name, self.device)
+        return self._clips[name]
+
+    def judge(self, config: Config) -> Any:
+        """The laboratory's judge, if it measures; else None."""
+        return self._similarity(JUDGE) if JUDGE in (config.clip, config.detector) else None
 
     def detector(self, config: Config) -> scores.Detector | None:
         """The detector of concepts that the configuration names; None for "none"."""
@@ -96,18 +123,22 @@ class Materials(Place):
 
 @contextmanager
 def threads(config: Config) -> Iterator[None]:
-    """Use one thread for the tiny networks, whose bits depend on the number of threads."""
-    one = 1 if config.model == TINY else None
+    """Use one thread for the tiny networks and the laboratory's model.
+
+    The bits depend on the number of threads, which are no faster there.
+    """
+    one = 1 if config.model in (TINY, THE_LABORATORY) else None
     with threadpool_limits(1, user_api="blas"), torch_threads(count=one):
         yield
 
 
-def batches(config: Config, batch_size: int) -> list[Batch]:
-    """All batches of a run: each a point and the numbers of its images."""
+def batches(config: Config, batch_size: int, *, unguided: bool = False) -> list[Batch]:
+    """All batches of a run, or of its unguided images: each a point and the numbers of images."""
     images = range(config.num_images)
     return [
         (point, tuple(images[first : first + batch_size]))
         for point in config.points()
+        if point.rule == UNGUIDED or not unguided
         for first in images[::batch_size]
     ]
 
@@ -115,7 +146,9 @@ def batches(config: Config, batch_size: int) -> list[Batch]:
 # ---------------------------------------------------------------------- drawing
 
 
-def generate(config: Config, materials: Materials, *, progress: bool = True) -> None:
+def generate(
+    config: Config, materials: Materials, *, unguided: bool = False, progress: bool = True
+) -> None:
     """Draw the images of a run that are missing, and strips of latents for some of them.
 
     Two images of each prompt are followed, with their latents along the run kept as a strip: the
@@ -123,10 +156,14 @@ def generate(config: Config, materials: Materials, *, progress: bool = True) -> 
     The latter is known only after :func:`measure`; another call then draws its strips.  Every
     process that ``accelerate launch`` started calls this function and draws its share.
 
+    Where priors are to be measured, the unguided images are drawn and measured first.
+
     Parameters
     ----------
     config : Config
     materials : Materials
+    unguided : bool
+        Whether to draw the unguided images only.
     progress : bool
         Whether to show progress.
 
@@ -140,13 +177,85 @@ def generate(config: Config, materials: Materials, *, progress: bool = True) -> 
         If a file cannot be written, or another process writes to the folder; finished images stay.
     """
     with materials.only_writer(materials.folder.path):
-        _generate(config, materials, progress)
+        if config.prior == "measured" and not unguided:
+            config = with_measured_priors(config, materials, progress=progress)
+        _generate(config, materials, unguided, progress)
 
 
-def _generate(config: Config, materials: Materials, progress: bool) -> None:
+def with_measured_priors(config: Config, materials: Materials, *, progress: bool = True) -> Config:
+    """Count in the unguided images how often the detector finds what the negatives name.
+
+    They are drawn and measured if they are not there yet.  What was counted once is kept in
+    ``priors.json`` and does not change when more images are drawn, because guided images depend on
+    it.
+
+    Parameters
+    ----------
+    config, materials, progress
+        As for :func:`generate`.
+
+    Returns
+    -------
+    Config
+        With the shares of the prompts, as :attr:`.priors.Prior.value`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, OSError
+        As for :func:`generate` and :func:`measure`.
+    """
+    with materials.only_writer(materials.folder.path):
+        folder, processes = materials.folder, materials.processes
+        known = priors.read(folder.priors)
+        if any(prompt.name not in known for prompt in config.prompts):
+            _generate(config, materials, True, progress)
+            _measure_all(config, materials, None, progress)
+            if processes.is_main_process:
+                known |= _counted(config, materials, known)
+                priors.write(folder.priors, known)
+            processes.wait_for_everyone()
+            known = priors.read(folder.priors)
+    return dataclasses.replace(
+        config,
+        prompts=tuple(
+            dataclasses.replace(
+                prompt,
+                related_share=known[prompt.name]["related"].value,
+                unrelated_share=known[prompt.name]["unrelated"].value,
+            )
+            for prompt in config.prompts
+        ),
+    )
+
+
+def _counted(
+    config: Config, materials: Materials, known: Mapping[str, Any]
+) -> dict[str, dict[str, priors.Prior]]:
+    """Count the priors of the prompts that are not known."""
+    unguided = compare.unguided_of(compare.cells(store.read_table(materials.folder)))
+    found: dict[str, dict[str, priors.Prior]] = {}
+    for prompt in config.prompts:
+        if prompt.name in known:
+            continue
+        records = unguided[prompt.name].records[: config.num_images]
+        found[prompt.name] = {
+            kind: priors.Prior(
+                sum(
+                    bool(compare.any_found(record, split(prompt.negative(kind))))
+                    for record in records
+                ),
+                len(records),
+            )
+            for kind in KINDS
+        }
+    return found
+
+
+def _generate(config: Config, materials: Materials, unguided: bool, progress: bool) -> None:
     processes, folder = materials.processes, materials.folder
+    size = materials.batch(config.model)
     if processes.is_main_process:
-        every = batches(config, materials.batch_size)
+        every = batches(config, size, unguided=unguided)
         names = {store.image_name(point, image) for point, images in every for image in images}
         store.repair(folder, names)
     processes.wait_for_everyone()
@@ -157,13 +266,14 @@ def _generate(config: Config, materials: Materials, progress: bool) -> None:
     followed = _followed(config, records)
     pending = [
         (point, images)
-        for point, images in batches(config, materials.batch_size)
+        for point, images in batches(config, size, unguided=unguided)
         if any(_lacks(point, image, records, followed) for image in images)
     ]
     # No process may write a record before all have read the existing ones.
     processes.wait_for_everyone()
     if pending:
-        _draw_all(config, materials, records, followed, pending, progress)
+        count = sum(len(images) for _, images in batches(config, size, unguided=unguided))
+        _draw_all(config, materials, records, followed, pending, count, progress)
     processes.wait_for_everyone()
     if processes.is_main_process and pending:
         store.write_table(folder, store.read_records(folder).values())
@@ -176,9 +286,10 @@ def _draw_all(
     records: Mapping[str, Record],
     followed: Followed,
     pending: Sequence[Batch],
+    count: int,
     progress: bool,
 ) -> None:
-    """Draw this process's share of the batches that lack images."""
+    """Draw this process's share of the batches that lack images; count is of all images."""
     processes, folder = materials.processes, materials.folder
     pipe = materials.pipeline(config)
     if processes.is_main_process:
@@ -197,7 +308,7 @@ def _draw_all(
         for point, images in pending
         for image in images
     )
-    total = len(config.points()) * config.num_images + missing - new
+    total = count + missing - new
     lines = folder.lines_of(processes.process_index)
     shown = progress and processes.is_main_process
     with (
@@ -290,6 +401,7 @@ def _record(config: Config, point: Point, image: int, drawn: pipelines.Drawn) ->
         "kind": point.kind,
         "negative": point.negative,
         "concepts": list(config.concepts(point)),
+        "negative_prompts": list(config.texts(point)[1]),
         "rule": point.rule,
         "hyperparameters": config.hyperparameters(point),
         "guidance_scale": point.guidance_scale,
@@ -365,10 +477,15 @@ def _measure_all(
     if detector is None:
         detector = materials.detector(config)
     by = {"clip": config.clip, "detector": None if detector is None else detector.name}
+    judge = materials.judge(config)
+    if judge is not None:
+        by["judge"] = judge.name
+    settings = store.read_settings(folder)
+    size = materials.batch(PAPER_MODEL if settings is None else settings["settings"]["model"])
     # Grouped as they were drawn, because CLIP's rounding depends on the batch.
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in table:
-        place = record["image"] // materials.batch_size
+        place = record["image"] // size
         groups.setdefault((*store.order(record)[:-1], place), []).append(record)
     pending = [
         group for group in groups.values() if not all(_is_measured(each, by) for each in group)
@@ -426,6 +543,11 @@ def _measure(
     else:
         cosines = np.sum(embeddings * materials.unguided(config, group), axis=1)
     looked_for = concepts[group[0]["prompt"]]
+    seen: list[dict[str, Any] | None] = [None] * len(group)
+    judge = materials.judge(config)
+    if judge is not None:
+        unguided = [_open(folder, record["unguided"]) for record in group]
+        seen = judge.seen(images, unguided)
     found = None
     if detector is not None:
         found = np.asarray(detector(images, looked_for), dtype=np.float64)
@@ -445,6 +567,7 @@ def _measure(
                 "file": record["file"],
                 "clip_cosine": _rounded(cosines)[row],
                 "presence": presence,
+                **({} if judge is None else {"seen": seen[row]}),
                 "measured_by": {**by, "of": of},
             },
         )

@@ -117,7 +117,7 @@ def _selectivity(x: Array, y: Array) -> tuple[Array, ...]:
     intercept = middle_y - slope * middle_x
     q = (slope - 1.0) * 0.5 * (x.max(axis=0) + x.min(axis=0)) + intercept
     moved = np.sum((1.0 - x) ** 2, axis=0)
-    ratio = _quotient(np.sum((1.0 - x) * (1.0 - y), axis=0), moved, moved > 0.0)
+    ratio = _quotient(np.sum((1.0 - x) * (1.0 - y), axis=0), moved, moved > SAME_SIMILARITY**2)
     return q, middle_y - middle_x, ratio, slope, intercept
 
 

@@ -31,7 +31,16 @@ from dng_models.pipelines.schedulers import EtaDDIMScheduler, PosteriorFlowSched
 from dng_models.pipelines.tiny import tiny_stable_diffusion
 from dng_models.pipelines.transitions import scheduler_run
 from dng_models.support import foreign
-from dng_models.text_to_image.config import DEFAULT_CLIP, DEFAULT_MODEL, TINY, Config, Point
+from dng_models.text_to_image.config import (
+    DEFAULT_CLIP,
+    JUDGE,
+    PAPER_MODEL,
+    THE_LABORATORY,
+    TINY,
+    Config,
+    Point,
+)
+from dng_models.text_to_image.laboratory.pipelines import laboratory_pipeline
 
 Pixels = NDArray[np.uint8]
 SNAPSHOTS = 8  # decoded latents per followed image
@@ -103,11 +112,13 @@ def load_pipeline(config: Config, device: torch.device) -> Any:
     dtype: torch.dtype = getattr(torch, config.dtype)
     if config.model == TINY:
         pipe: Any = _attentive(tiny_stable_diffusion())
+    elif config.model == THE_LABORATORY:
+        pipe = laboratory_pipeline(dtype=dtype)
     else:
         pipe = _checked_pipeline(_pipeline_folder(config), dtype)
     if not hasattr(pipe, "encode_prompt") or not hasattr(pipe, "vae"):
         raise ValueError(
-            f"model must be a text-to-image pipeline with a VAE, such as {DEFAULT_MODEL}; "
+            f"model must be a text-to-image pipeline with a VAE, such as {PAPER_MODEL}; "
             f"{config.model} is a {type(pipe).__name__}"
         )
     if getattr(pipe, "safety_checker", None) is not None:
@@ -198,7 +209,10 @@ def _warn_of_cut_prompts(pipe: Any, config: Config) -> None:
         for prompt in config.prompts
         if any(
             len(tokenizer(text).input_ids) > longest
-            for text in (prompt.prompt, prompt.related, prompt.unrelated)
+            for point in config.points()
+            if point.prompt == prompt
+            for positive, negatives in [config.texts(point)]
+            for text in (positive, *negatives)
         )
     ]
     if cut:
@@ -224,9 +238,10 @@ def _what_to_download(model: str, clip: str, error: Exception) -> str:
     return (
         f"the pipeline {model!r} is not on this machine and could not be downloaded ({reason}). "
         f"Where there is a network: 'hf download {model}' and 'hf download "
-        f"{clip if clip != TINY else DEFAULT_CLIP}' (older: huggingface-cli download). Or give "
-        "--model DIR, the folder of any text-to-image pipeline that save_pretrained wrote, and "
-        "--clip DIR. To see the experiment run without any weights: --tiny"
+        f"{clip if clip not in (TINY, JUDGE) else DEFAULT_CLIP}' (older: huggingface-cli "
+        "download). Or give --model DIR, the folder of any text-to-image pipeline that "
+        "save_pretrained wrote, and --clip DIR. Without any weights: leave --model out, "
+        "and the laboratory's model draws"
     )
 
 
@@ -298,8 +313,8 @@ def draw(
         In the order of ``images``.
     """
     generators = [torch.Generator("cpu").manual_seed(config.seed + image) for image in images]
-    concepts = config.concepts(point)
-    separate = config.split_negatives and len(concepts) > 0
+    positive, negatives = config.texts(point)
+    separate = config.split_negatives and len(negatives) > 0
     rows = [row for row, image in enumerate(images) if image in followed]
     snapshots = _Snapshots(pipe, config.steps, rows) if rows else None
     sizes = {
@@ -310,13 +325,14 @@ def draw(
     guidance = apply_guidance(
         pipe,
         config.rule(point),
-        negative_prompts=concepts if separate else None,
+        negative_prompts=negatives if separate else None,
         cfg_scale=config.cfg_of(point),
+        reference=config.reference_of(point),
     )
     with guidance as trace:
         found = pipe(
-            [point.prompt.prompt] * len(images),
-            negative_prompt=["" if separate else point.negative or ""] * len(images),
+            [positive] * len(images),
+            negative_prompt=["" if separate or not negatives else negatives[0]] * len(images),
             num_inference_steps=config.steps,
             generator=generators,
             output_type="pt",

@@ -31,10 +31,12 @@ from dng_models.support.style import (
     SKY,
     VERMILLION,
     WIDTH,
+    WINE,
+    YELLOW,
 )
 from dng_models.text_to_image import compare, store
-from dng_models.text_to_image.compare import PAPER_Q, Cell, Record, Summary
-from dng_models.text_to_image.config import KINDS, METHODS, UNGUIDED
+from dng_models.text_to_image.compare import FEW_RULES, PAPER_Q, Cell, Record, Summary
+from dng_models.text_to_image.config import IDEAL, KINDS, METHODS, UNGUIDED
 from dng_models.text_to_image.prompts import file_name, split
 from dng_models.text_to_image.store import RunFolder
 
@@ -47,6 +49,8 @@ with extras.needed_by("dng_models.text_to_image.plot"):
 Array = NDArray[np.float64]
 AGAIN = f"'{store.COMMAND} generate', with the options that it was drawn with, draws it again"
 THUMBNAIL = 160  # pixels of an image's longer side in a grid
+# With more than a few rules, figures of images show the most important, or each at one scale.
+MAIN_RULES = ("np", "dng", IDEAL)
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,14 @@ class _Look:
 LOOKS: dict[str, _Look] = {
     "np": _Look(ORANGE, "^"),
     "dng": _Look(GREEN, "o"),
+    "dng-empty": _Look(SKY, "v"),
+    "dng-bare": _Look(WINE, "X"),
     "dng-log-odds": _Look(BLUE, "s"),
+    "dng-path": _Look(YELLOW, "p"),
     "sld": _Look(PURPLE, "P"),
-    "perp-neg": _Look(SKY, "D"),
-    "ccfg": _Look(VERMILLION, "X"),
+    "perp-neg": _Look(GREY, "D"),
+    "ccfg": _Look(VERMILLION, "<"),
+    IDEAL: _Look(BLACK, "*"),
 }
 KIND_COLORS = {"related": VERMILLION, "unrelated": BLUE}
 
@@ -110,16 +118,21 @@ def similarities(records: Sequence[Record]) -> Figure:
     cells = compare.cells(records)
     prompts = list(dict.fromkeys(each.prompt for each in found))
     rules = [rule for rule in METHODS if any(each.rule == rule for each in found)]
-    each = 2.62 + 0.15 * len(rules)
+    few = len(rules) <= FEW_RULES
+    each = 2.62 + 0.15 * len(rules) if few else 2.3
     count = len(prompts) + 1
     figure = Figure(figsize=(WIDTH, 0.55 + _height(count, each)), layout="constrained")
     panels = _panels(figure, count)
     for place, prompt in enumerate(prompts):
         of = [one for one in found if one.prompt == prompt]
         _draw_similarities(panels[place], of, cells)
+        legend = panels[place].get_legend()
+        if legend is not None and not few:
+            legend.remove()  # Q is in the last panel
         style.title(panels[place], style.letter(place), plain(prompt))
     lines = any(math.isfinite(one.selectivity.q.value) for one in found)
-    _draw_q(panels[-1], found, prompts, rules, "q" if lines else "gap")
+    judged = compare.by_the_judge(records)
+    _draw_q(panels[-1], found, prompts, rules, "q" if lines else "gap", judged)
     style.title(
         panels[-1],
         style.letter(len(prompts)),
@@ -238,7 +251,12 @@ def _standard_errors(found: Summary, cells: Sequence[Cell], kind: str) -> Array:
 
 
 def _draw_q(
-    axes: Axes, found: Sequence[Summary], prompts: Sequence[str], rules: Sequence[str], name: str
+    axes: Axes,
+    found: Sequence[Summary],
+    prompts: Sequence[str],
+    rules: Sequence[str],
+    name: str,
+    judged: bool,
 ) -> None:
     """Draw Q or the mean gap of every rule: a row for each prompt and one for the average."""
     names = [*prompts, "average"]
@@ -255,7 +273,7 @@ def _draw_q(
         if of:
             average = float(np.mean([value.value for value in of.values()]))
             axes.plot(average, row, look.marker, color=look.color, ms=6)
-        paper = PAPER_Q.get(rule) if name == "q" else None
+        paper = PAPER_Q.get(rule) if name == "q" and not judged else None
         if paper is not None:
             axes.plot(
                 paper[0], row, look.marker, mfc="none", mec=look.color, ms=6, gid=f"paper-{rule}"
@@ -266,7 +284,7 @@ def _draw_q(
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("Q" if name == "q" else "mean gap: unrelated minus related")
-    if name == "q" and any(rule in PAPER_Q for rule in rules):
+    if name == "q" and not judged and any(rule in PAPER_Q for rule in rules):
         axes.text(
             1.0, -0.32, "hollow: average in the paper", transform=axes.transAxes, size=6.5,
             ha="right", va="top",
@@ -354,7 +372,8 @@ def trajectories(records: Sequence[Record], prompt: str, root: Path | str) -> Fi
     """One image of a prompt along its runs, with scales and posteriors (paper, Fig. 5).
 
     Each row shows decoded latents: unguided, then each rule and negative at its largest scale, and
-    whether the detector finds the related negative in the result.  Below are the scales and the
+    whether the detector finds the related negative in the result; of more than three rules, NP, DNG
+    and the ideal.  Below are the scales and the
     tracked posteriors.  The image is the first followed one in which the related negative is found
     without guidance, or else the first followed one.
 
@@ -384,7 +403,7 @@ def trajectories(records: Sequence[Record], prompt: str, root: Path | str) -> Fi
     related = _concepts(records, prompt, "related")
     strips = [_apart(_read(Path(root) / r["path"]["file"]), len(r["path"]["time"])) for r in chosen]
     count = max(len(record["path"]["time"]) for record in chosen)
-    guided = [record for record in chosen if record["rule"] != UNGUIDED]
+    guided = [record for record in chosen if record["rule"] not in (UNGUIDED, IDEAL)]
     tracked = [record for record in guided if record["log_posterior"] is not None]
     lines = (1 if guided else 0) + (1 if tracked else 0)
     left, right, top, plot = 1.35, 0.1, 0.42, 1.15
@@ -450,7 +469,11 @@ def _followed(records: Sequence[Record], prompt: str) -> list[Record]:
     forbidden = compare.would_be_forbidden(of, prompt, _concepts(records, prompt, "related"))
     of = [record for record in of if record["image"] in [*forbidden, *images][:1]]
     chosen = [record for record in of if record["rule"] == UNGUIDED]
-    for rule in METHODS:
+    rules = [rule for rule in METHODS if any(record["rule"] == rule for record in of)]
+    if len(rules) > FEW_RULES:
+        main = [rule for rule in rules if rule in MAIN_RULES]
+        rules = main or rules[:FEW_RULES]
+    for rule in rules:
         for kind in KINDS:
             each = [record for record in of if (record["rule"], record["kind"]) == (rule, kind)]
             if each:
@@ -473,7 +496,13 @@ def _whether_found(record: Record, concepts: Sequence[str]) -> str:
 def _name(record: Record) -> str:
     if record["rule"] == UNGUIDED:
         return "unguided"
-    return f"{METHODS[record['rule']].label}, $g={record['guidance_scale']:g}$\n{record['kind']}"
+    return f"{_method(record['rule'], record['guidance_scale'])}\n{record['kind']}"
+
+
+def _method(rule: str, scale: float) -> str:
+    """Name of a rule with its scale."""
+    label = METHODS[rule].label
+    return label if rule == IDEAL else f"{label}, $g={scale:g}$"
 
 
 def _way_look(record: Record) -> dict[str, Any]:
@@ -525,7 +554,8 @@ def grid(
     """Images of the same seeds under every rule and scale (paper, Figs. 16-23).
 
     Seeds whose unguided image contains the negative, by the detector, are marked; if there are
-    any, at least one of them is shown.
+    any, at least one of them is shown.  More than three rules are shown at their largest scales.
+    Where the laboratory's judge looked, a frame says what it saw.
 
     Parameters
     ----------
@@ -559,6 +589,9 @@ def grid(
     for rule in METHODS:
         of = [cell for cell in cells if (cell.rule, cell.kind) == (rule, kind)]
         rows += sorted(of, key=lambda cell: cell.guidance_scale)
+    if len({cell.rule for cell in rows}) > 1 + FEW_RULES:
+        last = {cell.rule: cell.guidance_scale for cell in rows}
+        rows = [cell for cell in rows if cell.guidance_scale == last[cell.rule]]
     if not any(cell.kind == kind for cell in rows):
         raise ValueError(f"there are no images of {prompt!r} with its {kind} negative")
     every = sorted(set(rows[0].images).intersection(*(cell.images for cell in rows)))
@@ -572,7 +605,9 @@ def grid(
     files = [[_file(cell, image) for image in images] for cell in rows]
     pictures = [[_thumbnail(Path(root) / name) for name in row] for row in files]
     tall, wide = pictures[0][0].shape[:2]
-    left, top, gap = 1.15, 0.62, 0.03
+    judged = all(record.get("seen") for cell in rows for record in cell.records)
+    concepts = _concepts(records, prompt, kind)
+    left, top, gap = 1.15, 0.62, 0.05 if judged else 0.03
     size = min(1.0, (WIDTH - left - 0.1) / len(images) - gap)
     cell_height = size * tall / wide
     width = left + len(images) * (size + gap) + 0.1
@@ -591,6 +626,13 @@ def grid(
         va="top",
         color=KIND_COLORS[kind],
     )
+    if judged:
+        for x, color, label in (
+            (0.62, VERMILLION, "frame: still there"),
+            (0.62, BLUE, "frame: something else changed, or is no object"),
+        ):
+            y = 1.0 - (0.08 if color == VERMILLION else 0.26) / height
+            figure.text(x, y, label, size=7, va="top", color=color)
     for row, cell in enumerate(rows):
         bottom = height - top - (row + 1) * (cell_height + gap)
         for column, picture in enumerate(pictures[row]):
@@ -603,7 +645,11 @@ def grid(
                 )
             )
             axes.imshow(picture, interpolation="nearest", aspect="auto")
-            axes.set_axis_off()
+            axes.set(xticks=[], yticks=[])
+            record = cell.records[cell.images.index(images[column])]
+            frame = _frame(record, concepts) if judged and cell.rule != UNGUIDED else None
+            for spine in axes.spines.values():
+                spine.set(visible=frame is not None, color=frame, linewidth=2.0)
             if row == 0:
                 seed = cell.records[cell.images.index(images[column])]["seed"]
                 there = images[column] in found
@@ -615,7 +661,7 @@ def grid(
                 )
         text = "unguided"
         if cell.rule != UNGUIDED:
-            text = f"{METHODS[cell.rule].label}, $g={cell.guidance_scale:g}$"
+            text = _method(cell.rule, cell.guidance_scale)
         figure.text(
             (left - 0.06) / width,
             (bottom + 0.5 * cell_height) / height,
@@ -625,6 +671,17 @@ def grid(
             size=7,
         )
     return figure
+
+
+def _frame(record: Record, concepts: Sequence[str]) -> str | None:
+    """Colour of the frame of a guided image, by what the judge saw; None for no frame."""
+    if compare.any_found(record, concepts):
+        return VERMILLION
+    seen = record["seen"]
+    others = [
+        c for c, cell in zip(seen["changed"], seen["before"], strict=True) if cell not in concepts
+    ]
+    return BLUE if any(others) or any(seen["ghosts"]) else None
 
 
 def _file(cell: Cell, image: int) -> str:
@@ -706,15 +763,15 @@ def _draw_detections(axes: Axes, unguided: Cell, cells: Sequence[Cell], shift: f
     known = [each for each in found if each is not None]
     look = LOOKS[cells[0].rule]
     # Shifted, so that the bars of two rules do not overlap.
-    x = (
-        np.array([0.0, *(cell.guidance_scale for cell in cells)]) / cells[-1].guidance_scale
-        + 0.025 * shift
-    )
+    scales = np.array([0.0, *(cell.guidance_scale for cell in cells)])
+    x = scales / cells[-1].guidance_scale + 0.02 * shift
     y = 100.0 * np.array([each.value for each in known])
     line = "-" if cells[0].kind == "related" else DASHED
+    if cells[0].rule == IDEAL:  # it has no scale
+        x, y, known, line = x[1:], y[1:], known[1:], "none"
     axes.plot(x, y, color=look.color, ls=line, marker=look.marker, ms=3.5)
     low, high = (100.0 * np.array([getattr(e, end) for e in known]) for end in ("low", "high"))
-    axes.vlines(x, low, high, color=look.color, lw=0.5, ls=line, alpha=0.5)
+    axes.vlines(x, low, high, color=look.color, lw=0.5, alpha=0.5)
     return True
 
 
@@ -757,7 +814,9 @@ def draw_all(out: Path | str, *, columns: int = 6) -> list[Path]:
     if any(record.get("presence") for record in records):
         keep("detections", detections(records))
     for rule in METHODS:
-        if rule not in ("np", "perp-neg") and any(record["rule"] == rule for record in records):
+        if rule not in ("np", "perp-neg", IDEAL) and any(
+            record["rule"] == rule for record in records
+        ):
             keep(f"scales_{rule}", scales(records, rule))
     for prompt in dict.fromkeys(record["prompt"] for record in records):
         name = file_name(prompt)

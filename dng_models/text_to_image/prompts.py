@@ -17,6 +17,7 @@ from dng_math import checks
 from dng_models.support import foreign
 
 TEXTS = ("name", "prompt", "related", "unrelated")
+SHARES = ("related_share", "unrelated_share")
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,18 @@ class Prompt:
     prompt, related, unrelated : str
         The positive prompt and its two negatives; commas in a negative separate its concepts.
     prior, temperature, offset : float
-        Settings of DNG's tracker (arXiv 2410.14398, Eq. 12), for steps as the paper takes them.
+        Settings of DNG's tracker (arXiv 2410.14398, Eq. 12) for a negative that stands alone, for
+        steps as the paper takes them.
     np_scale, dng_scale : float
         Guidance scales at which negative prompting and DNG change images about equally; the
         default sweep uses fractions of them.
+    offset_nats : float
+        Offset of the tracker over the whole run, for any number of steps; added to ``offset``.
+    related_share, unrelated_share : float, optional
+        Shares of the unguided images that have what the negatives name: priors of a negative that
+        is composed with the prompt, or compared with the empty one.  None: to be measured.
+    composed_scale : float
+        Guidance scale of DNG with such a negative, which needs neither temperature nor offset.
 
     Raises
     ------
@@ -50,6 +59,10 @@ class Prompt:
     offset: float = 0.003
     np_scale: float = 2.55
     dng_scale: float = 21.0
+    offset_nats: float = 0.0
+    related_share: float | None = None
+    unrelated_share: float | None = None
+    composed_scale: float = 2.0
 
     def __post_init__(self) -> None:
         for field in TEXTS:
@@ -81,7 +94,13 @@ class Prompt:
             "offset": checks.finite("offset", self.offset),
             "np_scale": checks.positive("np_scale", self.np_scale),
             "dng_scale": checks.positive("dng_scale", self.dng_scale),
+            "offset_nats": checks.finite("offset_nats", self.offset_nats),
+            "composed_scale": checks.positive("composed_scale", self.composed_scale),
         }
+        for field in SHARES:
+            share = getattr(self, field)
+            if share is not None:
+                numbers[field] = checks.real(field, share, "in (0, 1)", 0.0, 1.0, closed="()")
         for field, number in numbers.items():
             object.__setattr__(self, field, number)
 
@@ -89,6 +108,11 @@ class Prompt:
         """The negative prompt of a kind, "related" or "unrelated"; a ValueError for another."""
         checks.choice("kind", kind, ("related", "unrelated"))
         return self.related if kind == "related" else self.unrelated
+
+    def share(self, kind: str) -> float | None:
+        """The share of unguided images that have what a negative names; None if not known."""
+        checks.choice("kind", kind, ("related", "unrelated"))
+        return self.related_share if kind == "related" else self.unrelated_share
 
 
 def split(negative: str) -> tuple[str, ...]:
@@ -162,14 +186,20 @@ PAPER: tuple[Prompt, ...] = (
 )
 
 
-def load(source: str | Path) -> tuple[Prompt, ...]:
-    """Load the paper's prompts, or those of a file.
+def load(
+    source: str | Path, named: Mapping[str, tuple[Prompt, ...]] | None = None
+) -> tuple[Prompt, ...]:
+    """Load the paper's prompts, others that have a name, or those of a file.
 
     Parameters
     ----------
     source : str or Path
-        "paper", or a JSON file with a list of objects that have the fields of :class:`Prompt`:
-        ``name``, ``prompt``, ``related`` and ``unrelated``; the numbers may be left out.
+        "paper", another name, or a JSON file with a list of objects that have the fields of
+        :class:`Prompt`: ``name``, ``prompt``, ``related`` and ``unrelated``; the numbers may be
+        left out.
+
+    named : mapping, optional
+        Prompts by the other names.
 
     Raises
     ------
@@ -178,14 +208,16 @@ def load(source: str | Path) -> tuple[Prompt, ...]:
     ValueError, TypeError
         If the file does not hold such a list; the message names the entry and the field.
     """
+    names = {"paper": PAPER, **(named or {})}
+    known = ", ".join(map(repr, names))
     if not isinstance(source, str | Path) or source == "":
-        raise TypeError(f"prompts must be 'paper' or a JSON file of prompts, got {source!r}")
-    if source == "paper":
-        return PAPER
+        raise TypeError(f"prompts must be {known} or a JSON file of prompts, got {source!r}")
+    if source in names:
+        return names[str(source)]
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(
-            f"prompts must be 'paper' or a JSON file of prompts, and there is no file {source}"
+            f"prompts must be {known} or a JSON file of prompts, and there is no file {source}"
         )
     try:
         entries = foreign.read_json(path, "mend what is wrong there")

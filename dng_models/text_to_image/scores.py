@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dng_models.pipelines.tiny import tiny_clip
 from dng_models.support import foreign
-from dng_models.text_to_image.config import DEFAULT_CLIP, TINY
+from dng_models.text_to_image.config import DEFAULT_CLIP, JUDGE, TINY
 
 Array = NDArray[np.float64]
 Images = Sequence[Image.Image]
@@ -37,6 +37,17 @@ class Detector(Protocol):
 
     def __call__(self, images: Images, concepts: Sequence[str]) -> ArrayLike:
         """Probability that each of K concepts is in each of N images, shape (N, K)."""
+        ...
+
+
+class Similarity(Protocol):
+    """Interface of what gives images embeddings whose cosine is their similarity."""
+
+    name: str
+    device: torch.device
+
+    def images(self, images: Images) -> Array:
+        """Embeddings of N images, shape (N, F), float64, of unit length."""
         ...
 
 
@@ -133,6 +144,16 @@ class ZeroShot:
         return probabilities
 
 
+def load_similarity(name: str, device: torch.device | str = "cpu") -> Similarity:
+    """Load what measures similarity: the laboratory's judge ("judge"), or as :func:`load_clip`."""
+    if name == JUDGE:
+        # Only where it is asked for: it draws the world's pictures.
+        from dng_models.text_to_image.laboratory.judge_scores import JudgeScores
+
+        return JudgeScores(device)
+    return load_clip(name, device)
+
+
 def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
     """Load a CLIP model from the hub or a folder, or make the tiny one.
 
@@ -204,8 +225,20 @@ def _load_clip(name: str, device: torch.device | str, revision: str | None = Non
     return Clip(model, processor, name, device)
 
 
-def load_detector(name: str, clip: Clip) -> Detector | None:
-    """Load a detector: zero-shot with the given CLIP ("clip") or another; None for "none".
+def load_detector(name: str, clip: Similarity) -> Detector | None:
+    """Load a detector: zero-shot with the given CLIP ("clip") or another, or the laboratory's.
+
+    Parameters
+    ----------
+    name : str
+        "clip", the name of another CLIP model, "judge", or "none".
+    clip : Similarity
+        What measures similarity; the judge is its own detector.
+
+    Returns
+    -------
+    Detector or None
+        None for "none".
 
     Raises
     ------
@@ -214,4 +247,9 @@ def load_detector(name: str, clip: Clip) -> Detector | None:
     """
     if name == "none":
         return None
-    return ZeroShot(clip if name in ("clip", clip.name) else load_clip(name, clip.device))
+    found = clip if name in ("clip", clip.name) else load_similarity(name, clip.device)
+    if isinstance(found, Clip):
+        return ZeroShot(found)
+    judge: Any = found  # the judge is both
+    detector: Detector = judge
+    return detector

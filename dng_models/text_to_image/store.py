@@ -20,7 +20,7 @@ from dng_models.text_to_image.config import Config, Point, check_same
 
 Record = dict[str, Any]
 COMMAND = "python -m dng_models.text_to_image"
-SCORES = ("clip_cosine", "presence", "measured_by")
+SCORES = ("clip_cosine", "presence", "seen", "measured_by")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class RunFolder:
     def table(self) -> Path:
         """File of the records, one line per image."""
         return self.path / "images.jsonl"
+
+    @property
+    def priors(self) -> Path:
+        """File of the measured priors."""
+        return self.path / "priors.json"
 
     @property
     def work(self) -> Path:

@@ -31,6 +31,7 @@ NAMES = (
     "posterior_tracking",
     "score_fields",
     "tracker_steps",
+    "path_tracker",
 )
 
 

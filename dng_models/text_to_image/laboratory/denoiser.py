@@ -105,7 +105,9 @@ class ExactDenoiser(nn.Module):
         ValueError
             If it is not within the schedule of training.
         """
-        t = np.asarray(torch.as_tensor(timestep).double().cpu())
+        # As a list: within a forward derivative the results of tensors' methods have no data.
+        told = timestep.tolist() if isinstance(timestep, Tensor) else timestep
+        t = np.asarray(told, dtype=np.float64)
         last = len(self._squares) - 1
         if not np.all((t >= 0) & (t <= last)):
             raise ValueError(f"timestep must be from 0 to {last}, got {t.tolist()}")

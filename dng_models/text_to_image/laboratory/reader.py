@@ -161,8 +161,9 @@ class EmbeddingReader:
                 "encoder_hidden_states must be embeddings of captions, of shape (B, L, 2), got "
                 f"{tuple(embeddings.shape)}"
             )
-        digits = embeddings.detach().double().round().long().cpu()
-        numbers = (digits[..., 0] * BASE + digits[..., 1] - 1).numpy()
+        # As a list: within a forward derivative the results of tensors' methods have no data.
+        digits = np.rint(np.asarray(embeddings.tolist())).astype(np.int64)
+        numbers = digits[..., 0] * BASE + digits[..., 1] - 1
         return [self._event(row) for row in numbers]
 
     def _event(self, row: NDArray[np.int64]) -> Event:

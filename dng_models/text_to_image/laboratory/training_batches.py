@@ -200,6 +200,11 @@ class TrainingBatches:
             model.x0(x, alpha, sigma, events),
         )
 
+    def events(self, number: int) -> list[Event]:
+        """What the captions of a number say, of the same kinds as those of the batches."""
+        rng = np.random.default_rng([self.seed, number, 1])
+        return [self._event(rng) for _ in range(self.size)]
+
     def _event(self, rng: np.random.Generator) -> Event:
         """A caption of a random kind."""
         kinds = [field.name for field in fields(CaptionMix)]

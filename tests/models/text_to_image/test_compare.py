@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from dng_math.trackers import LogOddsTracker, PaperTracker
 from dng_models.text_to_image import compare, prompts, store
 from dng_models.text_to_image.config import (
     METHODS,
+    PAPER_MODEL,
     RULES,
     SHARED,
     Config,
@@ -35,6 +37,7 @@ from dng_models.text_to_image.paper_q import selectivity
 from dng_models.text_to_image.prompts import PAPER, Prompt
 from dng_models.text_to_image.store import RunFolder
 
+paper_config = functools.partial(Config, model=PAPER_MODEL)
 CAT = Prompt("A cat!", "a cat on a mat", "mat, fur", "a car", np_scale=2.0, dng_scale=10.0)
 
 
@@ -101,6 +104,9 @@ def test_a_bad_file_of_prompts_names_the_entry_and_the_field(tmp_path, text, mes
 def test_a_file_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match="'paper' or a JSON file.*no file nowhere.json"):
         prompts.load("nowhere.json")
+    with pytest.raises(FileNotFoundError, match="'paper', 'mine' or a JSON file.*no file no"):
+        prompts.load("nowhere.json", {"mine": (CAT,)})
+    assert prompts.load("mine", {"mine": (CAT,)}) == (CAT,)
 
 
 def test_concepts_are_what_commas_separate():
@@ -131,16 +137,16 @@ def test_concepts_are_what_commas_separate():
         ("height", 4, "height must be an integer >= 8, got 4"),
         ("dtype", "int8", "dtype must be one of 'float32'.*got 'int8'"),
         ("contrast", -1.0, "contrast must be finite and >= 0, got -1.0"),
-        ("split_negatives", True, "rules must be of dng, dng-log-odds where split_negatives"),
+        ("split_negatives", True, "rules must be of dng, dng-empty, .* where split_negatives"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(field, value, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        Config(**{field: value})
+        paper_config(**{field: value})
 
 
 def test_points_are_the_unguided_images_and_every_rule_negative_and_scale():
-    config = Config(prompts=(CAT,), rules=("np", "dng"), fractions=(0.0, 0.5, 1.0))
+    config = paper_config(prompts=(CAT,), rules=("np", "dng"), fractions=(0.0, 0.5, 1.0))
     assert [point.key for point in config.points()] == [
         "a-cat/unguided",
         *("a-cat/np-related-1", "a-cat/np-related-2"),
@@ -154,30 +160,32 @@ def test_points_are_the_unguided_images_and_every_rule_negative_and_scale():
 
 
 def test_scales_are_absolute_or_relative_and_have_short_names():
-    absolute = Config(prompts=(CAT,), rules=("dng",), guidance_scales=(3, 1.5, 3))
+    absolute = paper_config(prompts=(CAT,), rules=("dng",), guidance_scales=(3, 1.5, 3))
     assert absolute.scales_of("dng", CAT) == (1.5, 3.0)
     feast = PAPER[0]
-    assert Config().scales_of("np", feast) == (0.85, 1.7, 2.55, 3.4)
-    assert Config().scales_of("dng-log-odds", feast) == (6.75, 13.5, 20.25, 27.0)
-    assert Config().scales_of("sld", feast) == Config().scales_of("np", feast)
+    assert paper_config().scales_of("np", feast) == (0.85, 1.7, 2.55, 3.4)
+    assert paper_config().scales_of("dng-log-odds", feast) == (6.75, 13.5, 20.25, 27.0)
+    assert paper_config().scales_of("sld", feast) == paper_config().scales_of("np", feast)
 
 
 def test_every_rule_is_built_with_the_prompts_hyperparameters():
     feast = PAPER[0]
-    config = Config(rules=RULES, contrast=0.5, cfg_scale=4.0)
+    rules = tuple(rule for rule in RULES if rule not in ("dng-empty", "dng-path", "ideal"))
+    config = paper_config(rules=rules, contrast=0.5, cfg_scale=4.0)
 
     def built(rule, **fields):
         point = Point(feast, rule, "related", 2.0)
         return dataclasses.replace(config, **fields).rule(point)
 
-    assert Config().rule(Point(feast, "none", "none", 0.0)) == Unguided()
+    assert paper_config().rule(Point(feast, "none", "none", 0.0)) == Unguided()
     assert built("np") == NegativePrompting(2.0)
     assert built("sld") == SafeLatentDiffusion(2.0, 0.04, "signed", 100.0, 0.1, 0.2, 0)
     assert built("perp-neg") == PerpNeg(2.0, 4.0)
     assert built("perp-neg", cfg_scale=None) == PerpNeg(2.0, 1.0)
     assert built("ccfg") == ContrastiveCFG(2.0, 0.5)
     assert built("np", t_lo=0.2) == LimitedInterval(NegativePrompting(2.0), 0.2, 1.0)
-    for rule, kind in (("dng", PaperTracker), ("dng-log-odds", LogOddsTracker)):
+    kinds = {"dng": PaperTracker, "dng-bare": PaperTracker, "dng-log-odds": LogOddsTracker}
+    for rule, kind in kinds.items():
         assert built(rule).guidance_scale == 2.0
         assert built(rule).posterior == kind(prior=0.01, temperature=0.2, offset=0.004)
     assert METHODS.keys() == set(RULES)
@@ -185,13 +193,13 @@ def test_every_rule_is_built_with_the_prompts_hyperparameters():
 
 def test_split_negatives_are_several_concepts():
     point = Point(CAT, "dng", "related", 1.0)
-    assert Config().concepts(point) == ("mat, fur",)
-    config = Config(rules=("dng",), split_negatives=True)
+    assert paper_config().concepts(point) == ("mat, fur",)
+    config = paper_config(rules=("dng",), split_negatives=True)
     assert config.concepts(point) == ("mat", "fur") and config.concepts(point.unguided) == ()
 
 
 def test_settings_that_decide_images_must_be_the_same():
-    config = Config(prompts=(CAT,))
+    config = paper_config(prompts=(CAT,))
     before = json.loads(json.dumps(config.to_json()))
     check_same(config, before, Path("run"))
     assert set(before["settings"]) == set(SHARED)
@@ -244,7 +252,7 @@ def folder(tmp_path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-POINTS = Config(prompts=(CAT,), rules=("np",), fractions=(1.0,)).points()
+POINTS = paper_config(prompts=(CAT,), rules=("np",), fractions=(1.0,)).points()
 
 
 def test_lines_of_processes_become_a_sorted_table(folder):
@@ -319,7 +327,7 @@ def test_a_full_disk_leaves_the_lines_as_they_were(folder, monkeypatch):
 
 
 def test_run_settings_are_written_once_and_added_to(folder):
-    config, versions = Config(prompts=(CAT,)), {"torch": "1"}
+    config, versions = paper_config(prompts=(CAT,)), {"torch": "1"}
     store.open_run(folder, dataclasses.replace(config, steps=9), versions)
     store.open_run(folder, config, versions)  # there are no images that were made otherwise
     before = folder.settings.read_bytes()
@@ -337,10 +345,10 @@ def test_run_settings_are_written_once_and_added_to(folder):
 def test_images_without_settings_are_refused(folder):
     store.write_table(folder, [line(folder, POINTS[0], 0)])
     with pytest.raises(ValueError, match=r"run.json, which says how they were made, is gone"):
-        store.open_run(folder, Config(), {})
+        store.open_run(folder, paper_config(), {})
     folder.settings.write_text("{}")
     with pytest.raises(ValueError, match="does not hold the settings of a run"):
-        store.open_run(folder, Config(), {})
+        store.open_run(folder, paper_config(), {})
 
 
 def test_a_folder_without_images_says_what_draws_them(folder):
@@ -445,7 +453,7 @@ def records(rules=("np", "dng"), names=("cat", "dog"), images=4, detect=True) ->
     found = []
     for name in names:
         prompt = dataclasses.replace(CAT, name=name)
-        config = Config(prompts=(prompt,), rules=rules, fractions=(0.5, 1.0))
+        config = paper_config(prompts=(prompt,), rules=rules, fractions=(0.5, 1.0))
         for point in config.points():
             fraction = 0.0
             if point.rule != "none":
