@@ -37,6 +37,7 @@ Tracker = PaperTracker | LogOddsTracker | PathTracker
 
 PAPER = "beyond it"
 TITLE = "The tracker that follows the path, against steps, in 1, 8 and 64 dimensions"
+MINUTES = 1
 
 ETAS = {0.0: "deterministic", 1.0: "DDPM"}
 STEPS = (1000, 500, 200, 100, 50, 20, 10, 5)
