@@ -92,7 +92,7 @@ def test_a_summary_is_text_with_finite_numbers(name):
 
 def test_methods_differ_in_colour_and_also_without_it():
     methods = [value for value in vars(style).values() if isinstance(value, style.Method)]
-    assert len(methods) == 8
+    assert len(methods) == 9
     assert len({method.color for method in methods}) == len(methods)
     assert len({method.marker for method in methods}) == len(methods)
 
