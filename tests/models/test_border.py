@@ -447,8 +447,8 @@ TABLE: tuple[Bad, ...] = (
         Bad(lambda **g: Config(**g), field, values)
         for field, values in (
             ("model", (None, 3, "")),
-            ("prompts", ((), None, ("a",), 3)),
-            ("rules", ((), ("np", "np"), ("dgn",), None, 3, "np")),
+            ("prompts", ((), ("a",), 3)),
+            ("rules", ((), ("np", "np"), ("dgn",), 3, "np")),
             ("guidance_scales", ((), (-1.0,), ("a",), 3, (NAN,), (0.0,))),
             ("fractions", ((), (-1.0,), ("a",), 3)),
             ("num_images", (0, *NO_INTEGER)),
@@ -462,7 +462,7 @@ TABLE: tuple[Bad, ...] = (
             ("dtype", ("float64", torch.float32)),
             ("split_negatives", (1, "yes", None)),
             ("contrast", (*NO_NUMBER, -1.0)),
-            ("clip", (None, 3, "")),
+            ("clip", (3, "")),
             ("detector", (None, 3, "")),
         )
     ),
