@@ -70,7 +70,7 @@ SLD = Method("SLD", PURPLE, (0, (3, 1, 1, 1)), "P")
 CCFG = Method("contrastive CFG", WINE, (0, (5, 1)), "p")
 DNG_PAPER = Method("DNG, paper's tracker", GREEN, "-", "o")
 DNG_LOG_ODDS = Method("DNG, log-odds tracker", SKY, "-", "D")
-DNG_PATH = Method("DNG, path tracker", VERMILLION, "-", "h")
+DNG_PATH = Method("DNG, path tracker", VERMILLION, "-", "X")
 DNG_EXACT = Method("DNG, exact posterior", BLACK, ":", "x")
 
 # From light to dark, without the colours that are too light on white.

@@ -120,6 +120,7 @@ def test_path_integral_is_of_second_order(mixture, seed):
     assert errors[1] < max(errors[0] / 3.0, 1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(mixtures(max_dim=6), seeds)
 def test_two_routes_between_the_same_points_agree(mixture, seed):

@@ -186,6 +186,7 @@ def test_a_callback_that_moves_the_latents_is_followed(recwarn):
     assert not [w for w in recwarn if "changed" in str(w.message)]
 
 
+@pytest.mark.slow
 def test_a_start_from_an_image_follows_from_its_posterior():
     """Img2img at strength 0.7: with the exact posterior at its first point, it stays exact."""
     scheduler = made("DDIMScheduler")

@@ -347,6 +347,7 @@ def test_samples_depend_on_the_seed_alone():
     assert not torch.equal(one.latents, ExactModel(WORLD).sample(CAPTIONS, generator=8).latents)
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_in_every_process():
     code = """
 from dng_models.text_to_image.laboratory.exact_model import ExactModel

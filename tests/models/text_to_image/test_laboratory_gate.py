@@ -42,6 +42,7 @@ def test_the_captions_of_a_prompt():
     }
 
 
+@pytest.mark.slow
 def test_the_exact_pipeline_is_judged_as_it_is():
     n = 60
     verdict = judge_pipeline(

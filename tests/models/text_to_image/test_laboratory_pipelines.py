@@ -273,6 +273,7 @@ def left(latents: torch.Tensor) -> np.ndarray:
     return Judge(WORLD).look(latents).has("egg", "sausage")
 
 
+@pytest.mark.slow
 def test_guidance_removes_what_is_related_and_leaves_what_is_not():
     pipe, judge = laboratory_pipeline(), Judge(WORLD)
     options = {"n": 24, "steps": 50}

@@ -205,6 +205,7 @@ def test_a_state_of_another_configuration_or_of_something_else_is_refused(tmp_pa
 # ---------------------------------------------------------------------- saving
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_unmodified_and_loads_in_a_fresh_process(finished):
     assert {path.suffix for path in finished.rglob("*") if path.is_file()} <= {
         *(".json", ".jsonl", ".safetensors"),
