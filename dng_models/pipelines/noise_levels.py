@@ -18,7 +18,7 @@ from dng_math.schedules import PredictionType, StepCoefficients, added_variance,
 from dng_models.pipelines.scheduler_reading import (
     NO_LIMIT,
     discrete,
-    known_as,
+    known_class,
     numbers,
     refuse_levels,
     roots,
@@ -110,22 +110,16 @@ def scheduler_levels(scheduler: Any) -> SchedulerRun:
 
 def _family(scheduler: Any) -> str:
     """Name of the diffusers class whose levels a scheduler has; a key of ``_READERS``."""
-    name = type(scheduler).__name__
-    for family, base in known_as(_READERS):
-        if not isinstance(scheduler, base):
-            continue
-        changed = [
-            method
-            for method in _METHODS
-            if getattr(type(scheduler), method, None) is not getattr(base, method, None)
-        ]
-        if changed:
-            raise ValueError(
-                f"{name} cannot be followed: it is a {base.__name__} with another "
-                f"{', '.join(changed)}, so its noise levels are not known"
-            )
-        return family
-    refuse_levels(scheduler)
+    known = known_class(scheduler, _READERS, _METHODS)
+    if known is None:
+        refuse_levels(scheduler)
+    family, base, changed = known
+    if changed:
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be followed: it is a {base.__name__} with another "
+            f"{', '.join(changed)}, so its noise levels are not known"
+        )
+    return family
 
 
 def _prediction_type(scheduler: Any, family: str, alpha: Array) -> PredictionType:

@@ -198,9 +198,19 @@ def has_eta(family: str) -> Callable[[type], type]:
     return known
 
 
-def known_as(names: Iterable[str]) -> list[tuple[str, type]]:
-    """Families and classes of our schedulers, then those of diffusers' with these names."""
-    return [*_OURS, *((name, getattr(diffusers, name)) for name in names)]
+def known_class(
+    scheduler: Any, names: Iterable[str], methods: Iterable[str]
+) -> tuple[str, type, list[str]] | None:
+    """Family and class by which a scheduler is known, and the methods that it has otherwise.
+
+    Our schedulers are looked for first, then diffusers' classes with these names; None for others.
+    """
+    for family, base in [*_OURS, *((name, getattr(diffusers, name)) for name in names)]:
+        if isinstance(scheduler, base):
+            own = type(scheduler)
+            changed = [m for m in methods if getattr(own, m, None) is not getattr(base, m, None)]
+            return family, base, changed
+    return None
 
 
 def family_of(scheduler: Any) -> tuple[str, bool]:
@@ -226,14 +236,9 @@ def family_of(scheduler: Any) -> tuple[str, bool]:
         If its steps are not known; the message says why, and which scheduler to use instead.
     """
     name = type(scheduler).__name__
-    for family, base in known_as(_READERS):
-        if not isinstance(scheduler, base):
-            continue
-        changed = [
-            method
-            for method in STEP_METHODS
-            if getattr(type(scheduler), method, None) is not getattr(base, method, None)
-        ]
+    known = known_class(scheduler, _READERS, STEP_METHODS)
+    if known is not None:
+        family, base, changed = known
         if changed:
             raise ValueError(
                 f"{name} cannot be guided: it is a {base.__name__} with another "
