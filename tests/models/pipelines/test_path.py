@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
     EDMEulerScheduler,
@@ -36,6 +38,7 @@ from dng_models.pipelines.scheduler_reading import _FOLLOWED
 from dng_models.pipelines.scheduler_reading import _READERS as WITH_STEPS
 from dng_models.pipelines.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
 from dng_models.pipelines.transitions import scheduler_run
+from tests.helpers.families import FAMILIES, final_latents
 
 pytestmark = [
     # diffusers' DEIS gives tensors to NumPy's functions.
@@ -311,3 +314,16 @@ def test_images_of_half_precision_are_followed():
     )
     run = run_mixture(pipe, path_rule(), images=512, steps=20)
     assert math.isfinite(run.error) and run.error < 0.1
+
+
+def test_cogvideox_is_followed_with_its_own_schedulers():
+    """Its DPM's step is told more than other schedulers' steps are."""
+    family = FAMILIES["CogVideoXPipeline"]
+    pipe = family.build()
+    for kind in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler):
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        rule = DynamicNegativeGuidance.tracked(1.0, 0.1, 0.01, tracker="path")
+        with apply_guidance(pipe, rule) as trace:
+            final_latents(pipe, family)
+        assert torch.isfinite(trace.log_posterior).all()
+        assert len(torch.unique(trace.log_posterior)) == trace.log_posterior.numel() > 1
