@@ -95,7 +95,7 @@ def apply_guidance(
         Number of random vectors for Hutchinson's estimate of the divergence, without which the
         tracked posterior is wrong for samplers with less noise than DDPM's.  Each takes one more
         evaluation with a forward derivative.  0 for a :class:`dng_math.PathTracker`, which has its
-        own and is right for every scheduler.
+        own, and needs no noise of the sampler.
     skip_below : float, optional
         Unwanted predictions are skipped for an image while an upper bound of its scale is below
         this; a tenth of the first scale, g prior / (1 - prior), is a good choice.  Not with a path
