@@ -327,3 +327,26 @@ def test_cogvideox_is_followed_with_its_own_schedulers():
             final_latents(pipe, family)
         assert torch.isfinite(trace.log_posterior).all()
         assert len(torch.unique(trace.log_posterior)) == trace.log_posterior.numel() > 1
+
+
+def test_latents_that_are_overwritten_are_followed_without_a_mask():
+    """As inpainting overwrites them: one channel is a known image, noised to the next level."""
+    means = np.zeros((2, 8))
+    means[:, :4], means[:, 4:] = [[0.6], [-0.6]], [[0.3], [-0.3]]
+    mixture = GaussianMixture([0.5, 0.5], means, [0.25, 0.25])
+    pipe = mixture_pipeline(mixture, [[0]], (2, 2, 2), made("DDIMScheduler"))
+    noise = torch.randn(256, 2, 2, generator=torch.Generator().manual_seed(1))
+
+    def overwrite(pipe, step, t, values):
+        timesteps = pipe.scheduler.timesteps
+        if step + 1 < len(timesteps):
+            kept = float(pipe.scheduler.alphas_cumprod[timesteps[step + 1]])
+            latents = values["latents"].clone()
+            latents[:, 0] = 0.4 * kept**0.5 + (1.0 - kept) ** 0.5 * noise
+            values["latents"] = latents
+        return values
+
+    rule = DynamicNegativeGuidance.tracked(0.0, 0.5, tracker="path", probes=16)
+    tracked, exact = guided(pipe, rule, 256, callback=overwrite)
+    assert float((tracked - exact).abs().mean(1).max()) < 0.05
+    assert float((tracked - 0.5).abs().mean(1).max()) > 0.2
