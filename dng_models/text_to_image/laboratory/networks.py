@@ -85,7 +85,7 @@ def make_unet(world: World, channels: int, text_width: int) -> UNet2DConditionMo
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",),
         mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("UpBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
         conv_in_kernel=1,
         conv_out_kernel=1,
         norm_num_groups=GROUPS,

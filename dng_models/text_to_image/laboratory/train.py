@@ -1,8 +1,9 @@
 """Training of a Stable Diffusion pipeline on a laboratory's world, which can be killed and resumed.
 
 The network is distilled: it regresses on the world's exact ``E[x0 | x_t, caption]``
-(:mod:`.training_batches`), in float32.  First the text encoder learns to tell what a caption says;
-then it is frozen, and the UNet learns.
+(:mod:`.training_batches`), in float32, at forward-noised pictures and at those that the network
+itself is drawing (:mod:`.training_chains`).  First the text encoder learns to tell what a caption
+says; then it is frozen, and the UNet learns.
 
 Guidance is driven by the difference of two predictions at the same x_t, which is small and would be
 learned last.  So wherever a picture was drawn from the scene alone, the scene is a caption of the
@@ -45,6 +46,7 @@ from dng_models.text_to_image.laboratory.pipelines import BETAS
 from dng_models.text_to_image.laboratory.standard import laboratory_world
 from dng_models.text_to_image.laboratory.train_text import tokens_of, train_text_encoder
 from dng_models.text_to_image.laboratory.training_batches import CaptionMix, TrainingBatches
+from dng_models.text_to_image.laboratory.training_chains import TrainingChains
 from dng_models.text_to_image.laboratory.training_config import LaboratoryTraining
 from dng_models.text_to_image.laboratory.worlds import World
 
@@ -145,7 +147,8 @@ def _same(saved: object, wanted: dict[str, Any], path: Path) -> None:
 class _Batch:
     """What a step learns from: N captions, then the scenes of the P mismatched pictures again.
 
-    ``x`` and ``target`` (N + P, pixels, rows, columns) are noisy latents and exact predictions,
+    ``chains`` of the N, the last ones, are of pictures that the network is drawing.  ``x`` and
+    ``target`` (N + P, pixels, rows, columns) are noisy latents and exact predictions,
     ``embeddings`` (N + P, L, W) those of the captions, ``pairs`` (P,) the rows of the captions
     whose x the last P rows have, and ``weights`` (P,) how much their differences count.
     """
@@ -156,6 +159,7 @@ class _Batch:
     timesteps: Tensor
     embeddings: Tensor
     pairs: Tensor
+    chains: slice
 
 
 class _Run:
@@ -186,6 +190,7 @@ class _Run:
 
         self.batches = batches(config.batch_size)
         self.captions = batches(config.text_batch_size)
+        self.chains = TrainingChains(self.batches, config.chains) if config.chains else None
         self.tokenizer = networks.trained_tokenizer(world)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -215,6 +220,7 @@ class _Run:
         """Save the state."""
         tensors = {"losses": self.losses}
         tensors |= {f"text.{name}": value for name, value in self.text.state_dict().items()}
+        tensors |= {f"chains.{name}": value for name, value in self._chains().items()}
         for name, p, average in zip(self.names, self.parameters, self.average, strict=True):
             moments = self.adam.state.get(p, {})
             tensors[f"weights.{name}"] = p
@@ -229,6 +235,9 @@ class _Run:
         }
         metadata = {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
         files.save_tensors(self.out / STATE, tensors, metadata)
+
+    def _chains(self) -> dict[str, Tensor]:
+        return {} if self.chains is None else self.chains.state()
 
     def start(self, progress: bool) -> None:
         """Load the saved state; without one, train the text encoder."""
@@ -264,8 +273,11 @@ class _Run:
         text = self.text.state_dict()
         wanted = {"losses", *(f"text.{name}" for name in text)}
         wanted |= {f"{kind}.{name}" for kind in _KINDS for name in self.names}
+        wanted |= {f"chains.{name}" for name in self._chains()}
         if tensors.keys() != wanted:
             raise ValueError(refused)
+        if self.chains is not None:
+            self.chains.load({name: tensors[f"chains.{name}"] for name in self.chains.state()})
         self.text.load_state_dict({name: tensors[f"text.{name}"] for name in text})
         with torch.no_grad():
             for name, p, average in zip(self.names, self.parameters, self.average, strict=True):
@@ -327,7 +339,13 @@ class _Run:
         batch = self.batches.draw(step)
         pairs = torch.nonzero(batch.mismatched)[:, 0]
         scenes = [batch.scenes[i] for i in pairs.tolist()]
-        x, target, timesteps = batch.x, batch.x0, batch.timesteps
+        x, target, timesteps, captions = batch.x, batch.x0, batch.timesteps, batch.captions
+        chains = slice(len(captions), len(captions))
+        if self.chains is not None:
+            own = self.chains.draw(step)
+            x, target = torch.cat([x, own.x]), torch.cat([target, own.x0])
+            timesteps, captions = torch.cat([timesteps, own.timesteps]), captions + own.captions
+            chains = slice(len(batch.captions), len(captions))
         weights = torch.ones(len(pairs), device=self.device)
         if scenes:
             alone = self.batches.model.x0(x[pairs], batch.alpha[pairs], batch.sigma[pairs], scenes)
@@ -339,9 +357,9 @@ class _Run:
             )
             weights = (yes.exp() / self.config.relevant).clamp(max=1.0)
         rng = np.random.default_rng([self.config.seed, step, 2])
-        words = [phrased(parse(each, world), world, rng) for each in (*batch.captions, *scenes)]
+        words = [phrased(parse(each, world), world, rng) for each in (*captions, *scenes)]
         tokens = tokens_of(words, self.tokenizer).to(self.device)
-        return _Batch(x, target, weights, timesteps, self.text(tokens)[0], pairs)
+        return _Batch(x, target, weights, timesteps, self.text(tokens)[0], pairs, chains)
 
     def update(self) -> Tensor:
         """Update the weights and their average by one step; return the two losses."""
@@ -351,6 +369,8 @@ class _Run:
         prediction = self.net(
             batch.x, batch.timesteps, encoder_hidden_states=batch.embeddings
         ).sample
+        if self.chains is not None:
+            self.chains.advance(self.step, prediction[batch.chains].detach())
         error = prediction - batch.target
         loss = error.square().mean() / self.variance
         difference = torch.zeros_like(loss)

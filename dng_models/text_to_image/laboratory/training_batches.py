@@ -109,6 +109,10 @@ class TrainingBatches:
     mismatched : float
         Share of pairs, among those that name a scene and objects, whose picture comes from the
         scene alone; in [0, 1].
+    mismatched_from : int
+        At lower timesteps there are none: once it is plain that a picture does not have what the
+        caption names, E[x0 | x_t, caption] has it in the cell that is the least unlikely, and that
+        is far from what can be learned.
     often : tuple of two ints
         Timesteps, from the first and below the second, to be drawn more often.
     often_share : float
@@ -116,6 +120,12 @@ class TrainingBatches:
     from_all : float
         Probability that an object named with a scene is any, in [0, 1]; else the scene lists it.
     seed : int
+
+    Attributes
+    ----------
+    alphas_cumprod : Tensor, shape (T,), float64
+    model, size, seed
+        The arguments.
 
     Raises
     ------
@@ -131,8 +141,9 @@ class TrainingBatches:
         size: int = 128,
         mix: CaptionMix | None = None,
         mismatched: float = 0.2,
-        often: tuple[int, int] = (250, 900),
-        often_share: float = 0.65,
+        mismatched_from: int = 400,
+        often: tuple[int, int] = (350, 900),
+        often_share: float = 0.7,
         from_all: float = 0.5,
         seed: int = 0,
     ) -> None:
@@ -148,9 +159,10 @@ class TrainingBatches:
         self.model = model
         self.size = checks.integer("size", size, 1)
         self.seed = checks.integer("seed", seed, 0, 2**32 - 1)
-        self._squares = squares
+        self.alphas_cumprod = squares
         self._mix = CaptionMix() if mix is None else mix
         self._mismatched = checks.real("mismatched", mismatched, "in [0, 1]", 0, 1, closed="[]")
+        self._mismatched_from = checks.integer("mismatched_from", mismatched_from, 0)
         self._often = (first, last)
         self._often_share = checks.real("often_share", often_share, "in [0, 1]", 0, 1, closed="[]")
         self._from_all = checks.real("from_all", from_all, "in [0, 1]", 0, 1, closed="[]")
@@ -172,19 +184,19 @@ class TrainingBatches:
         rng = np.random.default_rng([self.seed, number])
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         model, world = self.model, self.model.world
-        events = [self._event(rng) for _ in range(self.size)]
+        t = rng.integers(len(self.alphas_cumprod), size=self.size)
+        often = rng.random(self.size) < self._often_share
+        t = np.where(often, rng.integers(*self._often, size=self.size), t)
+        events = [self.event(rng) for _ in range(self.size)]
         scenes = [Event(event.scene) for event in events]
-        alone = rng.random(self.size) < self._mismatched
+        alone = (rng.random(self.size) < self._mismatched) & (t >= self._mismatched_from)
         of = []
         for i, (event, scene) in enumerate(zip(events, scenes, strict=True)):
             alone[i] &= event.scene is not None and event != scene
             of.append(scene if alone[i] else event)
         pictures = model.sample(of, generator=generator).latents
-        t = rng.integers(len(self._squares), size=self.size)
-        often = rng.random(self.size) < self._often_share
-        t = np.where(often, rng.integers(*self._often, size=self.size), t)
         timesteps = torch.from_numpy(t)
-        squares = self._squares[timesteps]
+        squares = self.alphas_cumprod[timesteps]
         alpha, sigma = squares.sqrt().to(pictures), (1.0 - squares).sqrt().to(pictures)
         noise = torch.randn(pictures.shape, generator=generator).to(pictures)
         over = (-1, 1, 1, 1)
@@ -203,10 +215,10 @@ class TrainingBatches:
     def events(self, number: int) -> list[Event]:
         """What the captions of a number say, of the same kinds as those of the batches."""
         rng = np.random.default_rng([self.seed, number, 1])
-        return [self._event(rng) for _ in range(self.size)]
+        return [self.event(rng) for _ in range(self.size)]
 
-    def _event(self, rng: np.random.Generator) -> Event:
-        """A caption of a random kind."""
+    def event(self, rng: np.random.Generator) -> Event:
+        """What a caption of a random kind says."""
         kinds = [field.name for field in fields(CaptionMix)]
         shares = np.array([getattr(self._mix, kind) for kind in kinds]) / self._mix.total
         kind = kinds[int(rng.choice(len(kinds), p=shares))]

@@ -13,12 +13,15 @@ from dng_models.support.options import between, check, integer, option, settings
 class LaboratoryTraining:
     """The hyperparameters of a training, which determine the pipeline."""
 
-    steps: int = option(8000, "updates of the UNet's weights", check=integer(1))
-    batch_size: int = option(96, "captions an update", check=integer(1))
+    steps: int = option(6000, "updates of the UNet's weights", check=integer(1))
+    batch_size: int = option(104, "captions an update with pictures of the world", check=integer(1))
+    chains: int = option(
+        32, "captions an update with pictures that the network is drawing", check=integer(0)
+    )
     learning_rate: float = option(1.2e-3, "largest learning rate of AdamW", check=checks.positive)
     warmup_steps: int = option(100, "updates in which it rises", check=integer(0))
     decay_from: float = option(
-        0.5,
+        0.25,
         "share of the updates after which it falls, linearly to a hundredth",
         check=between(0.0, 1.0, "[)"),
     )
@@ -28,17 +31,17 @@ class LaboratoryTraining:
         check=between(0.0, 1.0, "[)"),
     )
     grad_clip: float = option(1.0, "largest norm of the gradient", check=checks.positive)
-    channels: int = option(128, "width of the UNet, a multiple of 8", check=integer(8))
+    channels: int = option(160, "width of the UNet, a multiple of 8", check=integer(8))
     mismatched: float = option(
-        0.45,
-        "share of pictures drawn from the scene alone, where the caption names objects too",
+        0.3,
+        "share of noisy pictures of the scene alone, where the caption names objects too",
         check=between(0.0, 1.0, "[]"),
     )
     difference_weight: float = option(
         0.1, "weight w of the loss on differences of predictions", check=checks.non_negative
     )
     difference_floor: float = option(
-        0.01, "floor b of these differences, in latents", check=checks.positive
+        0.02, "floor b of these differences, in latents", check=checks.positive
     )
     relevant: float = option(
         0.05,
@@ -70,6 +73,7 @@ class LaboratoryTraining:
 QUICK = LaboratoryTraining(
     steps=6,
     batch_size=12,
+    chains=4,
     channels=16,
     text_width=16,
     text_layers=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -26,6 +27,7 @@ from dng_models.text_to_image.laboratory.phrases import phrased
 from dng_models.text_to_image.laboratory.train import train_laboratory
 from dng_models.text_to_image.laboratory.train_text import contents_of
 from dng_models.text_to_image.laboratory.trained import load_trained
+from dng_models.text_to_image.laboratory.training_chains import TrainingChains
 from dng_models.text_to_image.laboratory.training_config import QUICK
 from tests.helpers.small_worlds import events, small_world
 
@@ -103,19 +105,21 @@ def test_a_clear_picture_is_in_the_span_of_the_first_and_last_weights():
 
 
 def test_the_losses_are_those_of_the_module(tmp_path):
-    config = dataclasses.replace(QUICK, batch_size=24)
+    config = dataclasses.replace(QUICK, batch_size=24, mismatched=0.8)
     run = start(tmp_path, config)
-    batch, exact = run.batches.draw(0), ExactModel(WORLD)
+    batch, own, exact = run.batches.draw(0), run.chains.draw(0), ExactModel(WORLD)
     assert batch.mismatched.sum() > 2
     rng = np.random.default_rng([config.seed, 0, 2])
     here = [i for i, wrong in enumerate(batch.mismatched.tolist()) if wrong]
-    captions = [*batch.captions, *(batch.scenes[i] for i in here)]
-    rows = [*range(24), *here]
+    captions = [*batch.captions, *own.captions, *(batch.scenes[i] for i in here)]
     words = [phrased(parse(each, WORLD), WORLD, rng) for each in captions]
     ids = run.tokenizer(words, padding="max_length", return_tensors="pt").input_ids
-    x, alpha, sigma = batch.x[rows], batch.alpha[rows], batch.sigma[rows]
+    x, alpha, sigma, timesteps = (
+        torch.cat([getattr(batch, name), getattr(own, name), getattr(batch, name)[here]])
+        for name in ("x", "alpha", "sigma", "timesteps")
+    )
     with torch.no_grad():
-        found = run.net(x, batch.timesteps[rows], run.text(ids)[0]).sample.double()
+        found = run.net(x, timesteps, run.text(ids)[0]).sample.double()
     wanted = exact.x0(x, alpha, sigma, captions).double()
     total = differences = parts = 0.0
     for i, caption in enumerate(captions):
@@ -124,15 +128,78 @@ def test_the_losses_are_those_of_the_module(tmp_path):
             at = (batch.x[i : i + 1], float(batch.alpha[i]), float(batch.sigma[i]))
             yes, _ = exact.log_posterior(*at, batch.scenes[i], caption)
             weight = min(1.0, float(yes.exp()) / config.relevant)
-            with_c, with_s = (each[i] - each[24 + place] for each in (found, wanted))
+            with_c, with_s = (each[i] - each[28 + place] for each in (found, wanted))
             off = float((with_c - with_s).square().mean())
             size = float(with_s.square().mean()) + config.difference_floor**2
             differences, parts = differences + weight * off / size, parts + weight
         total += float((found[i] - wanted[i]).square().mean())
     variance = float(exact.sample("", train.PICTURES, generator=config.seed).latents.var())
     loss, difference = run.update().tolist()
-    assert loss == pytest.approx(total / len(rows) / variance, rel=1e-3)
+    assert loss == pytest.approx(total / len(captions) / variance, rel=1e-3)
     assert difference == pytest.approx(differences / parts, rel=1e-3)
+
+
+def test_chains_are_what_the_network_draws(tmp_path):
+    run = start(tmp_path)
+    chains, exact = run.chains, ExactModel(WORLD)
+    squares = run.batches.alphas_cumprod
+    before = chains.draw(0)
+    assert (before.timesteps >= 400).all() and (before.timesteps < 950).all()
+    wanted = exact.x0(before.x, before.alpha, before.sigma, before.captions)
+    torch.testing.assert_close(before.x0, wanted, rtol=0.0, atol=1e-5)
+    net, embeddings = copy.deepcopy(run.net), run._next().embeddings[12:16]
+    other = chains.draw(1)
+    run.update()
+    after = chains.draw(2)
+    here = [i for i in range(4) if chains.numbers[0, i] == i]
+    assert here and [after.captions[i] for i in here] == [before.captions[i] for i in here]
+    assert torch.equal(after.timesteps[here], before.timesteps[here] - 20)
+    # The other group waits for its turn.
+    assert torch.equal(chains.draw(1).x, other.x)
+    with torch.no_grad():
+        t = before.timesteps
+        found = net(before.x, t, embeddings).sample
+    # The noise of a DDPM step is what is left of x after its mean, in units of its deviation.
+    at, to = squares[t].reshape(-1, 1, 1, 1), squares[t - 20].reshape(-1, 1, 1, 1)
+    beta = 1.0 - at / to
+    mean = (at / to).sqrt() * (1 - to) / (1 - at) * before.x + to.sqrt() * beta / (1 - at) * found
+    noise = ((after.x - mean) / (beta * (1 - to) / (1 - at)).sqrt())[here].flatten()
+    # n normal numbers: mean within 5 / sqrt(n), and mean square within 8 / sqrt(n) of 1, but for
+    # one seed in a million.
+    n = len(noise)
+    assert abs(float(noise.mean())) < 5.0 / n**0.5
+    assert abs(float(noise.square().mean()) - 1.0) < 8.0 / n**0.5
+
+
+def test_a_chain_that_ends_is_followed_by_a_new_one():
+    batches = train.TrainingBatches(
+        ExactModel(WORLD), torch.linspace(0.99, 0.01, 100), often=(9, 80)
+    )
+    chains = TrainingChains(batches, 3, stride=30, first=(40, 50), last=30)
+    seen = set()
+    for step in range(8):
+        batch = chains.draw(step)
+        assert (batch.timesteps >= 30).all() and (batch.timesteps < 50).all()
+        assert len(set(batch.captions)) > 1
+        seen |= set(chains.numbers[step % 2].tolist())
+        chains.advance(step, batch.x0)
+    assert seen == set(range(6 + 3 * 6))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"size": 0}, "size must be an integer >= 1"),
+        ({"stride": 0}, "stride must be an integer >= 1"),
+        ({"last": 10}, "last must be an integer from 20"),
+        ({"first": (40, 900)}, "first must be an integer from 400"),
+        ({"first": (800, 800)}, "first must be an integer from 801"),
+    ],
+)
+def test_chains_refuse_what_is_not_allowed(wrong, message):
+    batches = train.TrainingBatches(ExactModel(WORLD), torch.linspace(0.99, 0.01, 1000))
+    with pytest.raises(ValueError, match=message):
+        TrainingChains(batches, **({"size": 2} | wrong))
 
 
 def test_the_loss_falls(tmp_path):
@@ -188,7 +255,7 @@ def test_a_finished_training_is_not_repeated(finished, monkeypatch):
 
 def test_another_configuration_is_refused(finished):
     other = dataclasses.replace(QUICK, mismatched=0.2)
-    with pytest.raises(ValueError, match=r"mismatched is 0\.45 there and 0\.2 here"):
+    with pytest.raises(ValueError, match=r"mismatched is 0\.3 there and 0\.2 here"):
         train_laboratory(finished, other, world=WORLD, progress=False)
 
 

@@ -49,12 +49,15 @@ def test_kinds_of_captions_have_their_shares():
 
 def test_timesteps_and_mismatched_pairs_have_their_shares():
     n = 4000
-    batch = batches(size=n, often=(200, 300), often_share=0.5, mismatched=0.25).draw(0)
+    batch = batches(
+        size=n, often=(200, 300), often_share=0.5, mismatched=0.25, mismatched_from=250
+    ).draw(0)
     inside = (batch.timesteps >= 200) & (batch.timesteps < 300)
     assert_proportion(int(inside.sum()), n, 0.5 + 0.5 * 0.1, FALSE_ALARM / 2.0)
     assert batch.timesteps.min() < 100 and batch.timesteps.max() > 900
     named = np.array([kind_of(each) not in ("empty", "scene", "bare") for each in batch.captions])
     mismatched = batch.mismatched.numpy()
+    named &= (batch.timesteps >= 250).numpy()
     assert not mismatched[~named].any()
     assert_proportion(int(mismatched.sum()), int(named.sum()), 0.25, FALSE_ALARM / 2.0)
 
@@ -73,7 +76,9 @@ def test_targets_are_the_exact_predictions():
 
 
 def test_pictures_are_those_of_their_captions():
-    batch = TrainingBatches(MODEL, torch.ones(3), size=400, often=(0, 3), mismatched=0.5).draw(0)
+    batch = TrainingBatches(
+        MODEL, torch.ones(3), size=400, often=(0, 3), mismatched=0.5, mismatched_from=0
+    ).draw(0)
     holds, _ = MODEL.log_posterior(batch.x, 1.0, 0.0, "", batch.captions)
     matched = ~batch.mismatched
     # A picture of this small world is hardly ever mistaken for another.
@@ -110,6 +115,7 @@ def test_only_listed_objects():
         (lambda: batches(seed=-1), "seed must be"),
         (lambda: batches(mismatched=1.5), r"mismatched must be .*in \[0, 1\]"),
         (lambda: batches(often_share=-0.1), "often_share must be"),
+        (lambda: batches(mismatched_from=-1), "mismatched_from must be"),
         (lambda: batches(from_all=2.0), "from_all must be"),
         (lambda: batches(often=(300, 300)), "often must be an integer from 301"),
         (lambda: batches(often=(0, 1001)), "often must be an integer from 1 to 1000"),
