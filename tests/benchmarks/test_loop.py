@@ -86,6 +86,7 @@ def test_a_run_that_is_another_is_not_timed():
             loop.check(flat, SHAPE, device, ours)
 
 
+@pytest.mark.slow
 def test_a_run_begins_at_the_noise_and_ends_at_the_last_step():
     device = cpu_device()
     with torch.inference_mode():
@@ -101,6 +102,7 @@ def test_a_run_begins_at_the_noise_and_ends_at_the_last_step():
         assert torch.equal(ours.x, first)
 
 
+@pytest.mark.slow
 def test_parts_run_here():
     rows = loop.cpu(QUICK)
     assert [row.contender for row in rows] == [loop.PUBLISHED, loop.EAGER, loop.BOUND]

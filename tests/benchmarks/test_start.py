@@ -72,7 +72,9 @@ def test_the_first_sample_is_before_the_later_ones_and_has_an_empty_cache(monkey
 LIGHT = [line for line, packages in start.IMPORTS.items() if not packages]
 
 
-@pytest.mark.parametrize("code", [start.SAMPLE, start.STEP, *LIGHT])
+@pytest.mark.parametrize(
+    "code", [pytest.param(start.SAMPLE, marks=pytest.mark.slow), start.STEP, *LIGHT]
+)
 def test_what_is_timed_runs(code):
     assert fresh.said_by(code + start.RETURNED) == "returned\n"
 

@@ -82,6 +82,7 @@ def test_the_best_strength_is_the_nearest_of_the_safe_ones():
 # ---------------------------------------------------------------------- what is printed and drawn
 
 
+@pytest.mark.slow
 def test_it_is_drawn_at_print_quality_and_can_be_read(tmp_path):
     (figure,) = league.draw(data()).values()
     style.save(figure, tmp_path / "league.png")

@@ -9,6 +9,8 @@ import pytest
 
 from figures import digits, pipeline_digits, style
 
+pytestmark = pytest.mark.slow  # it computes the figure
+
 
 @pytest.fixture(scope="module")
 def data() -> pipeline_digits.Data:

@@ -9,6 +9,8 @@ import pytest
 
 from figures import style, text_to_image
 
+pytestmark = pytest.mark.slow  # it computes the figure
+
 
 @pytest.fixture(scope="module")
 def data() -> text_to_image.Data:

@@ -51,7 +51,10 @@ def taken_by(take):
     return [weakref.ref(each) for each in (plan, *of_plan, state)]
 
 
-@pytest.mark.parametrize("take", [stepped, guided, bound_step])
+TAKES = [stepped, *(pytest.param(each, marks=pytest.mark.slow) for each in (guided, bound_step))]
+
+
+@pytest.mark.parametrize("take", TAKES)
 def test_a_graph_keeps_what_it_reads_of_a_plan_until_it_is_released(take, monkeypatch):
     for module in (_known, _operator, bound):
         monkeypatch.setattr(module, "capturing", lambda device: True)
@@ -64,7 +67,7 @@ def test_a_graph_keeps_what_it_reads_of_a_plan_until_it_is_released(take, monkey
     assert StepPlan.release_captured() == 0
 
 
-@pytest.mark.parametrize("take", [stepped, guided, bound_step])
+@pytest.mark.parametrize("take", TAKES)
 def test_nothing_is_kept_where_nothing_is_captured(take):
     left = taken_by(take)
     gc.collect()

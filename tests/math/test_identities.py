@@ -6,6 +6,7 @@ Each is checked on exact mixtures with quantities from the mixture's public meth
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -156,6 +157,7 @@ def test_divergences_of_the_parts(mixture, seed, alpha, sigma):
     assert np.all(np.abs(got - expected) < 1e-11 * scale)
 
 
+@pytest.mark.slow
 def test_weights_correct_guidance_with_another_scale():
     """At g = 2 exact DNG does not sample p (1 - p_c)^2, but weighted it does.
 

@@ -76,6 +76,7 @@ def test_what_is_looked_at_is_the_base_alone(tmp_path):
     assert few.images_key == row.images_key
 
 
+@pytest.mark.slow
 def test_a_sweep_with_an_untrained_base_warns_and_marks_its_rows(tmp_path, capsys, monkeypatch):
     from dng_models.class_removal import materials
 
