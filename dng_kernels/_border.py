@@ -214,6 +214,23 @@ def shape_of(shape: object) -> tuple[int, ...]:
 # ---------------------------------------------------------------------- a call
 
 
+def in_order(
+    plan: StepPlan, eps: Tensor, eps_uncond: Tensor | None, eps_pos: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The predictions that the fields eps and eps_third of Inputs hold."""
+    if plan.from_uncond and eps_uncond is not None:
+        return eps_uncond, eps
+    return eps, eps_uncond if eps_pos is None else eps_pos
+
+
+def names_of(plan: StepPlan) -> dict[str, str]:
+    """What the fields of Inputs are called by those who give them."""
+    names = {name: name for name in Inputs._fields} | {"keys": "seed"}
+    third = "eps_pos" if plan.needs_positive else "eps_uncond"
+    eps, third = ("eps_uncond", "eps") if plan.from_uncond else ("eps", third)
+    return names | {"eps": eps, "eps_third": third}
+
+
 class Call:
     """Checks shared by the three operations, and their results.
 
@@ -278,9 +295,9 @@ class Call:
 
     def state(self, state: Tensor | None) -> None:
         """Check a tracker's state."""
-        needed = self.plan.tracker is not None
+        needed = self.plan.has_state
         if (state is not None) != needed:
-            _needed("state", state, needed, "rules that track a posterior")
+            _needed("state", state, needed, "rules that track a posterior, and CRG")
         if state is not None:
             _check_per_sample("state", state, self.like)
 
@@ -292,14 +309,16 @@ class Call:
         if divergence_gap is not None:
             _check_per_sample("divergence_gap", divergence_gap, self.like)
 
-    def third(self, eps_uncond: Tensor | None, eps_pos: Tensor | None) -> Tensor | None:
-        """The third prediction, or None if the plan reads none."""
+    def predictions(
+        self, eps: Tensor, eps_uncond: Tensor | None, eps_pos: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the negative is measured from, and the third prediction if the plan reads one."""
         plan = self.plan
         if (eps_uncond is not None) != plan.needs_uncond:
             _needed("eps_uncond", eps_uncond, plan.needs_uncond, "plans with a cfg_scale")
         if (eps_pos is not None) != plan.needs_positive:
             _needed("eps_pos", eps_pos, plan.needs_positive, "plans with PerpNeg")
-        return eps_uncond if eps_pos is None else eps_pos
+        return in_order(plan, eps, eps_uncond, eps_pos)
 
     def momentum(self, momentum: Tensor | None) -> None:
         """Check SLD's momentum."""
@@ -346,6 +365,7 @@ class Call:
         eps_guided: torch.dtype | None = None,
         scale: torch.dtype | None = None,
         momentum: torch.dtype | None = None,
+        log_weight: torch.dtype | None = None,
         return_guided: bool = True,
         return_scale: bool = True,
     ) -> StepResult:
@@ -355,7 +375,7 @@ class Call:
         ----------
         out : StepResult, optional
             Tensors given by the caller.
-        x_next, state, eps_guided, scale, momentum : torch.dtype, optional
+        x_next, state, eps_guided, scale, momentum, log_weight : torch.dtype, optional
             The dtype of each result that this call has.
         return_guided, return_scale : bool
             Whether to allocate these results if ``out`` has no tensor for them.
@@ -375,6 +395,7 @@ class Call:
             self._event("out.eps_guided", given.eps_guided, eps_guided, return_guided),
             self._per_sample("out.scale", given.scale, scale, return_scale),
             self._event("out.momentum", given.momentum, momentum),
+            self._per_sample("out.log_weight", given.log_weight, log_weight),
         )
 
     def _event(
@@ -438,6 +459,7 @@ _MAY_BE: dict[str, frozenset[str]] = {
     "eps_guided": _EVENTS,
     "scale": frozenset(),
     "momentum": frozenset({"momentum"}),
+    "log_weight": frozenset(),
 }
 
 
@@ -466,18 +488,17 @@ class Memory:
     Parameters
     ----------
     inputs, outputs : Inputs, StepResult
-    third : str
-        What the argument ``inputs.eps_third`` is called.
+    names : dict of str to str
+        What the fields of the inputs are called.
     """
 
     __slots__ = ("_names", "_read", "_spans", "_written")
 
-    def __init__(self, inputs: Inputs, outputs: StepResult, third: str) -> None:
+    def __init__(self, inputs: Inputs, outputs: StepResult, names: dict[str, str]) -> None:
         self._read = [i for i, tensor in enumerate(inputs) if tensor is not None and tensor.numel()]
         read = [tensor for i in self._read if (tensor := inputs[i]) is not None]
         self._spans = [_span(tensor) for tensor in read]
-        public = {"eps_third": third, "keys": "seed"}
-        self._names = [public.get(name, name) for name in Inputs._fields]
+        self._names = [names[name] for name in Inputs._fields]
         self._written: list[tuple[int, int, list[bool]]] = []
         for i, (name, tensor) in enumerate(zip(StepResult._fields, outputs, strict=True)):
             if tensor is not None and tensor.numel():
@@ -525,7 +546,7 @@ def memory_of(plan: StepPlan, inputs: Inputs, outputs: StepResult) -> Memory | N
         for tensor in (*inputs, *outputs)
     ):
         return None
-    return Memory(inputs, outputs, "eps_pos" if plan.needs_positive else "eps_uncond")
+    return Memory(inputs, outputs, names_of(plan))
 
 
 def refuse_shared(plan: StepPlan, inputs: Inputs, outputs: StepResult) -> None:

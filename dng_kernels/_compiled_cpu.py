@@ -18,18 +18,18 @@ from numba import njit
 from torch import Tensor
 
 from dng_kernels._forms import Prepared, prepared
-from dng_kernels.cpu import scale_of, tracked_odds, updated_state
+from dng_kernels.cpu import scale_of, tracked_odds, updated_state, weight_of
 from dng_kernels.naive import Inputs, StepResult
-from dng_kernels.plan import Variant
-from dng_math._codes import CONTRASTIVE, PERPENDICULAR, SAFE
+from dng_kernels.plan import NEED_SUMS, Variant
+from dng_math._codes import SAFE
 
 # Of the factors of a sample: x_next = sum of these times x, eps, delta, gap and noise, and the
-# guided prediction = sum of these times eps, delta and gap, where gap = eps - eps_uncond.
+# guided prediction = sum of these times eps, delta and gap, where gap = eps - eps_third.
 X, EPS, DELTA, GAP, NOISE, GUIDED_EPS, GUIDED_DELTA, GUIDED_GAP = range(8)
-_OF_X_NEXT = {"x": X, "eps": EPS, "delta": DELTA, "uncond_gap": GAP, "noise": NOISE}
-_OF_GUIDED = {"eps": GUIDED_EPS, "delta": GUIDED_DELTA, "uncond_gap": GUIDED_GAP}
+_OF_X_NEXT = {"x": X, "eps": EPS, "delta": DELTA, "third_gap": GAP, "noise": NOISE}
+_OF_GUIDED = {"eps": GUIDED_EPS, "delta": GUIDED_DELTA, "third_gap": GUIDED_GAP}
 # Dot products with delta, in the order of the sums.
-_SUMS = ("delta", "x", "eps", "uncond_gap", "noise")
+_SUMS = ("delta", "x", "eps", "third_gap", "noise")
 
 
 # Sums may be reordered, for SIMD: in an order that the length of a sample decides, so a sample has
@@ -68,7 +68,7 @@ def can_take(variant: Variant, inputs: Inputs, result: StepResult) -> bool:
     """Whether the loop computes what this step needs."""
     return (
         not variant.clip
-        and variant.rule not in (SAFE, CONTRASTIVE, PERPENDICULAR)
+        and variant.rule not in (SAFE, *NEED_SUMS)
         and result.x_next is not None
         and result.x_next.is_contiguous()
         and (result.eps_guided is None or result.eps_guided.is_contiguous())
@@ -123,6 +123,7 @@ class OnePass:
         self._sums = np.zeros((batch, len(_SUMS)), dtype=number)
         self._state_next = None if result.state is None else result.state.numpy()
         self._scale_out = None if result.scale is None else result.scale.numpy()
+        self._weight_out = None if result.log_weight is None else result.log_weight.numpy()
 
     def read(self, name: str, tensor: Tensor) -> bool:
         """Read this in place of the input of that name, another of the same kind."""
@@ -153,8 +154,8 @@ class OnePass:
         at = row.at
         before = numbers["state"]() if "state" in numbers else None
         odds = None if before is None else tracked_odds(variant.tracker, at, before)
-        scale, projection = scale_of(variant.rule, at, odds, {})
-        forms = row.forms(scale, projection)
+        scale, second = scale_of(variant, at, odds, {}, before, self._shape[1])
+        forms = row.forms(scale, second)
         factors.fill(0.0)  # forms leave out what is zero
         for name, factor in forms.x_next.items():
             factors[:, _OF_X_NEXT[name]] = factor
@@ -170,6 +171,8 @@ class OnePass:
         if self._state_next is not None:
             dots = dict(zip(_SUMS, self._sums.T, strict=True))
             residual = forms.residual.dot(dots)
+            if self._weight_out is not None:
+                self._weight_out[...] = weight_of(at, scale, dots["delta"], residual)
             gap = numbers["divergence_gap"]() if "divergence_gap" in numbers else None
             self._state_next[...] = updated_state(
                 variant, at, before, odds, dots["delta"], residual, gap

@@ -2,8 +2,9 @@
 
 Whatever a rule computes is linear in x, eps, delta = eps_neg - eps, the noise, and what the rule
 adds to these.  So the equations run on forms, which is cheap, and each term costs one pass over
-memory.  The factors are affine in the scale and in the scale times Perp-Neg's projection; their
-coefficients are computed once for each row of a plan and cached.
+memory.  The factors are affine in the scale and in a second number: for Perp-Neg the scale times
+the projection, for contrastive CFG what its positive factor adds to 1.  Their coefficients are
+computed once for each row of a plan and cached.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from dng_kernels.plan import UPDATE, Row, Variant, named
 from dng_math import equations
-from dng_math._codes import FEEDBACK, PERPENDICULAR, SAFE, TOWARD
+from dng_math._codes import CONTRASTIVE, FEEDBACK, PERPENDICULAR, SAFE, TOWARD
 
 
 class Form(dict[str, Any]):
@@ -46,7 +47,7 @@ class Forms(NamedTuple):
     """The guided prediction, x_next, and the residual x_next - mu.
 
     They are forms of x, x_next (where it is given), eps, delta and noise, and of what
-    :mod:`dng_kernels.cpu` adds to a block: uncond_gap = eps - eps_uncond, direction =
+    :mod:`dng_kernels.cpu` adds to a block: third_gap = eps - eps_third, direction =
     eps_pos - eps, SLD's correction.  With clipping, eps and delta in x_next and in the residual are
     those of the clipped x0, and shift is how far guidance moves it.
     """
@@ -60,14 +61,14 @@ class Prepared(NamedTuple):
     """A row of the table, and the forms of its step as functions of the scale.
 
     Every factor is three numbers: a constant, what multiplies the scale, and what multiplies the
-    scale times the projection.
+    second number.
     """
 
     at: Row
     factors: tuple[dict[str, tuple[float, float, float]], ...]
 
-    def forms(self, scale: Any, projection: Any) -> Forms:
-        """The forms for scales and projections, (B,) or numbers."""
+    def forms(self, scale: Any, second: Any) -> Forms:
+        """The forms for scales and second numbers, (B,) or numbers."""
         if isinstance(scale, np.ndarray) and len(scale) == 1:
             scale = float(scale[0])
         guided, x_next, residual = (
@@ -75,8 +76,8 @@ class Prepared(NamedTuple):
                 {
                     name: factor
                     + (by_scale * scale if by_scale else 0.0)
-                    + (by_both * (scale * projection) if by_both else 0.0)
-                    for name, (factor, by_scale, by_both) in form.items()
+                    + (by_second * second if by_second else 0.0)
+                    for name, (factor, by_scale, by_second) in form.items()
                 }
             )
             for form in self.factors
@@ -89,13 +90,13 @@ def prepared(variant: Variant, noisy: bool, row: tuple[float, ...]) -> Prepared:
     """The forms of a step from a row of its plan's table."""
     at = named(row)
     corners = (
-        _forms_of(variant, at, scale, projection, noisy)
-        for scale, projection in ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0))
+        _forms_of(variant, at, scale, second, noisy)
+        for scale, second in ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0))
     )
     factors = []
-    for none, scaled, projected in zip(*corners, strict=True):
+    for none, scaled, seconded in zip(*corners, strict=True):
         of_form = {}
-        for name, factor in projected.items():
+        for name, factor in seconded.items():
             constant, once = none.get(name, 0.0), scaled.get(name, 0.0)
             if (constant, once, factor) != (0.0, 0.0, 0.0):
                 of_form[name] = constant, once - constant, factor - once
@@ -103,8 +104,8 @@ def prepared(variant: Variant, noisy: bool, row: tuple[float, ...]) -> Prepared:
     return Prepared(at, tuple(factors))
 
 
-def _forms_of(variant: Variant, at: Row, scale: float, projection: float, noisy: bool) -> Forms:
-    """The forms at a scale and a projection; the equations of :mod:`dng_kernels.naive`."""
+def _forms_of(variant: Variant, at: Row, scale: float, second: float, noisy: bool) -> Forms:
+    """The forms at a scale, 0 or 1, and a second number; the equations of naive.py."""
     x, eps, delta = Form(x=1.0), Form(eps=1.0), Form(delta=1.0)
     if variant.mode == UPDATE:
         mean = equations.step_mean(
@@ -114,8 +115,10 @@ def _forms_of(variant: Variant, at: Row, scale: float, projection: float, noisy:
     noise = Form(noise=1.0) if noisy else Form()
     base = eps
     if variant.cfg:
-        gap = Form(uncond_gap=1.0)
-        base = equations.toward(eps - gap, gap, Factor(at.cfg_scale))
+        gap, cfg_scale = Form(third_gap=1.0), at.cfg_scale
+        if variant.rule == CONTRASTIVE and variant.reads_third:
+            cfg_scale = cfg_scale + at.active * at.attraction * second
+        base = equations.toward(eps - gap, gap, Factor(cfg_scale))
     if variant.rule == SAFE:
         correction = Form(correction=at.from_noise)
         guided = equations.away(base, correction, Factor(at.guidance_scale * at.applied))
@@ -123,7 +126,7 @@ def _forms_of(variant: Variant, at: Row, scale: float, projection: float, noisy:
         direction = Form(direction=1.0)
         guided = equations.away(
             equations.toward(base, direction, Factor(at.active * at.positive_scale)),
-            equations.perpendicular(delta, direction, Factor(projection)),
+            equations.perpendicular(delta, direction, Factor(second)),
             Factor(scale),
         )
     elif variant.rule in (TOWARD, FEEDBACK):

@@ -29,7 +29,7 @@ READ = dict(
 WRITTEN = dict(
     zip(
         StepResult._fields,
-        ("x_next", "state_next", "guided_out", "scale_out", "momentum_out"),
+        ("x_next", "state_next", "guided_out", "scale_out", "momentum_out", "weight_out"),
         strict=True,
     )
 )
@@ -92,10 +92,10 @@ class Known(NamedTuple):
         for number, dtype in enumerate(self.dtypes):
             given = None if out is None else out[number]
             if given is None and dtype is not None:
-                # The state and the scale have one number a sample.
+                # The state, the scale and the weight have one number a sample.
                 given = (
                     torch.empty(len(eps), dtype=dtype, device=self.device)
-                    if number in (1, 3)
+                    if number in (1, 3, 5)
                     else torch.empty_like(eps, dtype=dtype)
                 )
             fields.append(given)

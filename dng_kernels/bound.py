@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dng_kernels import cpu, naive
-from dng_kernels._border import Backend, memory_of
+from dng_kernels._border import Backend, memory_of, names_of
 from dng_kernels._known import READ
 from dng_kernels._operator import with_keys
 from dng_kernels.naive import Inputs, StepResult
@@ -20,12 +20,6 @@ from dng_kernels.step import check_step
 from dng_math import checks
 
 HAS_NUMBA = find_spec("numba") is not None
-# What can be bound to other tensors, by the names of the arguments, and where it stands in Inputs.
-_FIELDS = {
-    **{name: name for name in ("x", "eps", "eps_neg", "noise", "momentum", "state")},
-    **{"eps_uncond": "eps_third", "eps_pos": "eps_third"},
-    **{"seed": "keys", "divergence_gap": "divergence_gap"},
-}
 
 
 class Taker(Protocol):
@@ -195,16 +189,14 @@ class BoundStep:
         self.plan, self.result = plan, checked.result
         self._engine, self._inputs, self._bits = checked.call.engine, checked.inputs, checked.bits
         self._first_sample, self._steps = first_sample, len(plan)
-        other = (
-            "eps_pos" if plan.needs_uncond else "eps_uncond"
-        )  # shares its place with one that is
-        self._names = _FIELDS.keys() - {other}
+        # Where what can be exchanged stands in Inputs, by the names of the arguments.
+        self._fields = {name: field for field, name in names_of(plan).items() if name != "x_next"}
         self._rows: dict[int, Any] = {}  # of the table, prepared for the loop of a CPU
         self._memory = memory_of(plan, self._inputs, self.result)
         self._kinds = {
             name: None if tensor is None else _kind(tensor)
-            for name in self._names
-            for tensor in [getattr(self._inputs, _FIELDS[name])]
+            for name, field in self._fields.items()
+            for tensor in [getattr(self._inputs, field)]
         }
         self._take = self._bound()
 
@@ -258,7 +250,7 @@ class BoundStep:
                     f"{device}, without grad, as was bound; got {tensor.dtype} of shape "
                     f"{tuple(tensor.shape)} and strides {tensor.stride()} on {tensor.device}"
                 )
-        fields = {_FIELDS[name]: tensor for name, tensor in tensors.items()}
+        fields = {self._fields[name]: tensor for name, tensor in tensors.items()}
         inputs = inputs._replace(**fields)
         if self._memory is not None:
             self._memory.check(inputs, self.result)

@@ -20,14 +20,17 @@ from torch import Tensor
 from dng_kernels import normal
 from dng_kernels._forms import Form, Forms, prepared
 from dng_kernels.naive import Inputs, StepResult
-from dng_kernels.plan import GUIDE, LARGEST, STEP, UPDATE, Row, Variant
+from dng_kernels.plan import GUIDE, LARGEST, NEED_SUMS, STEP, UPDATE, Row, Variant
 from dng_math import equations
 from dng_math._codes import (
     CONTRASTIVE,
     FEEDBACK,
+    GEOMETRIC,
     LOG_ODDS,
+    NO_TRACKER,
     PAPER,
     PERPENDICULAR,
+    REGULATED,
     SAFE,
     TRACKED,
 )
@@ -62,22 +65,24 @@ def _run(
 
     blocks = _Blocks(inputs, outputs, table.dtype, index)
     state = odds = None
-    scale = projection = 0.0
+    scale = second = 0.0
+    known: dict[str, Any] = {}
     if inputs.state is not None:
         state = numbers(inputs.state)
-        odds = tracked_odds(variant.tracker, at, state)
+        if variant.tracker:
+            odds = tracked_odds(variant.tracker, at, state)
     if variant.mode != UPDATE:
         before: Block = {}
-        if variant.rule in (CONTRASTIVE, PERPENDICULAR):
-            before = blocks.sums(lambda block, into, rows: first_sums(variant.rule, block))
+        if variant.rule in NEED_SUMS:
+            before = blocks.sums(lambda block, into, rows: first_sums(variant, block))
         known = {name: numbers(values) for name, values in before.items()}
-        scale, projection = scale_of(variant.rule, at, odds, known)
-    forms = row.forms(scale, projection)
+        scale, second = scale_of(variant, at, odds, known, state, blocks.elements)
+    forms = row.forms(scale, second)
     job = _Job(
         variant,
         at,
         Forms(*map(_columns, forms)),
-        tracked=outputs.state is not None,
+        tracked=outputs.state is not None and variant.tracker != NO_TRACKER,
         apart=blocks.apart,
     )
     sums = {name: numbers(values) for name, values in blocks.sums(partial(block_step, job)).items()}
@@ -87,10 +92,15 @@ def _run(
             mean = sums.get("scale", 0.0) / max(1, blocks.elements)
             scale = at.guidance_scale * at.applied * mean
         outputs.scale.numpy()[...] = scale
-    if outputs.state is not None:
+    if outputs.state is not None and variant.rule == REGULATED:
+        outputs.state.numpy()[...] = state + at.rate * evidence(at, known)
+    elif outputs.state is not None:
         residual_dot = (
             sums.get("residual", 0.0) if variant.mode == UPDATE else forms.residual.dot(sums)
         )
+        if outputs.log_weight is not None:
+            found = weight_of(at, scale, sums.get("delta", 0.0), residual_dot)
+            outputs.log_weight.numpy()[...] = found
         gap = None if inputs.divergence_gap is None else numbers(inputs.divergence_gap)
         outputs.state.numpy()[...] = updated_state(
             variant, at, state, odds, sums.get("delta", 0.0), residual_dot, gap
@@ -241,25 +251,64 @@ def tracked_odds(tracker: int, at: Row, state: Any) -> Any:
     return np.exp(state)
 
 
-def scale_of(rule: int, at: Row, odds: Any, sums: dict[str, Any]) -> tuple[Any, Any]:
-    """The scale of every sample, and Perp-Neg's projection; both (B,) or one number."""
-    projection = 0.0
+def scale_of(
+    variant: Variant, at: Row, odds: Any, sums: dict[str, Any], state: Any, elements: int
+) -> tuple[Any, Any]:
+    """The scale of every sample, and the second number of its forms; both (B,) or one number."""
+    rule, second = variant.rule, 0.0
     if rule == TRACKED:
         scale = equations.dynamic_scale(at.guidance_scale, odds, 1.0)
     elif rule == FEEDBACK:
-        scale = equations.feedback_scale(odds, at.pi)
+        scale = equations.feedback_scale(odds, at.pi) + at.added
     elif rule == CONTRASTIVE:
-        norm_sq = sums.get("delta", 0.0)
-        decay = np.exp(-at.contrastive_temperature * at.to_noise * at.to_noise * norm_sq)
-        scale = equations.contrastive_scale(at.guidance_scale, decay)
+        factor = -at.contrastive_temperature * at.to_noise * at.to_noise
+        scale = equations.contrastive_scale(
+            at.guidance_scale, np.exp(factor * sums.get("delta", 0.0))
+        )
+        if variant.reads_third:
+            decay = np.exp(factor * sums.get("third", 0.0))
+            second = equations.contrastive_attraction(decay) - 1.0
+    elif rule in (GEOMETRIC, REGULATED) and sums:
+        scale = geometry(variant, at, sums, state, elements)
     else:
         scale = at.guidance_scale
+    scale = at.active * scale
     if rule == PERPENDICULAR and sums:
         known = sums["direction"] > at.rounding_sq * sums["eps"]
         one = np.ones_like(sums["direction"])
         projection = np.where(known, sums["along"], 0.0 * one)
-        projection = projection / np.where(known, sums["direction"], one)
-    return at.active * scale, projection
+        second = scale * (projection / np.where(known, sums["direction"], one))
+    return scale, second
+
+
+def geometry(variant: Variant, at: Row, sums: dict[str, Any], state: Any, elements: int) -> Any:
+    """GeoGuide's and CRG's scale, (B,); 0 where the two predictions agree to rounding."""
+    known = sums["delta"] > at.rounding_sq * sums["eps"]
+    one = np.ones_like(sums["delta"])
+    if variant.rule == GEOMETRIC:
+        distance = np.sqrt(np.where(known, sums["delta"], one))
+        scale = equations.geometric_scale(at.length * elements**0.5, distance)
+    else:
+        surplus = 0.5 * at.gain * evidence(at, sums) + state - at.threshold
+        known &= (surplus > 0) & (at.to_noise != 0)
+        norm_sq = np.where(known, sums["delta"] * (at.to_noise * at.to_noise), one)
+        scale = equations.regulating_scale(at.guidance_scale, surplus, at.gain, norm_sq)
+    return np.where(known, scale, 0.0 * one)
+
+
+def evidence(at: Row, sums: dict[str, Any]) -> Any:
+    """CRG's b of a step, (B,); see :func:`dng_kernels.naive.evidence`."""
+    along = 2.0 * at.lead * sums.get("along", 0.0)
+    return at.to_noise * at.to_noise * equations.regulating_evidence(along, sums.get("delta", 0.0))
+
+
+def weight_of(at: Row, scale: Any, norm_sq: Any, residual_dot: Any) -> Any:
+    """The log weight of a step, (B,) or 0; see :func:`dng_kernels.naive.weight_of`."""
+    if at.deviation == 0.0:
+        return 0.0
+    k = at.factor * scale
+    noise_shift = -k * (residual_dot + k * norm_sq) / at.deviation
+    return equations.log_weight(noise_shift, k * k * norm_sq, at.deviation)
 
 
 def updated_state(
@@ -304,17 +353,24 @@ def updated_state(
 # ---------------------------------------------------------------------- a block
 
 
-def first_sums(rule: int, block: Block) -> Block:
-    """Sums over whole samples that contrastive CFG and Perp-Neg need before they can guide."""
-    delta = block["eps_neg"] - block["eps"]
+def first_sums(variant: Variant, block: Block) -> Block:
+    """Sums over whole samples that a rule needs before it can guide."""
+    eps, rule = block["eps"], variant.rule
+    delta = block["eps_neg"] - eps
     if rule == CONTRASTIVE:
-        return {"delta": _norm_sq(delta)}
-    direction = block["eps_third"] - block["eps"]
-    return {
-        "direction": _norm_sq(direction),
-        "along": _dot(delta, direction),
-        "eps": _norm_sq(block["eps"]),
-    }
+        found = {"delta": _norm_sq(delta)}
+        if variant.reads_third:
+            found["third"] = _norm_sq(block["eps_third"] - eps)
+        return found
+    found = {"eps": _norm_sq(eps)}
+    if rule in (GEOMETRIC, REGULATED):
+        found["delta"] = _norm_sq(delta)
+    if rule in (PERPENDICULAR, REGULATED):
+        direction = block["eps_third"] - eps
+        found["along"] = _dot(delta, direction)
+        if rule == PERPENDICULAR:
+            found["direction"] = _norm_sq(direction)
+    return found
 
 
 def block_step(job: _Job, block: Block, into: Block, rows: slice) -> Block:
@@ -324,11 +380,11 @@ def block_step(job: _Job, block: Block, into: Block, rows: slice) -> Block:
     block["delta"] = block["eps_neg"] - eps
     if variant.mode != UPDATE:
         if variant.cfg:
-            block["uncond_gap"] = eps - block["eps_third"]
+            block["third_gap"] = eps - block["eps_third"]
         if variant.rule == PERPENDICULAR:
             block["direction"] = block["eps_third"] - eps
         if variant.rule == SAFE:
-            found["scale"] = _safe(at, block, into)
+            found["scale"] = _safe(variant, at, block, into)
     clips = variant.clip and variant.mode != GUIDE
     guided = None
     if "eps_guided" in into or (clips and variant.mode == STEP):
@@ -358,11 +414,13 @@ def block_step(job: _Job, block: Block, into: Block, rows: slice) -> Block:
     return found
 
 
-def _safe(at: Row, block: Block, into: Block) -> Tensor:
+def _safe(variant: Variant, at: Row, block: Block, into: Block) -> Tensor:
     """Write SLD's correction and momentum; return the sum of its elementwise scale."""
-    difference = block["delta"] * at.to_noise
-    magnitude = difference.abs()
-    gated = magnitude if at.absolute > 0 else -difference
+    difference = compared = block["delta"] * at.to_noise
+    if variant.reads_third:
+        compared = (block["eps_neg"] - block["eps_third"]) * at.to_noise
+    magnitude = compared.abs()
+    gated = magnitude if at.absolute > 0 else -compared
     scale = torch.where(gated < at.threshold, (at.slope * magnitude).clamp(max=1.0), 0.0)
     momentum = block["momentum"]
     block["correction"] = equations.safe_correction(scale, difference, at.momentum_scale, momentum)

@@ -12,10 +12,10 @@ The two sums are one number of 64 bits that is never zero, in a place that was z
 it sees both or none.  So nothing orders the sums and the counter, which would be a wait for memory
 each; the last program waits for what it does not see yet, and that is on its way.
 
-Contrastive CFG and Perp-Neg need the sums before they can guide.  Their programs draw tickets: the
-programs with a sample's first tickets compute the sums, and the others wait for them and then take
-the step.  Only a running program draws a ticket, and the first ones never wait, so there is no
-deadlock in whatever order programs are started.
+Some rules need sums over a sample before they can guide (NEED_SUMS in plan.py).  Their programs
+draw tickets: the programs with a sample's first tickets compute the sums, and the others wait for
+them and then take the step.  Only a running program draws a ticket, and the first ones never wait,
+so there is no deadlock in whatever order programs are started.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from dng_kernels import normal
 from dng_kernels.layout import SUMS, chunking, is_channels_last, readable
 from dng_kernels.naive import Inputs, StepResult
-from dng_kernels.plan import COLUMN, GUIDE, LARGEST, STEP, UPDATE, WIDTH, Variant
+from dng_kernels.plan import COLUMN, GUIDE, LARGEST, NEED_SUMS, STEP, UPDATE, WIDTH, Variant
 from dng_math import _codes, equations
 
 # ------------------------------------------------ equations, compiled
@@ -53,6 +53,11 @@ away = _compiled(equations.away)
 dynamic_scale = _compiled(equations.dynamic_scale)
 feedback_scale = _compiled(equations.feedback_scale)
 contrastive_scale = _compiled(equations.contrastive_scale)
+contrastive_attraction = _compiled(equations.contrastive_attraction)
+geometric_scale = _compiled(equations.geometric_scale)
+regulating_evidence = _compiled(equations.regulating_evidence)
+regulating_scale = _compiled(equations.regulating_scale)
+log_weight = _compiled(equations.log_weight)
 perpendicular = _compiled(equations.perpendicular)
 safe_correction = _compiled(equations.safe_correction)
 safe_momentum = _compiled(equations.safe_momentum)
@@ -73,6 +78,7 @@ _TRACKED, _FEEDBACK = tl.constexpr(_codes.TRACKED), tl.constexpr(_codes.FEEDBACK
 _TOWARD, _SAFE = tl.constexpr(_codes.TOWARD), tl.constexpr(_codes.SAFE)
 _CONTRASTIVE = tl.constexpr(_codes.CONTRASTIVE)
 _PERPENDICULAR = tl.constexpr(_codes.PERPENDICULAR)
+_GEOMETRIC, _REGULATED = tl.constexpr(_codes.GEOMETRIC), tl.constexpr(_codes.REGULATED)
 _PAPER, _LOG_ODDS = tl.constexpr(_codes.PAPER), tl.constexpr(_codes.LOG_ODDS)
 _LARGEST = tl.constexpr(LARGEST)
 _WIDTH = tl.constexpr(WIDTH)
@@ -110,7 +116,10 @@ _ABSOLUTE = tl.constexpr(COLUMN["absolute"])
 _POSITIVE_SCALE = tl.constexpr(COLUMN["positive_scale"])
 _ROUNDING_SQ = tl.constexpr(COLUMN["rounding_sq"])
 _CONTRASTIVE_TEMPERATURE = tl.constexpr(COLUMN["contrastive_temperature"])
-_PI = tl.constexpr(COLUMN["pi"])
+_ATTRACTION = tl.constexpr(COLUMN["attraction"])
+_PI, _ADDED = tl.constexpr(COLUMN["pi"]), tl.constexpr(COLUMN["added"])
+_LENGTH = tl.constexpr(COLUMN["length"])
+_GAIN, _RATE, _LEAD = (tl.constexpr(COLUMN[name]) for name in ("gain", "rate", "lead"))
 
 _STEP_STREAM = tl.constexpr(normal.STEP_STREAM)
 _TO_UNIT, _HALF_UNIT = tl.constexpr(normal.TO_UNIT), tl.constexpr(normal.HALF_UNIT)
@@ -254,17 +263,53 @@ def tracked_odds(row, state, TRACKER: tl.constexpr):
 
 
 @triton.jit
-def scale_of(row, odds, a, RULE: tl.constexpr):
-    """The scale of a sample; ``a`` is |delta|^2 for contrastive CFG."""
+def decay_of(row, norm_sq):
+    """Contrastive CFG's exp(-tau |difference|^2), of a difference of predictions."""
+    to_noise = tl.load(row + _TO_NOISE)
+    return tl.exp(-tl.load(row + _CONTRASTIVE_TEMPERATURE) * to_noise * to_noise * norm_sq)
+
+
+@triton.jit
+def evidence(row, a, b):
+    """CRG's b of a step, from |delta|^2 and (eps_third - eps) . delta; as in naive.py."""
+    to_noise = tl.load(row + _TO_NOISE)
+    return to_noise * to_noise * regulating_evidence(2.0 * tl.load(row + _LEAD) * b, a)
+
+
+@triton.jit
+def weight_of(row, scale, norm_sq, residual_dot):
+    """The log weight of a step, as in naive.py; 0 without noise."""
+    k = tl.load(row + _FACTOR) * scale
+    deviation = tl.load(row + _DEVIATION)
+    noisy = deviation > 0
+    deviation = tl.where(noisy, deviation, 1.0)
+    noise_shift = -k * (residual_dot + k * norm_sq) / deviation
+    return tl.where(noisy, log_weight(noise_shift, k * k * norm_sq, deviation), 0.0)
+
+
+@triton.jit
+def scale_of(row, odds, state, D, a, b, c, RULE: tl.constexpr):
+    """The scale of a sample; a, b and c are the rule's own sums, see :func:`chunk_sums`."""
     guidance_scale = tl.load(row + _GUIDANCE_SCALE)
     if RULE == _TRACKED:
         scale = dynamic_scale(guidance_scale, odds, 1.0)
     elif RULE == _FEEDBACK:
-        scale = feedback_scale(odds, tl.load(row + _PI))
+        scale = feedback_scale(odds, tl.load(row + _PI)) + tl.load(row + _ADDED)
     elif RULE == _CONTRASTIVE:
-        to_noise = tl.load(row + _TO_NOISE)
-        decay = tl.exp(-tl.load(row + _CONTRASTIVE_TEMPERATURE) * to_noise * to_noise * a)
-        scale = contrastive_scale(guidance_scale, decay)
+        scale = contrastive_scale(guidance_scale, decay_of(row, a))
+    elif RULE == _GEOMETRIC:
+        known = a > tl.load(row + _ROUNDING_SQ) * c
+        # length sqrt(D)/|delta|; D may be a constant here, of which there is no root.
+        distance = tl.sqrt(tl.where(known, a, 1.0) / tl.maximum(D, 1))
+        scale = tl.where(known, geometric_scale(tl.load(row + _LENGTH), distance), 0.0)
+    elif RULE == _REGULATED:
+        gain, to_noise = tl.load(row + _GAIN), tl.load(row + _TO_NOISE)
+        surplus = 0.5 * gain * evidence(row, a, b) + state - tl.load(row + _THRESHOLD)
+        known = a > tl.load(row + _ROUNDING_SQ) * c
+        known = (known & (surplus > 0)) & (to_noise != 0)
+        norm_sq = tl.where(known, a * (to_noise * to_noise), 1.0)
+        scale = regulating_scale(guidance_scale, surplus, gain, norm_sq)
+        scale = tl.where(known, scale, 0.0)
     else:
         scale = guidance_scale
     return tl.load(row + _ACTIVE) * scale
@@ -336,22 +381,32 @@ def finish(
     odds,
     a,
     b,
+    seen,
     divergence,
     state_next,
     scale_out,
+    weight_out,
     D,
     RULE: tl.constexpr,
     TRACKER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """Write state and scale of a sample, from the sums a and b over all of it."""
+    """Write state, scale and weight of a sample, from the sums a and b over all of it.
+
+    Or, for CRG, from the evidence that was seen.
+    """
     if state_next is not None:
-        if DIVERGENCE:
-            div = tl.load(divergence + sample).to(tl.float32)
+        if RULE == _REGULATED:
+            tl.store(state_next + sample, state + tl.load(row + _RATE) * seen)
         else:
-            div = 0.0
-        updated = updated_state(row, state, odds, a, b, div, TRACKER, DIVERGENCE)
-        tl.store(state_next + sample, updated)
+            if DIVERGENCE:
+                div = tl.load(divergence + sample).to(tl.float32)
+            else:
+                div = 0.0
+            updated = updated_state(row, state, odds, a, b, div, TRACKER, DIVERGENCE)
+            tl.store(state_next + sample, updated)
+    if weight_out is not None:
+        tl.store(weight_out + sample, weight_of(row, scale, a, b))
     if scale_out is not None:
         if RULE == _SAFE:
             # An empty sample has no mean: 0 / 0 must not happen.
@@ -370,10 +425,21 @@ def x0_of(x, prediction, x_factor, factor, clip):
 
 
 @triton.jit
-def chunk_sums(eps, eps_neg, eps_third, first, end, RULE: tl.constexpr, BLOCK: tl.constexpr):
+def chunk_sums(
+    eps,
+    eps_neg,
+    eps_third,
+    first,
+    end,
+    RULE: tl.constexpr,
+    READS_THIRD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The sums that a rule needs before it can guide, over the places first ... end - 1.
 
-    |delta|^2 for contrastive CFG; |direction|^2, delta . direction and |eps|^2 for Perp-Neg.
+    With direction = eps_third - eps they are |delta|^2 and, for its positive factor, |direction|^2
+    for contrastive CFG; |direction|^2, delta . direction and |eps|^2 for Perp-Neg; |delta|^2,
+    delta . direction and |eps|^2 for CRG; for GeoGuide the first and the last of these.
     """
     a = tl.zeros([BLOCK], tl.float32)
     b = tl.zeros([BLOCK], tl.float32)
@@ -384,13 +450,20 @@ def chunk_sums(eps, eps_neg, eps_third, first, end, RULE: tl.constexpr, BLOCK: t
         e = tl.load(eps + start + lane, mask=inside, other=0.0).to(tl.float32)
         n = tl.load(eps_neg + start + lane, mask=inside, other=0.0).to(tl.float32)
         delta = n - e
-        if RULE == _PERPENDICULAR:
+        if (RULE == _PERPENDICULAR or RULE == _REGULATED) or READS_THIRD:
             direction = tl.load(eps_third + start + lane, mask=inside, other=0.0).to(tl.float32) - e
+        if RULE == _PERPENDICULAR:
             a += direction * direction
             b += delta * direction
             c += e * e
         else:
             a += delta * delta
+        if RULE == _CONTRASTIVE and READS_THIRD:
+            b += direction * direction
+        if RULE == _REGULATED:
+            b += delta * direction
+        if RULE == _GEOMETRIC or RULE == _REGULATED:
+            c += e * e
     return tl.sum(a), tl.sum(b), tl.sum(c)
 
 
@@ -401,7 +474,7 @@ def chunk_step(
     seed,
     sample_index,
     scale,
-    projection,
+    second,
     x,
     x_next_in,
     eps,
@@ -426,6 +499,7 @@ def chunk_step(
     CFG: tl.constexpr,
     CLIP: tl.constexpr,
     DRIFT: tl.constexpr,
+    READS_THIRD: tl.constexpr,
     NOISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ONCE: tl.constexpr,
@@ -434,12 +508,15 @@ def chunk_step(
 ):
     """Guide, take the step and add up, for the places first ... end - 1 of a sample.
 
-    With ONCE there is one block; with EARLY, too, and what it loads was loaded before.  Returns
+    ``second`` is Perp-Neg's projection, or what contrastive CFG's positive factor adds to 1.  With
+    ONCE there is one block; with EARLY, too, and what it loads was loaded before.  Returns
     |delta|^2 and residual . delta if a posterior is tracked; the sum of the elementwise scale for
     SLD.
     """
     if CFG:
         cfg_scale = tl.load(row + _CFG_SCALE)
+        if RULE == _CONTRASTIVE and READS_THIRD:
+            cfg_scale += tl.load(row + _ACTIVE) * tl.load(row + _ATTRACTION) * second
     if CLIP:
         clip = tl.load(row + _CLIP)
         x0_x_factor, x0_factor = tl.load(row + _X0_X_FACTOR), tl.load(row + _X0_FACTOR)
@@ -508,8 +585,11 @@ def chunk_step(
                 push = base - e
             if RULE == _SAFE:
                 difference = delta * to_noise
-                magnitude = tl.abs(difference)
-                gated = tl.where(absolute, magnitude, -difference)
+                compared = difference
+                if READS_THIRD:
+                    compared = (n - third) * to_noise
+                magnitude = tl.abs(compared)
+                gated = tl.where(absolute, magnitude, -compared)
                 s = tl.where(gated < threshold, tl.minimum(slope * magnitude, 1.0), 0.0)
                 correction = safe_correction(s, difference, momentum_scale, kept)
                 if momentum_out is not None:
@@ -522,7 +602,7 @@ def chunk_step(
                 direction = third - e
                 guided = away(
                     toward(base, direction, positive_scale),
-                    perpendicular(delta, direction, projection),
+                    perpendicular(delta, direction, second),
                     scale,
                 )
             elif RULE == _TOWARD or RULE == _FEEDBACK:
@@ -578,6 +658,7 @@ def fused_step(
     momentum_out,
     state_next,
     scale_out,
+    weight_out,
     counters,
     partials,
     D,
@@ -604,6 +685,7 @@ def fused_step(
     CLIP: tl.constexpr,
     DRIFT: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    READS_THIRD: tl.constexpr,
     NOISE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -614,7 +696,8 @@ def fused_step(
 ):
     """One program per chunk, or two for rules that need the sums first; see the module."""
     TWO_PASSES: tl.constexpr = (MODE != _UPDATE) and (
-        RULE == _CONTRASTIVE or RULE == _PERPENDICULAR
+        (RULE == _CONTRASTIVE or RULE == _PERPENDICULAR)
+        or (RULE == _GEOMETRIC or RULE == _REGULATED)
     )
     SINGLE: tl.constexpr = SLOTS == 1
     SUMMED: tl.constexpr = (state_next is not None) or (RULE == _SAFE and scale_out is not None)
@@ -674,7 +757,7 @@ def fused_step(
         momentum_out += sample * momentum_out_stride
 
     if adds_up:
-        a, b, c = chunk_sums(eps, eps_neg, eps_third, first, end, RULE, BLOCK)
+        a, b, c = chunk_sums(eps, eps_neg, eps_third, first, end, RULE, READS_THIRD, BLOCK)
         own = sums + part * _SUMS
         tl.store(own, a)
         tl.store(own + 1, b)
@@ -684,14 +767,16 @@ def fused_step(
     else:
         odds = 0.0
         before = 0.0
-        projection = 0.0
-        a = 0.0
-        if TRACKER:
+        second = 0.0
+        seen = 0.0
+        a, b, c = 0.0, 0.0, 0.0
+        if TRACKER or RULE == _REGULATED:
             before = tl.load(state + sample)
+        if TRACKER:
             odds = tracked_odds(row, before, TRACKER)
         if TWO_PASSES:
             if SINGLE:
-                a, b, c = chunk_sums(eps, eps_neg, eps_third, first, end, RULE, BLOCK)
+                a, b, c = chunk_sums(eps, eps_neg, eps_third, first, end, RULE, READS_THIRD, BLOCK)
             else:
                 while tl.atomic_add(arrived, 0, sem="acquire") < chunks:
                     pass
@@ -704,8 +789,12 @@ def fused_step(
                 c = tl.sum(tl.load(at + 2, mask=there, other=0.0, cache_modifier=".cg"))
             if RULE == _PERPENDICULAR:
                 known = a > tl.load(row + _ROUNDING_SQ) * c
-                projection = tl.where(known, b / tl.where(known, a, 1.0), 0.0)
-        scale = scale_of(row, odds, a, RULE)
+                second = tl.where(known, b / tl.where(known, a, 1.0), 0.0)
+            if RULE == _CONTRASTIVE and READS_THIRD:
+                second = contrastive_attraction(decay_of(row, b)) - 1.0
+            if RULE == _REGULATED:
+                seen = evidence(row, a, b)
+        scale = scale_of(row, odds, before, D, a, b, c, RULE)
         sample_index = first_sample + sample
         if NOISE == _KEYS:
             seed = tl.load(keys + 2 * sample)
@@ -717,7 +806,7 @@ def fused_step(
             seed.to(tl.int64),
             sample_index,
             scale,
-            projection,
+            second,
             x,
             x_next_in,
             eps,
@@ -742,6 +831,7 @@ def fused_step(
             CFG,
             CLIP,
             DRIFT,
+            READS_THIRD,
             NOISE,
             CHANNELS_LAST,
             ONCE,
@@ -777,9 +867,11 @@ def fused_step(
                 odds,
                 a,
                 b,
+                seen,
                 divergence,
                 state_next,
                 scale_out,
+                weight_out,
                 D,
                 RULE,
                 TRACKER,
@@ -813,7 +905,8 @@ def arguments(
     partials: Tensor,
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid of a launch and every argument of the kernel by name, in the kernel's order."""
-    layout = inputs.eps if inputs.x is None else inputs.x
+    layout = outputs.eps_guided if inputs.x is None else inputs.x
+    assert layout is not None  # which it is only in UPDATE, and there x is read
     channels_last = is_channels_last(layout)
     batch = len(layout)
     elements = layout[0].numel()
@@ -828,8 +921,7 @@ def arguments(
             events[name], strides[f"{name}_stride"] = None, 0
         else:
             events[name], strides[f"{name}_stride"] = readable(tensor, channels_last)
-    needs_sums = variant.rule in (_codes.CONTRASTIVE, _codes.PERPENDICULAR)
-    two_passes = variant.mode != UPDATE and needs_sums
+    two_passes = variant.mode != UPDATE and variant.rule in NEED_SUMS
     single = chunks == 1
     noise = GIVEN if inputs.noise is not None else KEYS if inputs.keys is not None else NO_NOISE
     if seed is not None:
@@ -848,6 +940,7 @@ def arguments(
         **{name: events[name] for name in _EVENTS[_READ:]},
         "state_next": outputs.state,
         "scale_out": outputs.scale,
+        "weight_out": outputs.log_weight,
         "counters": counters,
         "partials": partials,
         "D": elements,
@@ -865,6 +958,7 @@ def arguments(
         "CLIP": variant.clip,
         "DRIFT": variant.drift,
         "DIVERGENCE": variant.divergence,
+        "READS_THIRD": variant.reads_third,
         "NOISE": noise,
         "CHANNELS_LAST": channels_last,
         "SLOTS": 1 << (chunks - 1).bit_length(),
@@ -910,7 +1004,7 @@ def options(named: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------ compiled kernels, launched directly
 
 # Arguments are tensors or None, then numbers, then constants.
-_TENSORS = 2 + len(_EVENTS) + 7
+_TENSORS = 2 + len(_EVENTS) + 8
 _CONSTANTS = _TENSORS + 4 + len(_EVENTS) + 3
 _INT32 = 2**31
 

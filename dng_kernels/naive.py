@@ -9,7 +9,8 @@ takes its step from there; and the tracker compares the step that was taken with
     state  = state + temperature log_ratio(|gap|^2, residual . gap) + offsets
 
 with ``gap = mu_neg - mu = transition_factor delta`` and ``residual = x_next - mu``.  The numbers of
-a step are a row of the plan's table, by name (:data:`dng_kernels.plan.COLUMN`).
+a step are a row of the plan's table, by name (:data:`dng_kernels.plan.COLUMN`).  ``eps`` is the
+prediction that the negative is measured from: the unconditional one if the plan says so.
 
 ``torch.compile`` traces and fuses these functions.  :mod:`dng_kernels.cpu` and
 :mod:`dng_kernels.fused` compute the same faster, and are tested against them.
@@ -28,9 +29,11 @@ from dng_math import equations
 from dng_math._codes import (
     CONTRASTIVE,
     FEEDBACK,
+    GEOMETRIC,
     LOG_ODDS,
     PAPER,
     PERPENDICULAR,
+    REGULATED,
     SAFE,
     TOWARD,
     TRACKED,
@@ -40,8 +43,9 @@ from dng_math._codes import (
 class Inputs(NamedTuple):
     """What a step reads: x to momentum (B, ...), keys (B, 2), state and divergence_gap (B,).
 
-    ``eps_third`` is the unconditional prediction of CFG or the positive one of Perp-Neg.  x_next
-    is read by UPDATE alone, and x not by GUIDE.
+    ``eps_third`` is the other prediction of CFG (the unconditional one, or the positive one where
+    ``eps`` is unconditional), or the positive one of Perp-Neg.  x_next is read by UPDATE alone, and
+    x not by GUIDE.
     """
 
     x: Tensor | None
@@ -64,13 +68,16 @@ class StepResult(NamedTuple):
     x_next : Tensor, shape (B, ...)
         x at the cleaner end, dtype of x.
     state : Tensor, shape (B,)
-        The tracker's state at the cleaner end: log p, log p/(1-p) or L; float32 or float64.
+        The tracker's state at the cleaner end: log p, log p/(1-p) or L; for CRG the evidence with
+        that of this step; float32 or float64.
     eps_guided : Tensor, shape (B, ...)
         The guided prediction, of the kind and dtype of ``eps``.
     scale : Tensor, shape (B,)
         The scale that was used; for SLD the mean of the elementwise one.
     momentum : Tensor, shape (B, ...)
         SLD's momentum for the next step, float32 or float64.
+    log_weight : Tensor, shape (B,)
+        Of a weighted plan: log of the unguided over the guided density of x_next, dtype of state.
     """
 
     x_next: Tensor | None = None
@@ -78,6 +85,7 @@ class StepResult(NamedTuple):
     eps_guided: Tensor | None = None
     scale: Tensor | None = None
     momentum: Tensor | None = None
+    log_weight: Tensor | None = None
 
 
 def run(
@@ -126,12 +134,14 @@ def compute(inputs: Inputs, variant: Variant, table: Tensor, index: Tensor) -> S
     state, divergence_gap = map(numbers, inputs[8:])
     z = 0.0 if z is None else z
 
-    odds: Any = None if state is None else tracked_odds(variant.tracker, at, state)
+    odds: Any = tracked_odds(variant.tracker, at, state) if variant.tracker else None
     guided: Any = None
-    scale = x_next = residual = following = None
+    scale = x_next = residual = following = log_weight = None
     if variant.mode != UPDATE:
-        shift, scale, momentum = guide(variant, at, eps, neg, third, odds, momentum)
+        shift, scale, momentum = guide(variant, at, eps, neg, third, odds, momentum, state)
         guided = end = eps + shift
+        if variant.rule == REGULATED:
+            following = state + at.rate * evidence(at, third - eps, neg - eps)
     if variant.mode != GUIDE and variant.clip:
         # From here on predictions are of x0, clipped.
         eps, neg = x0_of(at, x, eps), x0_of(at, x, neg)
@@ -147,13 +157,16 @@ def compute(inputs: Inputs, variant: Variant, table: Tensor, index: Tensor) -> S
         )
     if variant.mode == UPDATE:
         residual = then - equations.step_mean(x, eps, at.transition_x_factor, at.transition_factor)
-    if residual is not None and state is not None:
+    if residual is not None and variant.tracker:
         following = updated_state(variant, at, state, odds, neg - eps, residual, divergence_gap)
+    if variant.weighted and scale is not None and residual is not None:
+        delta = neg - eps
+        log_weight = weight_of(at, scale, dot(delta, delta), dot(residual, delta))
     x_next, guided, momentum = (
         None if v is None else v.reshape(shape) for v in (x_next, guided, momentum)
     )
     scale = None if scale is None else scale.expand(shape[:1])
-    return StepResult(x_next, following, guided, scale, momentum)
+    return StepResult(x_next, following, guided, scale, momentum, log_weight)
 
 
 def tracked_odds(tracker: int, at: Row, state: Tensor) -> Tensor:
@@ -174,25 +187,45 @@ def guide(
     third: Any,
     odds: Any,
     momentum: Any,
+    state: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """How far a rule moves the prediction (B, D), its scale (B,) or (), and SLD's next momentum."""
     delta, rule, scale = eps_neg - eps, variant.rule, at.guidance_scale
     push: Any = 0.0  # the shift by CFG beneath the rule
     if variant.cfg:
-        push = equations.toward(third - eps, eps - third, at.cfg_scale)
+        cfg_scale = at.cfg_scale
+        if rule == CONTRASTIVE and variant.reads_third:
+            decay = decay_of(at, third - eps)
+            more = equations.contrastive_attraction(decay) - 1.0
+            cfg_scale = (cfg_scale + at.active * at.attraction * more)[:, None]
+        push = equations.toward(third - eps, eps - third, cfg_scale)
     if rule == SAFE:
         strength = at.guidance_scale * at.applied
-        correction, gate, momentum = safe(at, delta * at.to_noise, momentum)
+        difference = delta * at.to_noise
+        compared = (eps_neg - third) * at.to_noise if variant.reads_third else difference
+        correction, gate, momentum = safe(at, difference, compared, momentum)
         shift = equations.away(push, correction * at.from_noise, strength)
         return shift, strength * gate.sum(-1) / max(1, gate.shape[-1]), momentum
     if rule == TRACKED:
         scale = equations.dynamic_scale(at.guidance_scale, odds, 1.0)
     elif rule == FEEDBACK:
-        scale = equations.feedback_scale(odds, at.pi)
+        scale = equations.feedback_scale(odds, at.pi) + at.added
     elif rule == CONTRASTIVE:
-        norm_sq = dot(delta * at.to_noise, delta * at.to_noise)
-        decay = torch.exp(-at.contrastive_temperature * norm_sq)
-        scale = equations.contrastive_scale(at.guidance_scale, decay)
+        scale = equations.contrastive_scale(at.guidance_scale, decay_of(at, delta))
+    elif rule in (GEOMETRIC, REGULATED):
+        norm_sq = dot(delta, delta)
+        known = norm_sq > at.rounding_sq * dot(eps, eps)
+        norm_sq = torch.where(known, norm_sq, 1.0)
+        if rule == GEOMETRIC:
+            length = at.length * delta.shape[-1] ** 0.5
+            scale = equations.geometric_scale(length, norm_sq.sqrt())
+        else:
+            seen = evidence(at, third - eps, delta)
+            surplus = 0.5 * at.gain * seen + state - at.threshold
+            known = known & (surplus > 0) & (at.to_noise != 0)
+            square = torch.where(known, norm_sq * at.to_noise * at.to_noise, 1.0)
+            scale = equations.regulating_scale(at.guidance_scale, surplus, at.gain, square)
+        scale = torch.where(known, scale, 0.0)
     scale = at.active * scale
     along = scale[:, None] if scale.ndim else scale
     if rule == PERPENDICULAR:
@@ -206,10 +239,42 @@ def guide(
     return move(push, delta, along), scale, momentum
 
 
-def safe(at: Row, difference: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decay_of(at: Row, difference: Tensor) -> Tensor:
+    """Contrastive CFG's exp(-tau |difference|^2), of noise predictions, (B, D) -> (B,)."""
+    norm_sq = dot(difference * at.to_noise, difference * at.to_noise)
+    return torch.exp(-at.contrastive_temperature * norm_sq)
+
+
+def evidence(at: Row, third: Tensor, delta: Tensor) -> Tensor:
+    """CRG's b of a step, (B,), from eps_third - eps and delta, both (B, D).
+
+    With d = delta and the base w (eps_third - eps) from eps: |base|^2 - |base - d|^2, which is
+    2 base . d - |d|^2, so that no two large norms are subtracted.
+    """
+    along, norm_sq = 2.0 * at.lead * dot(third, delta), dot(delta, delta)
+    return at.to_noise * at.to_noise * equations.regulating_evidence(along, norm_sq)
+
+
+def weight_of(at: Row, scale: Tensor, norm_sq: Tensor, residual_dot: Tensor) -> Tensor:
+    """log of the unguided over the guided density of a step of DNG, (B,); 0 without noise.
+
+    From its scale, |delta|^2 and residual . delta: the step was shifted by -k delta with
+    k = factor scale, and residual = -k delta + deviation z.
+    """
+    k = at.factor * scale
+    noisy = at.deviation > 0
+    deviation = torch.where(noisy, at.deviation, 1.0)
+    noise_shift = -k * (residual_dot + k * norm_sq) / deviation
+    found = equations.log_weight(noise_shift, k * k * norm_sq, deviation)
+    return torch.where(noisy, found, 0.0)
+
+
+def safe(
+    at: Row, difference: Tensor, compared: Tensor, momentum: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """SLD's correction, elementwise scale and next momentum, of noise predictions; all (B, D)."""
-    magnitude = difference.abs()
-    gated = torch.where(at.absolute > 0, magnitude, -difference)
+    magnitude = compared.abs()
+    gated = torch.where(at.absolute > 0, magnitude, -compared)
     scale = torch.where(gated < at.threshold, (at.slope * magnitude).clamp(max=1.0), 0.0)
     correction = equations.safe_correction(scale, difference, at.momentum_scale, momentum)
     following = equations.safe_momentum(momentum, correction, at.momentum_decay)

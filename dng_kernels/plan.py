@@ -7,6 +7,10 @@ replays every step, and a change of hyperparameters compiles nothing.
 Predictions enter as the network gives them.  With ``x0 = P x + Q prediction`` the step
 ``x_next = A x + B x0 + sqrt(V) z`` is ``(A + B P) x + B Q prediction + sqrt(V) z``; the factors
 are multiplied here, in float64.
+
+With classifier-free guidance beneath the rule, steps have two predictions that the negative can be
+measured from.  They call ``eps`` the one that it is, and ``eps_third`` the other; both combine to
+the same base, ``eps_third + s (eps - eps_third)``, with s the scale of CFG or one minus it.
 """
 
 from __future__ import annotations
@@ -23,17 +27,32 @@ from torch import Tensor
 from dng_kernels import layout
 from dng_math import checks, equations
 from dng_math._codes import (
+    CONTRASTIVE,
     EXACT,
+    FEEDBACK,
+    GEOMETRIC,
     PERPENDICULAR,
+    REGULATED,
     SAFE,
+    TOWARD,
+    TOWARD_BY_STEP,
+    TRACKED,
     RuleCode,
     chain_code,
-    rule_code,
     tracker_code,
 )
 from dng_math.rules import (
+    CRG,
+    ROUNDING_SQ,
+    SPELL,
+    AttentionRule,
+    CFGPlusPlus,
+    FeedbackGuidance,
+    GeoGuide,
+    ImageReferenced,
     LimitedInterval,
     Rule,
+    StepNumbers,
     innermost,
     tracker_of,
     warn_where_noise_is_missing,
@@ -57,7 +76,9 @@ class Variant(NamedTuple):
 
     ``mode`` is STEP, GUIDE or UPDATE; ``rule`` and ``tracker`` are the numbers of
     :mod:`dng_math._codes`; the rest says whether there is CFG beneath the rule, a clip of x0, a
-    transition of the tracker that differs from the step, and a divergence to take into account.
+    transition of the tracker that differs from the step, and a divergence to take into account;
+    whether the rule itself reads ``eps_third`` of CFG, as do SLD, whose gate compares the negative
+    with it, and contrastive CFG with its positive factor; and whether a step returns its weight.
     """
 
     mode: int
@@ -67,6 +88,8 @@ class Variant(NamedTuple):
     clip: bool
     drift: bool
     divergence: bool
+    reads_third: bool
+    weighted: bool
 
 
 SHARED = (
@@ -103,12 +126,15 @@ SHARED = (
     "beta",
     "score_factor",
 )
-# A plan has one rule: the rules' own numbers share the columns that follow.
+# A plan has one rule: the rules' own numbers share the columns that follow.  A name that several
+# have is in the same place for all.
 OWN = (
     ("threshold", "slope", "momentum_scale", "momentum_decay", "absolute"),  # SLD
     ("positive_scale", "rounding_sq"),  # Perp-Neg
-    ("contrastive_temperature",),  # contrastive CFG
-    ("pi",),  # FBG
+    ("contrastive_temperature", "attraction"),  # contrastive CFG
+    ("pi", "added"),  # FBG
+    ("length", "rounding_sq"),  # GeoGuide
+    ("threshold", "rounding_sq", "gain", "rate", "lead"),  # CRG
 )
 COLUMN = {name: place for place, name in enumerate(SHARED)} | {
     name: len(SHARED) + place for names in OWN for place, name in enumerate(names)
@@ -116,6 +142,9 @@ COLUMN = {name: place for place, name in enumerate(SHARED)} | {
 WIDTH = 32  # columns in memory: a row of float32 is one cache line
 LARGEST_STEPS = 2**16  # a step has 16 bits of the noise's counter
 LARGEST = 1e30  # stands for infinity where inf - inf must not happen
+SAME_STEP = 1e-9  # relative difference of two steps' factors that is rounding
+# Rules that need sums over a sample before they can guide.
+NEED_SUMS = (CONTRASTIVE, PERPENDICULAR, GEOMETRIC, REGULATED)
 
 # Values are floats on the host and 0-dim tensors elsewhere; torch.compile can trace a tuple.
 _Row = namedtuple("_Row", COLUMN)  # type: ignore[misc]
@@ -150,20 +179,71 @@ def _shown(value: object) -> str:
 
 
 def _coded(rule: Rule) -> RuleCode:
-    coded = rule_code(rule)
-    if coded is None and chain_code(rule) is not None:
+    inner, coded = innermost(rule), chain_code(rule)
+    if isinstance(inner, SPELL):
         raise ValueError(
-            "rule must be one that the step of dng_kernels computes; only the chains of exact "
-            f"mixtures have this one, or this option of it, so far: {innermost(rule)!r}"
+            "rule must be one that the step of dng_kernels computes; SPELL compares whole samples "
+            "with given points: dng_models.sample and apply_guidance move the prediction by it "
+            f"before an unguided step; got {inner!r}"
+        )
+    if isinstance(inner, ImageReferenced):
+        raise ValueError(
+            "rule must be one that the step of dng_kernels computes; the posterior of "
+            "ImageReferenced needs the density of x, which networks have not: track it, with a "
+            "DynamicNegativeGuidance whose negative prediction is that of the points "
+            f"(dng_models.PointsDenoiser, apply_guidance(images=...)); got {inner!r}"
+        )
+    if isinstance(inner, AttentionRule):
+        raise ValueError(
+            "rule must act on predictions, and this one acts on a network's attention: "
+            f"dng_models.apply_guidance puts it into a pipeline's; got {inner!r}"
         )
     if coded is None:
         raise TypeError(f"rule must be one of dng_math.rules, got {rule!r}")
     if coded.code == EXACT:
         raise ValueError(
             "rule must track its posterior with a PaperTracker, a LogOddsTracker or a PathTracker: "
-            f"networks have no exact one; got {innermost(rule)!r}"
+            f"networks have no exact one; got {inner!r}"
         )
-    return coded
+    # CFG++ is CFG with another scale at every step: a column, not another kernel.
+    return coded._replace(code=TOWARD) if coded.code == TOWARD_BY_STEP else coded
+
+
+def _reference(rule: Rule) -> str:
+    """What a rule measures the negative from; "positive" for rules that measure none."""
+    return getattr(rule, "reference", "positive")
+
+
+def _own_columns(code: int) -> tuple[str, ...]:
+    """The columns that a rule has for itself."""
+    of_rule = {SAFE: 0, PERPENDICULAR: 1, CONTRASTIVE: 2, FEEDBACK: 3, GEOMETRIC: 4, REGULATED: 5}
+    return OWN[of_rule[code]] if code in of_rule else ()
+
+
+def _columns_of_steps(rule: Rule, c: StepCoefficients, on_x0: Array) -> dict[str, Array | float]:
+    """What a rule computes from the step that will be taken; ``on_x0`` is dx0/dprediction."""
+    numbers = [StepNumbers.of(c, step) for step in range(len(c))]
+    if isinstance(rule, CFGPlusPlus):
+        return {"guidance_scale": np.array([rule.scale(at) for at in numbers])}
+    if isinstance(rule, FeedbackGuidance):
+        with np.errstate(divide="ignore"):
+            ratios = c.sigma_t / c.alpha_t
+        return {"added": np.array([rule.added(float(ratio)) for ratio in ratios])}
+    if isinstance(rule, GeoGuide):
+        # In one dimension and for x0; the step knows the number of its dimensions.
+        lengths = np.array([rule.length(at, 1) for at in numbers])
+        return {"length": lengths / np.abs(on_x0), "rounding_sq": ROUNDING_SQ}
+    if isinstance(rule, CRG):
+        rates = np.array([rule.rate(at) for at in numbers])
+        return {"rate": rates, "rounding_sq": ROUNDING_SQ}
+    return {}
+
+
+def _drifts(table: Array, tolerance: float = 0.0) -> bool:
+    """Whether the transition that the tracker compares differs from the step of the sampler."""
+    drift = np.abs(table[:, [COLUMN["x_drift"], COLUMN["drift"]]])
+    size = np.abs(table[:, [COLUMN["x_factor"], COLUMN["factor"]]])
+    return bool(np.any(drift > tolerance * size))
 
 
 def _tracker_columns(tracker: Tracker, c: StepCoefficients) -> dict[str, Array | float]:
@@ -213,15 +293,22 @@ class StepPlan:
     coefficients : StepCoefficients
         ``schedule.coefficients(sampler)``, one row a step, noisiest first.
     rule : Rule
-        From :mod:`dng_math.rules`: unguided, CFG, negative prompting, SLD, Perp-Neg,
-        contrastive CFG, FBG, DNG with a tracker, and any of them in a limited interval.
+        From :mod:`dng_math.rules`: unguided, CFG and CFG++, negative prompting, composable NOT,
+        SLD, Perp-Neg, contrastive CFG, GeoGuide, CRG, FBG and its hybrids, DNG with a tracker, and
+        any of them in a limited interval.
     prediction_type : {"epsilon", "v_prediction", "sample", "flow_prediction"}
         What the network returns: the noise, v = alpha eps - sigma x0, x0, or eps - x0.
     cfg_scale : float or sequence of float, optional
         Classifier-free guidance beneath the rule, with one scale or one per step: the steps then
-        take ``eps_uncond`` and start from ``eps_uncond + cfg_scale (eps - eps_uncond)``.
+        take ``eps_uncond`` and start from ``eps_uncond + cfg_scale (eps - eps_uncond)``.  The
+        rule's ``reference`` says which of the two the negative is measured from.
     clip : float, optional
         Bound of |x0|: every predicted x0 is clipped to it, as diffusers' ``clip_sample`` does.
+    weighted : bool
+        Whether steps return ``log_weight``, what a step adds to the log weight of a sample of
+        :class:`dng_math.FeynmanKac`, but for the change of the posterior; for
+        :class:`dng_math.DynamicNegativeGuidance`.  A last step without noise, which has no density
+        to compare, is then taken unguided.
     device : torch.device or str, optional
         Where the steps run; default "cpu".
 
@@ -231,6 +318,12 @@ class StepPlan:
         As given.
     tracker : PaperTracker, LogOddsTracker, PathTracker, RatioTracker or None
         What the rule tracks; steps then take and return a ``state``.
+    has_state, tracks_evidence : bool
+        Whether steps take and return a ``state``, and whether it is CRG's sum of evidence, which
+        :func:`guide` returns too.
+    from_uncond : bool
+        Whether the negative is measured from ``eps_uncond``: with ``cfg_scale``, for a rule with
+        ``reference="unconditional"``.
     has_log_odds : bool
         Whether the state is log p/(1-p).
     tracks_path : bool
@@ -268,6 +361,7 @@ class StepPlan:
         prediction_type: PredictionType = "epsilon",
         cfg_scale: float | Sequence[float] | None = None,
         clip: float | None = None,
+        weighted: bool = False,
         device: torch.device | str | None = None,
         _warn: bool = True,  # False for callers that give a warning of their own
     ) -> None:
@@ -301,7 +395,12 @@ class StepPlan:
         coded = _coded(rule)
         self.needs_positive = coded.code == PERPENDICULAR
         self.needs_momentum = coded.code == SAFE
+        self._compares_lengths = "rounding_sq" in _own_columns(coded.code)
         self.needs_uncond = cfg_scale is not None
+        inner = innermost(rule)
+        self.from_uncond = self.needs_uncond and _reference(inner) == "unconditional"
+        self.tracks_evidence = coded.code == REGULATED
+        self.has_state = self.tracker is not None or self.tracks_evidence
         tracked = self.tracker
         if isinstance(tracked, PathTracker):
             tracked = tracked.first_order
@@ -316,12 +415,25 @@ class StepPlan:
                 "cfg_scale must be None for PerpNeg, whose positive_scale does the same; "
                 f"got {cfg_scale!r}"
             )
+        both = bool(getattr(inner, "positive_factor", False))
+        if not self.needs_uncond and (both or self.tracks_evidence):
+            raise ValueError(
+                f"cfg_scale must be given for {inner!r}, which compares the positive prediction "
+                "with the unconditional one; got None"
+            )
+        self._reads_third = both or (coded.code == SAFE and self.from_uncond)
+        self.weighted = checks.boolean("weighted", weighted)
         table = self._table(coded, cfg_scale)
         if _warn:
             warn_where_noise_is_missing(self.tracker, coefficients, stacklevel=2)
         # Read on the host at every step, so kept as a list.
         self.noisy: list[bool] = (table[:, COLUMN["deviation"]] > 0).tolist()
         self._ever_noisy = any(self.noisy)
+        if self.weighted:
+            self._check_weighted(coded.code, table)
+            # The sum along the residual is then that of the shift and the noise; what a path
+            # tracker compares is not in it.
+            table[:, [COLUMN["x_drift"], COLUMN["drift"]]] = 0.0
         self.variants = self._all_variants(coded.code, table)
         self._on_host = torch.from_numpy(table)
         self._place(device_of(device))
@@ -355,6 +467,8 @@ class StepPlan:
         while isinstance(rule, LimitedInterval):
             active *= (rule.t_lo <= c.time) & (c.time <= rule.t_hi)
             rule = rule.rule
+        if self.weighted:
+            active *= c.step_var > 0
         warmed_up = np.arange(len(c)) >= coded.parameters.get("warmup_steps", 0)
         columns: dict[str, Array | float] = {
             **steps,
@@ -373,12 +487,21 @@ class StepPlan:
             "guidance_scale": coded.guidance_scale,
             **{name: value for name, value in coded.parameters.items() if name in COLUMN},
         }
+        columns |= _columns_of_steps(rule, c, x0_factor)
+        if coded.code == REGULATED:
+            columns["rate"] = active * columns["rate"]
         if cfg_scale is not None:
-            columns["cfg_scale"] = (
+            scale: Array | float = (
                 checks.finite("cfg_scale", cfg_scale)
                 if np.isscalar(cfg_scale)
                 else checks.array("cfg_scale", cfg_scale, (len(c),))
             )
+            columns["cfg_scale"] = np.subtract(1.0, scale) if self.from_uncond else scale
+            if coded.code == CONTRASTIVE:
+                # The factor f turns the scale w into w f, and 1 - w into 1 - w f.
+                columns["attraction"] = np.negative(scale) if self.from_uncond else scale
+            if coded.code == REGULATED:
+                columns["lead"] = scale
         if tracker is not None:
             columns |= _tracker_columns(tracker, c)
             # |s_c - s|^2 from |delta|^2: s is -eps / sigma, and (alpha x0 - x) / sigma^2.
@@ -409,24 +532,47 @@ class StepPlan:
             )
         return table
 
+    def _check_weighted(self, rule: int, table: Array) -> None:
+        """Refuse weights where a step's two sums do not hold them."""
+        reason = None
+        silent = int(np.sum(~np.array(self.noisy[:-1], dtype=bool)))
+        if rule != TRACKED:
+            reason = "the rule is DynamicNegativeGuidance, whose target they are for"
+        elif self.needs_uncond:
+            reason = "cfg_scale is None: the sums of a step would hold the shift by CFG too"
+        elif self.clip is not None:
+            reason = "clip is None: a clipped shift is none along the difference of predictions"
+        elif silent:
+            reason = (
+                "all steps but the last add noise, or there is no density to compare: "
+                f"{silent} add none (use DDPM, or DDIM with eta > 0)"
+            )
+        elif not self.tracks_path and _drifts(table, SAME_STEP):
+            reason = (
+                "the sampler's noise is that of the tracker's transitions (DDPM, or DDIM with "
+                "eta=1), or the tracker a PathTracker"
+            )
+        if reason is not None:
+            raise ValueError(f"weighted must be False unless {reason}; got True for {self.rule!r}")
+
     def _all_variants(self, rule: int, table: Array) -> tuple[Variant, Variant, Variant]:
         """What the kernels of STEP, GUIDE and UPDATE are compiled for."""
         tracked = self.tracker
         if isinstance(tracked, PathTracker):
             tracked = tracked.first_order  # whose state is the same
         tracker, cfg, clip = tracker_code(tracked), self.needs_uncond, self.clip is not None
-        drift = bool(np.any(table[:, [COLUMN["x_drift"], COLUMN["drift"]]]))
-        divergence = self.needs_divergence
+        drift = _drifts(table)
+        divergence, third = self.needs_divergence, self._reads_third
         return (
-            Variant(STEP, rule, tracker, cfg, clip, drift, divergence),
-            Variant(GUIDE, rule, tracker, cfg, False, False, False),
-            Variant(UPDATE, rule, tracker, False, clip, False, divergence),
+            Variant(STEP, rule, tracker, cfg, clip, drift, divergence, third, self.weighted),
+            Variant(GUIDE, rule, tracker, cfg, False, False, False, third, False),
+            Variant(UPDATE, rule, tracker, False, clip, False, divergence, False, False),
         )
 
     def _place(self, device: torch.device) -> None:
         self.table64 = self._on_host.to(device)
         self.table = self._on_host.to(device, torch.float32)
-        if self.needs_positive:
+        if self._compares_lengths:
             # The differences are rounded to float32, so the threshold is higher.
             self.table[:, COLUMN["rounding_sq"]] = torch.finfo(torch.float32).eps ** 2
         self.device = self.table.device
@@ -507,14 +653,16 @@ class StepPlan:
         return named(self._on_host[checks.integer("step", step, 0, len(self) - 1)].tolist())
 
     def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """The tracker's state before the first step, shape (batch,); None without a tracker.
+        """The state before the first step, shape (batch,); None for rules that have none.
 
         It is log p for :class:`PaperTracker`, log p/(1-p) for :class:`LogOddsTracker`, either for
-        :class:`PathTracker`, L for FBG.
+        :class:`PathTracker`, L for FBG, and the sum of evidence, 0 at first, for CRG.
         """
         checks.integer("batch", batch, 0)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
+        if self.tracks_evidence:
+            return torch.zeros(batch, dtype=dtype, device=self.device)
         if self.tracker is None:
             return None
         prior = getattr(self.tracker, "prior", 0.5)
@@ -539,7 +687,7 @@ class StepPlan:
         return torch.zeros_like(x, dtype=dtype)
 
     def log_posterior(self, state: Tensor) -> Tensor:
-        """log p(c | x) from a tracker's state, any shape; for FBG the log ratio L itself."""
+        """log p(c | x) from a state, any shape; for FBG and CRG the state, a log ratio, itself."""
         if not isinstance(state, Tensor) or not state.is_floating_point():
             raise TypeError(f"state must be a floating-point tensor, got {_shown(state)}")
         if self.has_log_odds:

@@ -16,6 +16,7 @@ from dng_kernels._border import (
     Backend,
     Call,
     check_events,
+    in_order,
     refuse_shared,
     refuse_transforms,
     transforms_active,
@@ -51,7 +52,9 @@ def dng_step(
     ``guided = base - lambda (eps_neg - eps)`` with the rule's lambda, where base is ``eps`` or its
     CFG combination with ``eps_uncond`` (DNG Eq. 10).  The plan's sampler takes the step to
     ``x_next`` from it, and the tracker's state is updated by the likelihoods of that x_next under
-    ``eps_neg`` and under ``eps`` (DNG Eq. 12, Algorithms 1 and 2).
+    ``eps_neg`` and under ``eps`` (DNG Eq. 12, Algorithms 1 and 2).  A rule that measures the
+    negative from the unconditional prediction (``plan.from_uncond``) has ``eps_uncond`` for ``eps``
+    in both places.
 
     Parameters
     ----------
@@ -65,7 +68,8 @@ def dng_step(
         The base and the negative prediction (for CFG and FBG the positive one), of the plan's
         prediction type.  They may have 16 bits when x is float32.
     state : Tensor, shape (B,)
-        The tracker's state, float32; see :meth:`StepPlan.init_state`.  None for rules without one.
+        The state of the tracker, or CRG's evidence, float32; see :meth:`StepPlan.init_state`.
+        None for rules without one.
     eps_uncond : Tensor, shape (B, ...)
         Unconditional prediction, for a plan with ``cfg_scale``.
     eps_pos : Tensor, shape (B, ...)
@@ -105,9 +109,9 @@ def dng_step(
     key = None
     options = (backend, return_guided, return_scale, eps_uncond is None, eps_pos is None)
     if eager() and _plain(plan, step, out, seed, first_sample, options):
-        third = eps_uncond if eps_pos is None else eps_pos
+        first, third = in_order(plan, eps, eps_uncond, eps_pos)
         keys = seed if isinstance(seed, Tensor) else None
-        given = Inputs(x, None, eps, eps_neg, third, noise, momentum, keys, state, divergence_gap)
+        given = Inputs(x, None, first, eps_neg, third, noise, momentum, keys, state, divergence_gap)
         own = type(seed) is int
         key = key_of(STEP, (*options, own, plan.noisy[step]), given, out)
         known = plan._known.get(key) if key else None
@@ -212,7 +216,7 @@ def check_step(
         "x", x, eps=eps, eps_neg=eps_neg, eps_uncond=eps_uncond, eps_pos=eps_pos, noise=noise
     )
     call = Call(plan, step, "x", x, backend)
-    third = call.third(eps_uncond, eps_pos)
+    first, third = call.predictions(eps, eps_uncond, eps_pos)
     call.state(state)
     call.divergence(divergence_gap)
     call.momentum(momentum)
@@ -224,10 +228,11 @@ def check_step(
         eps_guided=eps.dtype,
         scale=torch.float64 if x.dtype == torch.float64 else torch.float32,
         momentum=None if momentum is None else momentum.dtype,
+        log_weight=state.dtype if plan.weighted and state is not None else None,
         return_guided=return_guided,
         return_scale=return_scale,
     )
-    inputs = Inputs(x, None, eps, eps_neg, third, noise, momentum, keys, state, divergence_gap)
+    inputs = Inputs(x, None, first, eps_neg, third, noise, momentum, keys, state, divergence_gap)
     if out is not None:
         refuse_shared(plan, inputs, result)
     return CheckedStep(call, inputs, result, bits)
@@ -250,12 +255,12 @@ def guide(
     """The guided prediction alone, for samplers that take their own step.
 
     Arguments and errors are those of :func:`dng_step`.  The state is read here and changed by
-    :func:`update_posterior`.
+    :func:`update_posterior`, but for CRG's evidence, which needs no step and is changed here.
 
     Returns
     -------
     StepResult
-        With ``eps_guided``, on request ``scale``, and for SLD ``momentum``.
+        With ``eps_guided``, on request ``scale``, for SLD ``momentum`` and for CRG ``state``.
     """
     if transforms_active():
         refuse_transforms(
@@ -271,25 +276,26 @@ def guide(
     key = None
     options = (backend, return_scale, eps_uncond is None, eps_pos is None)
     if eager() and _plain(plan, step, out, options=options):
-        third = eps_uncond if eps_pos is None else eps_pos
-        given = Inputs(None, None, eps, eps_neg, third, None, momentum, None, state, None)
+        first, third = in_order(plan, eps, eps_uncond, eps_pos)
+        given = Inputs(None, None, first, eps_neg, third, None, momentum, None, state, None)
         key = key_of(GUIDE, options, given, out)
         known = plan._known.get(key) if key else None
         if known is not None:
             return known.launch(plan.indices[step], given, out)
     check_events("eps", eps, eps_neg=eps_neg, eps_uncond=eps_uncond, eps_pos=eps_pos)
     call = Call(plan, step, "eps", eps, backend)
-    third = call.third(eps_uncond, eps_pos)
+    first, third = call.predictions(eps, eps_uncond, eps_pos)
     call.state(state)
     call.momentum(momentum)
     result = call.results(
         out,
+        state=state.dtype if plan.tracks_evidence and state is not None else None,
         eps_guided=eps.dtype,
         scale=torch.float64 if eps.dtype == torch.float64 else torch.float32,
         momentum=None if momentum is None else momentum.dtype,
         return_scale=return_scale,
     )
-    inputs = Inputs(None, None, eps, eps_neg, third, None, momentum, None, state, None)
+    inputs = Inputs(None, None, first, eps_neg, third, None, momentum, None, state, None)
     if out is not None:
         refuse_shared(plan, inputs, result)
     launch(call, GUIDE, inputs, result)
@@ -313,7 +319,8 @@ def update_posterior(
     """The tracker's state at the cleaner end of a step that was taken elsewhere.
 
     Arguments and errors are those of :func:`dng_step`, with the x_next that the step gave.  Keep it
-    in float32, because the update depends on the difference of x and x_next.
+    in float32, because the update depends on the difference of x and x_next.  ``eps`` is what the
+    negative is measured from: the unconditional prediction for a plan with ``from_uncond``.
 
     Returns
     -------

@@ -19,7 +19,7 @@ from dng_math.trackers import (
 
 # TOWARD is classifier-free guidance; EXACT and TRACKED are DNG with an exact or tracked posterior.
 UNGUIDED, TOWARD, NEGATIVE, SAFE, PERPENDICULAR, CONTRASTIVE, EXACT, TRACKED, FEEDBACK = range(9)
-# Rules that only the chain of this package has: GeoGuide, CRG, SPELL, CFG++, and points.
+# GeoGuide, CRG, SPELL, CFG++, and points.
 GEOMETRIC, REGULATED, SHIELDED, TOWARD_BY_STEP, POINTWISE = range(9, 14)
 # PATH and PATH_BASE are the path tracker's two states, log p/(1-p) and log p.
 NO_TRACKER, PAPER, LOG_ODDS, RATIO, PATH, PATH_BASE = range(6)
@@ -31,19 +31,6 @@ class RuleCode(NamedTuple):
     code: int
     guidance_scale: float
     parameters: dict[str, float]
-
-
-def rule_code(rule: Rule) -> RuleCode | None:
-    """Code of the rule inside any limited intervals; None if the step of dng_kernels lacks it."""
-    inner = innermost(rule)
-    coded = chain_code(rule)
-    lacking = (
-        (coded is not None and coded.code >= GEOMETRIC)
-        or getattr(inner, "reference", "positive") == "unconditional"
-        or getattr(inner, "positive_factor", False)
-        or (isinstance(inner, rules.FeedbackGuidance) and inner.cfg_scale != 1.0)
-    )
-    return None if lacking else coded
 
 
 def chain_code(rule: Rule) -> RuleCode | None:

@@ -41,7 +41,7 @@ def _rule_parameters(rule: Rule) -> tuple[int, Array]:
     coded = chain_code(rule)
     if coded is None:
         raise TypeError(
-            f"rule must be one of dng_math.rules for engine='fused', got {innermost(rule)!r}; "
+            f"rule must be one that engine='fused' computes, got {innermost(rule)!r}; "
             "engine='reference' runs any object with init and guide"
         )
     values = [coded.guidance_scale, *coded.parameters.values()]

@@ -187,6 +187,11 @@ def roles_of(
             f"cfg_scale must be None for {inner!r}, which leads to the positive prediction itself; "
             f"got {scale}"
         )
+    if isinstance(inner, rules.ValueSignFlip):
+        raise ValueError(
+            f"cfg_scale must be None for {inner!r}, whose softmax is over the whole of an exact "
+            f"mixture; got {scale}"
+        )
     if not concepts and allowed is None:
         raise ValueError("positive must name what cfg_scale leads to, got None")
     from_positive = getattr(inner, "reference", "unconditional") == "positive"
@@ -210,9 +215,9 @@ def roles_of(
 
 def _needs_shares(rule: Rule) -> bool:
     """Whether a rule reads a posterior or divergences of the parts of a whole."""
-    if not isinstance(rule, rules.DynamicNegativeGuidance):
+    posterior = rules.posterior_of(rule)
+    if posterior is None:
         return False
-    posterior = rule.posterior
     if isinstance(posterior, PathTracker) and posterior.probes == 0:
         posterior = posterior.first_order
     return isinstance(posterior, ExactPosterior) or posterior.divergence
@@ -263,7 +268,7 @@ def predictions_at(
     base, rest = of(roles.mixture), of(roles.rest_part)
     positive = rest if roles.positive_part is None else of(roles.positive_part)
     x0 = None
-    if isinstance(innermost(rule), rules.SPELL):
+    if rules.reads_x0(rule):
         x0 = roles.mixture.posterior_mean(x, alpha, sigma)
     unconditional = reference = None
     if roles.cfg_scale is not None:
@@ -510,7 +515,7 @@ def _at(rule: Rule, step: int | None, time: float | None) -> tuple[int, float]:
         )
     if time is not None:
         time = checks.real("time", time, "in [0, 1]", 0.0, 1.0, closed="[]")
-    elif foreign or isinstance(rule, LimitedInterval):
+    elif foreign or isinstance(rule, LimitedInterval) or getattr(inner, "end", 1.0) < 1.0:
         raise ValueError(
             f"time must be given for {rule!r}: the diffusion time of the noise level, 1 at the "
             "noisy end (of a schedule, schedule.time[i]); got None"
@@ -521,9 +526,9 @@ def _at(rule: Rule, step: int | None, time: float | None) -> tuple[int, float]:
 def _odds(rule: Rule, log_posterior: ArrayLike | None, shape: tuple[int, int]) -> Array | None:
     """The odds of a tracked posterior (e^L for feedback guidance), within the tracker's limits."""
     inner = innermost(rule)
-    tracker = None
-    if isinstance(inner, rules.DynamicNegativeGuidance):
-        tracker = None if isinstance(inner.posterior, ExactPosterior) else inner.posterior
+    tracker = rules.posterior_of(rule)
+    if isinstance(tracker, ExactPosterior):
+        tracker = None
     feedback = isinstance(inner, rules.FeedbackGuidance)
     if tracker is None and not feedback:
         if log_posterior is not None:

@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 
 __all__ = [
     "Calibration",
+    "ClipJudge",
     "Control",
     "DNGDDPMPipeline",
     "DNGStableDiffusionPipeline",
     "DNGStableDiffusionXLPipeline",
+    "DetectorJudge",
     "DynamicNegativeGuider",
+    "DynamicPrompts",
     "EtaDDIMScheduler",
     "Labelled",
     "Layout",
+    "PointsDenoiser",
     "PosteriorFlowScheduler",
     "Samples",
     "ShowLatents",
     "Trace",
+    "VisionLanguageJudge",
     "add_latents_block",
     "apply_guidance",
     "estimate_prior",
@@ -42,12 +47,15 @@ if TYPE_CHECKING:
         load_network,
     )
     from dng_models.pairs.denoisers import Labelled
+    from dng_models.pairs.points import PointsDenoiser
     from dng_models.pairs.sampling import Samples, sample
+    from dng_models.pipelines.dynamic_prompts import DynamicPrompts
     from dng_models.pipelines.guider import DynamicNegativeGuider
     from dng_models.pipelines.hook import (
         apply_guidance,
         remove_guidance,
     )
+    from dng_models.pipelines.judges import ClipJudge, DetectorJudge, VisionLanguageJudge
     from dng_models.pipelines.layouts import (
         Control,
         Layout,
@@ -79,18 +87,23 @@ else:
     # Hidden from type checkers, to which a module __getattr__ says that every name exists.
     _HOME = {
         "Calibration": "class_removal.calibration",
+        "ClipJudge": "pipelines.judges",
         "Control": "pipelines.layouts",
         "DNGDDPMPipeline": "pipelines.ready_made",
         "DNGStableDiffusionPipeline": "pipelines.ready_made",
         "DNGStableDiffusionXLPipeline": "pipelines.ready_made",
+        "DetectorJudge": "pipelines.judges",
         "DynamicNegativeGuider": "pipelines.guider",
+        "DynamicPrompts": "pipelines.dynamic_prompts",
         "EtaDDIMScheduler": "pipelines.schedulers",
         "Labelled": "pairs.denoisers",
         "Layout": "pipelines.layouts",
+        "PointsDenoiser": "pairs.points",
         "PosteriorFlowScheduler": "pipelines.schedulers",
         "Samples": "pairs.sampling",
         "ShowLatents": "pipelines.modular_blocks",
         "Trace": "pipelines.trace",
+        "VisionLanguageJudge": "pipelines.judges",
         "add_latents_block": "pipelines.modular_blocks",
         "apply_guidance": "pipelines.hook",
         "estimate_prior": "text_to_image.priors",

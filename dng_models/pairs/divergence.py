@@ -4,6 +4,12 @@ A posterior needs div s_c - div s where its tracker follows the points, or where
 little noise (docs/theory.md, sections 6.9 and 6.11).  Hutchinson's estimate of the divergence is
 v . (J v) for random signs v, with J v a forward derivative of the network: no graph is kept, and
 the predictions themselves come with it.  It has no error from the diagonal of J.
+
+The signs of an image are the same at all steps, times rows of a Hadamard matrix that differ.  What
+J has at (a, b) is estimated with the sign v_a v_b, and over a whole cycle of rows these signs add
+up to 0: the errors of different steps cancel, as far as J does not change in between, at no cost.
+A cycle has as many rows as x has numbers (the next power of 2), so that this is worth much for
+small x, or several directions, and nothing for large x.
 """
 
 from __future__ import annotations
@@ -47,10 +53,11 @@ def predictions_and_traces(
     x : Tensor, shape (B, ...)
         float32 or float64.
     keys : Tensor, shape (B, 2), int64
-        Keys of the signs of every image (:func:`dng_kernels.noise_keys`).  They must differ between
-        images: if all shared their signs, all estimates of a run would err in one direction.
+        Keys of the signs of every image (:func:`dng_kernels.noise_keys`), the same at all steps.
+        They must differ between images: if all shared their signs, all estimates of a run would err
+        in one direction.
     step : int
-        Index of the step; every step has signs of its own.
+        Index of the step; every step has directions of its own.
     probes : int
         Number of random directions, at least 1; each takes one forward derivative.
     networks : sequence
@@ -78,8 +85,10 @@ def predictions_and_traces(
     total: Tensor | None = None
     spreads: Tensor | None = None
     found: list[Tensor] = []
+    signs = standard_normal(keys + 1, x.shape, dtype=x.dtype).sign()
     for probe in range(probes):
-        v = standard_normal(keys + (probe + 1), x.shape, step=step, dtype=x.dtype).sign()
+        row = hadamard_row(step * probes + probe, signs[0].numel(), x.device)
+        v = signs * row.to(x.dtype).reshape(x.shape[1:])
         found, tangents = _derivatives(predict, x, v, networks, named)
         if check and probe == 0 and not all(bool(tangent.any()) for tangent in tangents):
             raise ValueError(
@@ -93,6 +102,35 @@ def predictions_and_traces(
         spreads = spread if spreads is None else spreads + spread
     assert total is not None and spreads is not None
     return found, total / probes, spreads / probes
+
+
+def hadamard_row(index: int, length: int, device: torch.device | None = None) -> Tensor:
+    """One of the rows of a Hadamard matrix, in an order in which parts of a cycle are balanced.
+
+    Parameters
+    ----------
+    index : int
+        Its place in the order, which repeats after the next power of 2 from ``length``.
+    length : int
+        Number of signs that are wanted of it, at least 1.
+    device : torch.device, optional
+        Default: the CPU.
+
+    Returns
+    -------
+    Tensor of int64, shape (length,)
+        1 and -1.
+    """
+    # Multiples of the golden ratio: of rows that are near, also the leading bits differ.
+    bits = max(1, (length - 1).bit_length())
+    factor = round(_GOLDEN * 2**bits) | 1
+    bits_set = torch.arange(length, device=device) & (index * factor % 2**bits)
+    for shift in (32, 16, 8, 4, 2, 1):
+        bits_set = bits_set ^ (bits_set >> shift)
+    return 1 - 2 * (bits_set & 1)
+
+
+_GOLDEN = 0.6180339887498949
 
 
 def quieter(gaps: Tensor, spreads: Tensor, log_posterior: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from dng_models.pipelines.call_watched import WatchedCall
 from dng_models.pipelines.layouts import Control, Layout
 from dng_models.pipelines.network_hook import NetworkHook
 
+Look = Callable[[Mapping[int, Tensor]], None]
+
 
 class BatchCall(WatchedCall):
     """Calls the network once per step; arguments as for :class:`~.call_begun.BegunCall`."""
@@ -49,8 +51,13 @@ class BatchCall(WatchedCall):
         if layout.whole and self.parts.added:
             self._check_same_text(arguments)
         predict = self._by_growing if self._grows else self._by_replacing
-        whole, output = predict(hook, module, arguments, batch, parts)
-        first = self._half(POSITIVE)
+        x = latents.chunk(parts)[self._half(POSITIVE)] if latents.ndim > 1 else None
+
+        def look(found: Mapping[int, Tensor]) -> None:
+            self._look(found, x)
+
+        asked = look if self.chain.asks else None
+        whole, output = predict(hook, module, arguments, batch, parts, asked)
 
         def network(at: Tensor) -> list[Tensor]:
             shown: Any = torch.cat([self._showing(part, at) for part in latents.chunk(parts)])
@@ -61,8 +68,7 @@ class BatchCall(WatchedCall):
             used = (self.parts.compared, *self.parts.negatives)
             return [self._to_step(found[part]) for part in used]
 
-        x = latents.chunk(parts)[first]
-        guided = self._guide(whole, network, x if latents.ndim > 1 else None)
+        guided = self._guide(whole, network, x)
         answer = self._from_step(guided, whole[POSITIVE])
         halves = [answer, answer]
         if parts == 3:
@@ -90,14 +96,41 @@ class BatchCall(WatchedCall):
         arguments: dict[str, Any],
         batch: int,
         parts: int,
+        look: Look | None = None,
     ) -> tuple[dict[int, Tensor], Any]:
-        """Make all predictions in one call; added prompts are further rows of its batch."""
-        evaluated = self._to_evaluate(batch, together=False)
-        everyone = torch.arange(batch)
-        some = everyone if evaluated is None else everyone[evaluated]
-        used, negatives = self.parts.used, self.parts.negatives
-        members = {part: some if part in negatives else everyone for part in used}
-        members = {part: images for part, images in members.items() if len(images)}
+        """Make all predictions in one call; added prompts are further rows of its batch.
+
+        With ``look``, called once the others are made, the negatives are predicted in a second one.
+        """
+        everyone, negatives = torch.arange(batch), self.parts.negatives
+        members = {part: everyone for part in self.parts.used if part not in negatives}
+        if look is None:
+            members = dict(sorted({**members, **self._members(batch, together=False)}.items()))
+        found, output = self._in_one_call(hook, module, arguments, batch, members)
+        if look is not None:
+            look(found)
+            members = self._members(batch, together=False)
+            if members:
+                found |= self._in_one_call(hook, module, arguments, batch, members)[0]
+        for part in negatives:
+            images = members.get(part)
+            if images is None or len(images) < batch:
+                # Skipped rows get the positive prediction: no evidence, and no guidance.
+                every = found[POSITIVE].clone()
+                if images is not None:
+                    every[images.to(every.device)] = found[part]
+                found[part] = every
+        return found, output
+
+    def _in_one_call(
+        self,
+        hook: NetworkHook,
+        module: nn.Module,
+        arguments: dict[str, Any],
+        batch: int,
+        members: Mapping[int, Tensor],
+    ) -> tuple[dict[int, Tensor], Any]:
+        """The predictions for the given images of some parts, by the parts, and the output."""
         whole = all(len(images) == batch for images in members.values())
         if list(members) == [NEGATIVE, POSITIVE] and whole and not self.grown:
             output = hook.call(module, (), arguments)
@@ -111,14 +144,6 @@ class BatchCall(WatchedCall):
             output = hook.call(module, (), grown)
             sizes = [len(images) for images in members.values()]
             found = dict(zip(members, torch.split(rows.prediction(output), sizes), strict=True))
-        for part in negatives:
-            images = members.get(part)
-            if images is None or len(images) < batch:
-                # Skipped rows get the positive prediction: no evidence, and no guidance.
-                every = found[POSITIVE].clone()
-                if images is not None:
-                    every[images.to(every.device)] = found[part]
-                found[part] = every
         return found, output
 
     def _grown(
@@ -164,21 +189,22 @@ class BatchCall(WatchedCall):
         arguments: dict[str, Any],
         batch: int,
         parts: int,
+        look: Look | None = None,
     ) -> tuple[dict[int, Tensor], Any]:
-        """Make all predictions; each added prompt takes the negative one's place in a call."""
-        used = self.parts.used
+        """Make all predictions; each added prompt takes the negative one's place in a call.
+
+        With ``look``, it is called before the negatives are predicted.
+        """
+        used, negatives = self.parts.used, self.parts.negatives
         added = [part for part in used if part >= 2]
         # The negative half of the batch is evaluated in any case.
         free = {NEGATIVE} if NEGATIVE in used else set(added[:1])
-        if free >= set(self.parts.negatives):
-            evaluated = None
-        else:
-            evaluated = self._to_evaluate(batch, together=True)
-        if evaluated is not None and not bool(evaluated.any()):
-            skipped = [part for part in self.parts.negatives if part >= 2]
-            added = [part for part in added if part not in skipped]
-        else:
-            skipped = []
+        needed = negatives
+        if look is not None:
+            needed = []
+        elif self.chain.asking is not None or not free >= set(negatives):
+            needed = list(self._members(batch, together=True))
+        added = [part for part in added if part in needed or part not in negatives]
         place = self._half(NEGATIVE)
         first = arguments
         taken = None
@@ -191,11 +217,14 @@ class BatchCall(WatchedCall):
         found[NEGATIVE if taken is None else taken] = pieces[place]
         if parts == 3:
             found[PERTURBED] = pieces[2]
+        if look is not None:
+            look(found)
+            added = list(self._members(batch, together=True))
         for part in added:
             other = hook.call(module, (), self._with_text(arguments, part, batch))
             found[part] = rows.prediction(other).chunk(parts)[place]
-        for part in skipped:
-            found[part] = found[POSITIVE]
+        for part in negatives:
+            found.setdefault(part, found[POSITIVE])
         return found, output
 
     def _with_text(self, arguments: dict[str, Any], part: int, batch: int) -> dict[str, Any]:

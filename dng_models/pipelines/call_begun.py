@@ -87,7 +87,7 @@ class Parts:
             self.negatives = [NEGATIVE]
         if chain.needs_unconditional:
             self.unconditional = NEGATIVE
-            if concepts is None and not chain.leads:
+            if concepts is None and not (chain.leads or chain.by_points):
                 # The pipeline's negative prompt is the unwanted one: add the empty prompt.
                 self.unconditional = 2
                 self.added.append(Concept())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,35 +38,40 @@ class SeparateCall(WatchedCall):
             raise self._other_batch(batch, batch)
         self.images = batch
         self._arrive(arguments, latents.device)
-        evaluated = self._to_evaluate(batch, together=True)
-        skipping = evaluated is not None and not bool(evaluated.any())
         own = NEGATIVE if self.layout.first == "negative" else POSITIVE
+        negatives = self.parts.negatives
 
-        def predict(given: dict[str, Any]) -> tuple[dict[int, Tensor], Any]:
+        def predict(given: dict[str, Any], parts: Iterable[int]) -> tuple[dict[int, Tensor], Any]:
             found: dict[int, Tensor] = {}
             output: Any = None
-            for part in self.parts.used:
-                if skipping and part in self.parts.negatives:
-                    continue
+            for part in parts:
                 shown = given if part == own else self._controlled_for(given, part)
                 answer = hook.call(module, (), rows.copied(shown))
                 if part == POSITIVE:
                     output = answer
                 found[part] = rows.prediction(answer)
-            for part in self.parts.negatives:
-                found.setdefault(part, found[POSITIVE])
             return found, output
+
+        predicted = [part for part in self.parts.used if part not in negatives]
+        if self.chain.asks:
+            found, output = predict(arguments, predicted)
+            self._look(found, latents)
+            found |= predict(arguments, self._members(batch, together=True))[0]
+        else:
+            predicted = sorted([*predicted, *self._members(batch, together=True)])
+            found, output = predict(arguments, predicted)
+        for part in negatives:
+            found.setdefault(part, found[POSITIVE])
 
         def network(at: Tensor) -> list[Tensor]:
             shown = latents.clone()
             shown[self._latents_in(latents, at) or ...] = at.to(latents.dtype)
             # Use the caches of the begun call, so that those of the run itself stay unchanged.
             caches = {n: v for n, v in self._text_of(own).items() if not isinstance(v, Tensor)}
-            found, _ = predict({**arguments, **caches, self.layout.latents: shown})
-            used = (self.parts.compared, *self.parts.negatives)
-            return [self._to_step(found[part]) for part in used]
+            at_x, _ = predict({**arguments, **caches, self.layout.latents: shown}, predicted)
+            used = (self.parts.compared, *negatives)
+            return [self._to_step(at_x.get(part, at_x[POSITIVE])) for part in used]
 
-        found, output = predict(arguments)
         guided = self._guide(found, network, latents)
         answer = rows.replaced(output, self._from_step(guided, found[POSITIVE]))
         self._first_call = (arguments, answer)

@@ -518,9 +518,7 @@ class WatchedCall(BegunCall):
         """The guided prediction, in the form that the scheduler is given."""
         unconditional = self.parts.unconditional
         positive = self._to_step(predictions[POSITIVE])
-        x = None if x is None else self._arranged(x)
-        at = None if x is None else self._latents_in(x, positive)
-        x = None if at is None else x[at].contiguous()
+        x = self._stepped(x, positive)
         self.probing = True
         try:
             guided = self.chain.guide(
@@ -538,9 +536,35 @@ class WatchedCall(BegunCall):
         self.pending = Pending(guided, x)
         return guided
 
+    def _stepped(self, x: Tensor | None, positive: Tensor) -> Tensor | None:
+        """The scheduler's latents in what the network is shown; None where they are not in it."""
+        x = None if x is None else self._arranged(x)
+        at = None if x is None else self._latents_in(x, positive)
+        return None if x is None or at is None else x[at].contiguous()
+
+    def _look(self, predictions: Mapping[int, Tensor], x: Tensor | None) -> None:
+        """Let the rule look at the images that the predictions without the negatives imply."""
+        unconditional = self.parts.unconditional
+        positive = self._to_step(predictions[POSITIVE])
+        self.chain.look(
+            positive,
+            None if unconditional is None else self._to_step(predictions[unconditional]),
+            x=self._stepped(x, positive),
+        )
+
     def _to_evaluate(self, batch: int, *, together: bool) -> Tensor | None:
         """Mask of the images whose unwanted concepts are predicted at this step; None for all."""
         return None if self.probing else self.chain.to_evaluate(batch, together=together)
+
+    def _members(self, batch: int, *, together: bool) -> dict[int, Tensor]:
+        """The images for which each unwanted part is predicted at this step; no empty ones."""
+        evaluated = self._to_evaluate(batch, together=together)
+        everyone, negatives = torch.arange(batch), self.parts.negatives
+        if evaluated is None:
+            return dict.fromkeys(negatives, everyone)
+        each = evaluated if evaluated.ndim == 2 else [evaluated] * len(negatives)
+        found = {part: everyone[own] for part, own in zip(negatives, each, strict=True)}
+        return {part: images for part, images in found.items() if len(images)}
 
     def _cuts_off(self) -> bool:
         """Whether the pipeline itself reports that this call evaluates only the positive prompt."""

@@ -35,8 +35,7 @@ def with_divergence(rule: Rule, wanted: bool) -> Rule:
     if isinstance(rule, DynamicNegativeGuidance) and isinstance(
         rule.posterior, PaperTracker | LogOddsTracker
     ):
-        posterior = replace(rule.posterior, divergence=wanted)
-        return DynamicNegativeGuidance(rule.guidance_scale, posterior)
+        return replace(rule, posterior=replace(rule.posterior, divergence=wanted))
     return rule
 
 

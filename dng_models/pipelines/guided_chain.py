@@ -25,9 +25,14 @@ from torch import Tensor
 from dng_kernels import PathMemory, StepPlan, guide, update_path, update_posterior
 from dng_math import checks
 from dng_math.rules import (
+    CRG,
+    SPELL,
+    CFGPlusPlus,
     ClassifierFreeGuidance,
+    ContrastiveCFG,
     DynamicNegativeGuidance,
     FeedbackGuidance,
+    ImageReferenced,
     LimitedInterval,
     PerpNeg,
     Rule,
@@ -38,8 +43,10 @@ from dng_math.rules import (
 from dng_math.schedules import NoiseSchedule
 from dng_math.trackers import LogOddsTracker, PaperTracker, PathTracker, at_steps
 from dng_models.pairs.divergence import Predictions
+from dng_models.pairs.points import points_prediction, refuse_no_density, shielded, stepped_by
 from dng_models.pairs.sampling import union_of_concepts
 from dng_models.pipelines.divergence import divergence_gaps, with_divergence
+from dng_models.pipelines.dynamic_prompts import DynamicPrompts, Questions, asking_rule
 from dng_models.pipelines.guided_run import GuidedRun
 from dng_models.pipelines.noise_levels import scheduler_levels
 from dng_models.pipelines.scheduler_reading import advice
@@ -62,15 +69,18 @@ class GuidedChain:
         A rule of :mod:`dng_math.rules`; its posterior must be tracked, from a given prior.  A
         sequence has one :class:`dng_math.DynamicNegativeGuidance` for each of ``concepts``, with
         its own prior and scale: ``base - sum_k g_k p_k (eps_k - eps)/(1 - sum_j p_j)``.
+        :class:`dng_models.DynamicPrompts` has several concepts of its own.
     concepts : int, optional
         Number of unwanted concepts, each with its own posterior; None: one.  Rules other than DNG
-        take at most one.
+        and DynamicPrompts take at most one.
     cfg_scale : float, optional
         Classifier-free guidance beneath the rule: base = unconditional + cfg_scale (positive -
         unconditional).  None: base = positive.
     reference : {"positive", "unconditional"}
         What trackers compare the unwanted predictions with.  "unconditional" tracks the posterior
-        among all images, p(c | x) without the positive prompt; the push stays from the positive.
+        among all images, p(c | x) without the positive prompt; the push stays from what the rule's
+        own ``reference`` says.  A rule that pushes from the unconditional prediction, beneath which
+        there is ``cfg_scale``, compares with it too.
     eta : float, optional
         The eta that a DDIM scheduler's step is given; None: that given to :meth:`begin`, or 0.
     divergence_probes : int
@@ -88,6 +98,8 @@ class GuidedChain:
         log p(c | x) at the first step in place of the prior, shape (B,), or (M, B) for M concepts:
         for a chain that continues another one.  With a further dimension in front, as in
         :attr:`RunTrace.log_posterior`, the last step's is taken.
+    points : Tensor, shape (K, ...), optional
+        The unwanted, as latents of the network's x0, in place of its prediction.
     trace : Trace, optional
         The trace that records the run; default: a new one.
     has_network : bool
@@ -112,19 +124,24 @@ class GuidedChain:
         skip_below: float | None = None,
         mask: Tensor | None = None,
         initial_log_posterior: Tensor | None = None,
+        points: Tensor | None = None,
         trace: Trace | None = None,
         has_network: bool = True,
     ) -> None:
+        self.asking = asking_rule(rule)
         rules = _rules(rule, concepts)
         inner = innermost(rules[0])
-        if concepts is not None:
+        if self.asking is not None:
+            _check_asking(self.asking, concepts, skip_below)
+        elif concepts is not None:
             checks.integer("concepts", concepts, 1)
             if concepts > 1 and not isinstance(inner, DynamicNegativeGuidance | Unguided):
                 raise ValueError(
                     f"concepts must be 1 for {rule!r}, got {concepts}: only DNG gives each its "
                     "own posterior"
                 )
-        self.leads = isinstance(inner, ClassifierFreeGuidance | FeedbackGuidance)
+        self.leads = isinstance(inner, ClassifierFreeGuidance | CFGPlusPlus | FeedbackGuidance)
+        self.shield = _shield(rule)
         if concepts is not None and self.leads:
             raise ValueError(
                 f"concepts must be None for {rule!r}, which leads to the positive prompt and away "
@@ -137,6 +154,11 @@ class GuidedChain:
                     f"cfg_scale must be None for {rule!r}, which leads to the positive prompt "
                     f"itself; got {cfg_scale!r}"
                 )
+        elif _compares_both(inner):
+            raise ValueError(
+                f"cfg_scale must be given for {rule!r}, which compares the positive prediction "
+                "with the unconditional one; got None"
+            )
         if eta is not None:
             checks.real("eta", eta, "in [0, 1]", 0.0, 1.0, closed="[]")
         checks.integer("divergence_probes", divergence_probes, 0)
@@ -165,7 +187,11 @@ class GuidedChain:
         self.mask = mask
         self.has_network = has_network
         self.trace = Trace() if trace is None else trace
-        self.needs_negative = not (self.leads or isinstance(inner, Unguided))
+        self.points = points
+        if points is not None:
+            _check_points(rule, rules, concepts, skip_below)
+        self.by_points = points is not None or self.shield is not None
+        self.needs_negative = not (self.leads or isinstance(inner, Unguided) or self.by_points)
         self.needs_unconditional = (
             self.leads
             or isinstance(inner, PerpNeg)
@@ -176,10 +202,14 @@ class GuidedChain:
             getattr(inner, "posterior", None), PaperTracker | LogOddsTracker | PathTracker
         )
         self._check_reference()
+        self._from_uncond = cfg_scale is not None and _reference_of(rule, rules) == "unconditional"
+        if self._from_uncond:
+            self.reference = "unconditional"
         self._initial = self._first_log_posterior(initial_log_posterior)
         self._rules = rules
         # Whether scale 0 means that the guided prediction is the base.
         self._plain = not (self.leads or isinstance(inner, PerpNeg | SafeLatentDiffusion))
+        self._plain &= not (isinstance(inner, ContrastiveCFG) and inner.positive_factor)
         self._run: GuidedRun | None = None
 
     def _check_reference(self) -> None:
@@ -312,8 +342,12 @@ class GuidedChain:
         record = RunTrace(steps.scheduler, self.concepts)
         if isinstance(innermost(self._rules[0]), FeedbackGuidance):
             record.quantity = "ratio of conditional to base"
+        if isinstance(innermost(self._rules[0]), CRG):
+            record.quantity = "ratio of negative to unconditional"
         plans, update_plans = self._plans(steps, torch.device("cpu" if device is None else device))
         run = GuidedRun(scheduler, scheduler.timesteps, steps, plans, update_plans, record, step)
+        if self.asking is not None:
+            run.questions = Questions(self.asking, len(steps), record)
         self._run = run
         self._warn(run)
         self._warn_of_blindness(run)
@@ -424,6 +458,7 @@ class GuidedChain:
         -------
         Tensor, shape (B,), bool, on the CPU, or None
             None means all.  :meth:`guide` ignores the negative predictions of the other images.
+            For :class:`dng_models.DynamicPrompts` shape (M, B): each concept has its own images.
 
         Raises
         ------
@@ -431,12 +466,18 @@ class GuidedChain:
             If no run is under way, or the batch size is needed and not given.
         """
         run = self._shown()
-        if self.skip_below is None or not self.needs_negative:
+        if (self.skip_below is None and run.questions is None) or not self.needs_negative:
             return None
         if batch is None:
             if run.x is None:
                 raise ValueError("batch must be given where the latents were not shown")
             batch = len(run.x)
+        if run.questions is not None:
+            run.evaluated = run.questions.holds(batch) & (run.column("active") > 0)
+            if together:
+                run.evaluated = run.evaluated.any(1, keepdim=True).repeat(1, batch)
+            return run.evaluated
+        assert self.skip_below is not None
         evaluated = scale_bound(run, batch) >= self.skip_below
         if run.skipped is not None:
             evaluated |= run.skipped >= LONGEST_SKIP
@@ -448,6 +489,48 @@ class GuidedChain:
             evaluated = evaluated.any().expand_as(evaluated).clone()
         run.evaluated = evaluated
         return evaluated.cpu()
+
+    @property
+    def asks(self) -> bool:
+        """Whether :meth:`look` must come before the negatives of this step."""
+        run = self._run
+        return run is not None and run.questions is not None and run.questions.is_due(run.step)
+
+    @torch.no_grad()
+    def look(
+        self, positive: Tensor, unconditional: Tensor | None = None, *, x: Tensor | None = None
+    ) -> None:
+        """Show the rule's ``ask`` the clean images that the prediction without negatives implies.
+
+        Parameters
+        ----------
+        positive, unconditional
+            As for :meth:`guide`.
+        x : Tensor, shape (B, ...), optional
+            The network's input; not needed after :meth:`observe`.
+
+        Raises
+        ------
+        ValueError
+            If no question is due at this step, or the network's input is not known.
+        Exception
+            As :meth:`.dynamic_prompts.Questions.put`.
+        """
+        run = self._shown()
+        if run.questions is None or not self.asks:
+            raise ValueError(f"look() must be called where a question is due, not at {run.step}")
+        if x is not None:
+            run.x = x
+        if run.x is None:
+            raise ValueError(
+                f"x must be given for {self.rule!r}, which looks at the image that a prediction "
+                "implies: what the network of this pipeline is shown is not the scheduler's latents"
+            )
+        wide = torch.promote_types(positive.dtype, torch.float32)
+        base = self._combined(positive.to(wide), unconditional)
+        x0 = run.unlimited_x0(run.x.to(base), base)
+        x0 = run.steps.limit(x0) if run.steps.limit else x0
+        run.questions.put(x0, run.step, float(run.steps.coefficients.time[run.step]))
 
     @torch.no_grad()
     def guide(
@@ -488,6 +571,8 @@ class GuidedChain:
         run = self._shown()
         if run.base is not None:
             raise ValueError(f"guide() was called twice at step {run.step}")
+        if self.asks:
+            raise ValueError(f"look() must come before guide() at step {run.step}, which asks")
         others = [negatives] if isinstance(negatives, Tensor) else list(negatives)
         if self.needs_negative:
             wanted = 1 if self.concepts is None else self.concepts
@@ -517,9 +602,13 @@ class GuidedChain:
                 f"the batch must stay the same during a run: it began with {run.batch} images, "
                 f"step {run.step} has {len(positive)}"
             )
-        if run.evaluated is not None:
+        if run.evaluated is not None and run.questions is None:
             keep = _per_image(run.evaluated.to(positive.device), positive)
-            others = [torch.where(keep, other, positive) for other in others]
+            seen = self._seen(positive, unconditional)
+            others = [torch.where(keep, other, seen) for other in others]
+        if self.points is not None:
+            others = [self._of_points(run, self._network_input(run), positive)]
+            network = self._with_points(run, network, positive)
         # Autocast, meant for networks, would compute sums over an image in 16 bits.
         with torch.autocast(positive.device.type, enabled=False):
             if not run.begun:
@@ -528,10 +617,53 @@ class GuidedChain:
                 compared = self._compared(positive, unconditional)
                 self._arrive(run, compared, others, network)
             result, scale = self._guided(run, positive, others, unconditional)
+            if self.shield is not None and run.column("active") > 0:
+                factors = run.column("x0_x_factor"), run.column("x0_factor")
+                x_seen = self._network_input(run)
+                result, scale = shielded(self.shield, x_seen, result, *factors)
             self._record(run, scale)
-            self._count(run, len(others), len(positive))
+            self._count(run, len(others) if self.points is None else 0, len(positive))
             self._remember(run, positive, others, unconditional, result, network)
         return result
+
+    def _network_input(self, run: GuidedRun) -> Tensor:
+        """What the network was shown at this step; raises ValueError if it is not known."""
+        if run.x is None:
+            raise ValueError(
+                f"x must be given for {self.rule!r} with images or points: what the network of "
+                "this pipeline is shown is not the scheduler's latents, and they compare with these"
+            )
+        return run.x
+
+    def _of_points(self, run: GuidedRun, x: Tensor, like: Tensor) -> Tensor:
+        """The unwanted prediction at x of the given points, in the dtype of another one."""
+        assert self.points is not None
+        if tuple(self.points.shape[1:]) != tuple(x.shape[1:]):
+            raise ValueError(
+                "images must be of the size that the pipeline makes, as its network sees them: "
+                f"latents of shape {tuple(x.shape[1:])}, got {tuple(self.points.shape[1:])}"
+            )
+        c, i = run.steps.coefficients, run.step
+        level = float(c.alpha_t[i]), float(c.sigma_t[i])
+        found = points_prediction(self.points, x, *level, 0.0, run.steps.prediction_type)
+        return found.to(torch.promote_types(like.dtype, x.dtype))
+
+    def _with_points(
+        self, run: GuidedRun, network: Predictions | None, like: Tensor
+    ) -> Predictions | None:
+        """The network's predictions, and that of the points, as functions of x."""
+        if network is None:
+            return None
+        # One point is the same x0 everywhere: a derivative that vanishes says nothing here.
+        own, run.has_derivative = network, True
+        return lambda at: [*own(at), self._of_points(run, at, like)]
+
+    def _seen(self, positive: Tensor, unconditional: Tensor | None) -> Tensor:
+        """The prediction that the unwanted ones are measured from."""
+        if not self._from_uncond:
+            return positive
+        assert unconditional is not None
+        return unconditional
 
     # ------------------------------------------------------------------ runs
 
@@ -642,7 +774,8 @@ class GuidedChain:
             )
             for rule in rules
         ]
-        if steps.limit.quantile is None and not (steps.limit and steps.limit.keeps_noise):
+        expressed = steps.limit.quantile is None and not (steps.limit and steps.limit.keeps_noise)
+        if expressed or plans[0].tracker is None:
             return plans, plans
         # No plan can express these limits: posteriors are updated with the limited x0 itself.
         return plans, [
@@ -714,6 +847,8 @@ class GuidedChain:
         self, run: GuidedRun, positive: Tensor, others: list[Tensor], unconditional: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The guided prediction and the scale of every image."""
+        if run.questions is not None:
+            return self._guided_by_answers(run, run.questions, positive, others, unconditional)
         state = run.state
         combined_with = None if self.cfg_scale is None else unconditional
         base, third, along = positive, combined_with, None
@@ -725,25 +860,28 @@ class GuidedChain:
             base, other, third, along = unconditional, others[0], None, positive
         elif not others:
             other = positive
-        elif self.concepts is None or state is None:
+        elif self.concepts is None or state is None or run.plan.tracks_evidence:
             other = others[0]
         elif len(run.plans) > 1:
             return self._guided_by_each(run, positive, others, combined_with)
         else:
             joint, state = union_of_concepts(run.plan, torch.stack(others), state)
             other = joint.to(positive.dtype)
+        several = run.plan.tracks_evidence and self.concepts is not None
         taken = guide(
             run.plan,
             run.step,
             base,
             other,
-            state,
+            state[0] if several and state is not None else state,
             eps_uncond=third,
             eps_pos=along,
             momentum=run.momentum,
             return_scale=True,
         )
         run.momentum = taken.momentum
+        if taken.state is not None:
+            run.evidence = taken.state[None] if several else taken.state
         assert taken.eps_guided is not None and taken.scale is not None
         result = taken.eps_guided
         if third is not None and self._plain:
@@ -752,6 +890,40 @@ class GuidedChain:
             combined = third + self.cfg_scale * (positive - third)
             result = torch.where(_per_image(taken.scale == 0, result), combined, result)
         return result, taken.scale
+
+    def _combined(self, positive: Tensor, unconditional: Tensor | None) -> Tensor:
+        """The prediction without a negative, as diffusers combines it; dtype of the positive."""
+        if unconditional is None or self.cfg_scale is None:
+            return positive
+        unconditional = unconditional.to(positive.dtype)
+        return unconditional + self.cfg_scale * (positive - unconditional)
+
+    def _guided_by_answers(
+        self,
+        run: GuidedRun,
+        questions: Questions,
+        positive: Tensor,
+        others: list[Tensor],
+        unconditional: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Guide away from what is held: base - g mean_k (eps_k - reference)."""
+        assert self.asking is not None
+        wide = torch.promote_types(positive.dtype, torch.float32)
+        held = questions.holds(len(positive)).to(positive.device)
+        strength = run.column("guidance_scale") * run.column("active")
+        scale = strength * held.any(0).to(wide)
+        from_empty = unconditional is not None and self.asking.reference == "unconditional"
+        measured_from = (unconditional if from_empty else positive).to(wide)  # type: ignore[union-attr]
+        pushes = torch.zeros_like(measured_from)
+        for own, other in zip(held, others, strict=True):
+            gap = other.to(wide) - measured_from
+            pushes += torch.where(_per_image(own, gap), gap, 0.0)
+        pushes /= _per_image(held.sum(0).clamp(min=1), pushes)
+        result = self._combined(positive.to(wide), unconditional)
+        result = (result - _per_image(scale, pushes) * pushes).to(positive.dtype)
+        # Where nothing is pushed, the very numbers of the pipeline's own guidance.
+        nothing = _per_image(scale == 0, result)
+        return torch.where(nothing, self._combined(positive, unconditional), result), scale
 
     def _guided_by_each(
         self, run: GuidedRun, positive: Tensor, others: list[Tensor], unconditional: Tensor | None
@@ -781,8 +953,9 @@ class GuidedChain:
         if unconditional is not None:
             assert self.cfg_scale is not None
             result = unconditional.to(wide) + self.cfg_scale * (result - unconditional.to(wide))
+        seen = self._seen(positive, unconditional).to(wide)
         for scale, other in zip(scales, others, strict=True):
-            gap = other.to(wide) - positive.to(wide)
+            gap = other.to(wide) - seen
             result = result - _per_image(scale.to(wide), gap) * gap
         return result.to(positive.dtype), scales.sum(0)
 
@@ -869,6 +1042,8 @@ class GuidedChain:
     def _update(self, run: GuidedRun, x: Tensor, x_next: Tensor) -> None:
         """Update the posteriors to the cleaner end of the step that was taken."""
         run.record.unconfirmed = False
+        if run.evidence is not None:
+            run.state, run.evidence = run.evidence, None
         if run.plan.tracker is None or run.state is None or self.follows:
             return
         assert run.base is not None
@@ -894,9 +1069,17 @@ class GuidedChain:
         run.state = torch.stack(following) if self.concepts is not None else following[0]
 
     def _count(self, run: GuidedRun, concepts: int, batch: int) -> None:
-        made = batch if run.evaluated is None else int(run.evaluated.sum())
-        run.record.evaluations += concepts * made
-        run.record.evaluations_saved += concepts * (batch - made)
+        if run.evaluated is None:
+            now = [concepts] * batch
+        elif run.evaluated.ndim == 1:
+            now = (concepts * run.evaluated.long()).tolist()
+        else:
+            now = run.evaluated.sum(0).tolist()
+        record, made = run.record, sum(now)
+        record.evaluations += made
+        record.evaluations_saved += concepts * batch - made
+        before = record.evaluations_of_images or [0] * batch
+        record.evaluations_of_images = [a + b for a, b in zip(before, now, strict=True)]
 
 
 def position(scheduler: Any, t: float) -> int:
@@ -939,7 +1122,8 @@ def _rules(rule: Any, concepts: int | None) -> list[Rule]:
         if isinstance(each, type) or not hasattr(each, "guide"):
             raise TypeError(f"rule must be one of dng_math.rules, got {each!r}")
         # Refuse a rule that cannot begin a run now, not in the middle of a pipeline's call.
-        StepPlan(ANY_RUN, each, _warn=False).init_state(0)
+        beneath = 1.0 if _compares_both(innermost(each)) else None
+        StepPlan(ANY_RUN, each, cfg_scale=beneath, _warn=False).init_state(0)
     if not several:
         return rules
     if len(rules) == 1 and concepts in (None, 1):
@@ -959,13 +1143,74 @@ def _rules(rule: Any, concepts: int | None) -> list[Rule]:
 
 
 def _resolved(rule: Any) -> Any:
-    """The rule, with the tracker of transitions that a path tracker without probes means."""
+    """The rule that steps are planned with.
+
+    A path tracker without probes means a tracker of transitions, and DynamicPrompts a push whose
+    negatives are chosen as the run goes on.
+    """
     if isinstance(rule, LimitedInterval):
         return replace(rule, rule=_resolved(rule.rule))
+    if isinstance(rule, DynamicPrompts):
+        return rule.push
+    if isinstance(rule, SPELL | ImageReferenced):
+        refuse_no_density(rule)
+        return stepped_by(rule)
     posterior = getattr(rule, "posterior", None)
     if isinstance(posterior, PathTracker) and posterior.probes == 0:
         return replace(rule, posterior=posterior.first_order)
     return rule
+
+
+def _check_asking(asking: DynamicPrompts, concepts: int | None, skip_below: float | None) -> None:
+    """Refuse what cannot be with a rule that asks."""
+    wanted = len(asking.names)
+    if concepts != wanted:
+        raise ValueError(
+            f"concepts must be {wanted}, those of {asking!r}, which leads away from each of its "
+            f"own, got {concepts}"
+        )
+    if skip_below is not None:
+        raise ValueError(
+            f"skip_below must be None for {asking!r}, which evaluates what it holds and nothing "
+            f"else, got {skip_below!r}"
+        )
+
+
+def _shield(rule: Any) -> SPELL | None:
+    """SPELL inside any limited intervals, which moves predictions before an unguided step."""
+    inner = innermost(rule)
+    return inner if isinstance(inner, SPELL) else None
+
+
+def _compares_both(inner: Any) -> bool:
+    """Whether a rule itself compares the positive prediction with the unconditional one."""
+    return isinstance(inner, CRG) or bool(getattr(inner, "positive_factor", False))
+
+
+def _reference_of(rule: Any, rules: Sequence[Rule]) -> str:
+    """What the rules measure the unwanted from, all the same."""
+    found = {getattr(innermost(each), "reference", "positive") for each in rules}
+    if len(found) > 1:
+        raise ValueError(
+            f"rule must have one reference for all concepts, got {sorted(found)} of {rule!r}"
+        )
+    return str(found.pop())
+
+
+def _check_points(
+    rule: Any, rules: Sequence[Rule], concepts: int | None, skip_below: float | None
+) -> None:
+    """Refuse what cannot be with the unwanted given as points."""
+    inner = innermost(rules[0])
+    leads = ClassifierFreeGuidance | CFGPlusPlus | FeedbackGuidance
+    if len(rules) > 1 or isinstance(inner, leads | Unguided) or asking_rule(rule) is not None:
+        raise ValueError(
+            f"images must be None for {rule!r}: they are one unwanted concept, for a rule that "
+            "leads away from one (SPELL has points of its own)"
+        )
+    for name, given in (("concepts", concepts), ("skip_below", skip_below)):
+        if given is not None:
+            raise ValueError(f"{name} must be None with images, got {given!r}")
 
 
 def _path_probes(rule: Rule) -> int:
@@ -999,8 +1244,8 @@ def _check_path(
         )
     if not has_network:
         raise ValueError(
-            "the tracker's probes must be 0 in a guider, which sees predictions and not the "
-            f"network: apply_guidance follows a path, got {rule!r}"
+            "the tracker's probes must be 0 where guide() is given predictions and no network "
+            f"(has_network=False), got {rule!r}"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dng_kernels import PathMemory, StepPlan
+from dng_models.pipelines.dynamic_prompts import Questions
 from dng_models.pipelines.trace import RunTrace
 from dng_models.pipelines.transitions import SchedulerRun
 
@@ -30,6 +31,8 @@ class GuidedRun:
     begun: bool = False
     state: Tensor | None = None
     momentum: Tensor | None = None
+    # CRG's evidence with that of the step under way.
+    evidence: Tensor | None = None
     guided: Tensor | None = None
     base: Tensor | None = None
     others: list[Tensor] = field(default_factory=list)
@@ -39,9 +42,11 @@ class GuidedRun:
     # Keys of the divergence's probes, (B, 2), and whether a derivative was looked at.
     has_derivative: bool = False
     keys: Tensor | None = None
+    # What is asked of the images, for DynamicPrompts.
+    questions: Questions | None = None
     # For skipped predictions.  (M, B) or (B,): |negative - base|^2 when last seen, and mean and
-    # variance of the evidence since.  (B,): whether this step's predictions are made, and the
-    # number of steps without since they were made last.
+    # variance of the evidence since.  (B,), or (M, B) with questions: whether this step's
+    # predictions are made.  (B,): the number of steps without since they were made last.
     gap_sq: Tensor | None = None
     unseen_mean: Tensor | None = None
     unseen_var: Tensor | None = None

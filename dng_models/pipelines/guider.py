@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -31,10 +31,13 @@ from diffusers.modular_pipelines import (
 from torch import Tensor
 
 from dng_math import DynamicNegativeGuidance, checks
-from dng_math.rules import LimitedInterval, Rule
+from dng_math.rules import LimitedInterval, Reference, Rule
 from dng_math.schedules import TrackerVariance
+from dng_math.trackers import TrackerName
+from dng_models.pairs.divergence import Predictions
 from dng_models.pipelines.call_begun import check_text
 from dng_models.pipelines.guided_chain import GuidedChain
+from dng_models.pipelines.guider_network import SeenNetwork
 from dng_models.pipelines.trace import Trace
 from dng_models.pipelines.transitions import scheduler_run
 
@@ -77,8 +80,11 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
 
     Parameters
     ----------
-    guidance_scale, prior, temperature, offset, offset_nats, p_min, p_max, tracker, variance
-        As for :meth:`dng_math.DynamicNegativeGuidance.tracked`, as numbers.
+    guidance_scale, prior, temperature, offset, offset_nats, p_min, p_max, tracker, variance, \
+    probes, reference
+        As for :meth:`dng_math.DynamicNegativeGuidance.tracked`, as numbers.  ``tracker="path"``
+        evaluates the network again at every step, with a forward derivative.  The reference says
+        what the negative is measured from, and its posterior relative to, with ``cfg_scale``.
     cfg_scale : float, optional
         Scale of classifier-free guidance beneath the rule.  It takes a third prediction per step;
         :meth:`encode_unconditional` gives the guider the prompt for it.
@@ -109,12 +115,14 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
         offset_nats: float = 0.0,
         p_min: float = 1e-6,
         p_max: float = 0.99,
-        tracker: Literal["paper", "log-odds"] = "paper",
+        tracker: TrackerName = "paper",
         variance: TrackerVariance = "matched",
         cfg_scale: float | None = None,
         start: float = 0.0,
         stop: float = 1.0,
         enabled: bool = True,
+        probes: int = 1,
+        reference: Reference = "positive",
     ) -> None:
         if GuiderOutput is None:
             raise ImportError(
@@ -136,6 +144,8 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
             p_max=p_max,
             tracker=tracker,
             variance=variance,
+            probes=probes,
+            reference=reference,
         )
         self.trace = Trace()
         self._cfg_scale = cfg_scale
@@ -146,7 +156,9 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
         self._negative: dict[str, Any] | None = None
         self._unconditional: dict[str, Any] | None = None
         self._captured: dict[str, tuple[Any, Any]] | None = None
-        GuidedChain(self.rule, cfg_scale=cfg_scale)  # refuses an invalid cfg_scale
+        # Refuses an invalid cfg_scale.
+        self._follows = GuidedChain(self.rule, cfg_scale=cfg_scale).follows
+        self._network = SeenNetwork()
         self._chain: GuidedChain | None = None
 
     # ------------------------------------------------------------------ called by diffusers
@@ -193,11 +205,19 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
         if step == 0 or step <= self._at:
             self._chain = None
         self._at, self._of, self._prepared = step, num_inference_steps, 0
+        self._network.forget()
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Begin a prediction; pipelines call it."""
         super().prepare_models(denoiser)
         self._prepared += 1
+        if self._follows and self._guides:
+            self._network.watch(denoiser)
+
+    def cleanup_models(self, denoiser: torch.nn.Module) -> None:
+        """End a prediction; pipelines call it."""
+        super().cleanup_models(denoiser)
+        self._network.unwatch()
 
     def prepare_inputs(self, data: Mapping[str, Any]) -> list[BlockState]:
         """The network's inputs for each prediction; pipelines call it.
@@ -495,7 +515,7 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
                 cfg_scale=self._cfg_scale,
                 mask=shown.mask,
                 trace=self.trace,
-                has_network=False,
+                has_network=self._follows,
             )
         self._chain.observe(
             shown.scheduler, shown.latents, shown.timestep, scaled=False, eta=shown.eta
@@ -504,8 +524,18 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
         own = slice(None)
         if positive.ndim == shown.latents.ndim == 3:
             own = slice(shown.latents.shape[1])
+        compared = positive[:, own], negative[:, own]
+        x = network = None
+        if self._follows:
+            scaled = shown.latents * self._chain.input_scale
+            if empty is not None and self._chain.reference == "unconditional":
+                seen = *compared, empty[:, own]
+                x, of_all = self._network.at_other_latents(scaled, seen)
+                network = _last_first(of_all)
+            else:
+                x, network = self._network.at_other_latents(scaled, compared)
         guided = self._chain.guide(
-            positive[:, own], negative[:, own], None if empty is None else empty[:, own]
+            *compared, None if empty is None else empty[:, own], network=network, x=x
         )
         if guided.shape == positive.shape:
             return guided
@@ -524,6 +554,16 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
         if high < low:
             return LimitedInterval(self.rule, 0.0, 0.0)  # time is above 0 at every step
         return LimitedInterval(self.rule, float(time[high]), float(time[low]))
+
+
+def _last_first(of_all: Predictions) -> Predictions:
+    """The unconditional and the negative prediction, of all three."""
+
+    def network(at: Tensor) -> list[Tensor]:
+        _, negative, unconditional = of_all(at)
+        return [unconditional, negative]
+
+    return network
 
 
 # ---------------------------------------------------------------------- embeddings

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from dng_math.rules import Rule
 from dng_models.pairs.denoisers import Denoiser
 from dng_models.pipelines import rows
+from dng_models.pipelines.attention_guidance import acts_on_attention, attention_calls
 from dng_models.pipelines.call_begun import Concept, check_text, maskless
+from dng_models.pipelines.dynamic_prompts import DynamicPrompts, asking_rule, with_decoder
 from dng_models.pipelines.guided_call import GuidedCalls
 from dng_models.pipelines.guided_chain import GuidedChain, Reference
+from dng_models.pipelines.image_points import Images, points_of
 from dng_models.pipelines.layouts import Layout, layout_of
 from dng_models.pipelines.negative_template import checked_template
 from dng_models.pipelines.trace import Trace
@@ -38,6 +41,7 @@ def apply_guidance(
     negative_prompts: Sequence[Negative] | None = None,
     negative_classes: Sequence[int] | None = None,
     negative_template: str | None = None,
+    images: Images | None = None,
     cfg_scale: float | None = None,
     reference: Reference = "positive",
     unwanted: Denoiser | Sequence[Denoiser] | None = None,
@@ -57,13 +61,22 @@ def apply_guidance(
     the network and keeps its effect.  Calls of other pipelines that share the network are not
     guided.
 
+    The rules that act on attention (:class:`dng_math.NormalizedAttention` and others) change the
+    positive prediction itself, in the networks of Stable Diffusion 1, 2, XL and 3
+    (docs/attention.md).  With them ``guidance_scale`` keeps its effect, and may be off; without
+    ``negative_prompts`` the call's negative prompt is what is unwanted, and classifier-free
+    guidance gets the empty one.  Of the options below they take ``negative_prompts`` and
+    ``layout``, and with a gate ``mask`` and ``initial_log_posterior``.
+
     Parameters
     ----------
     pipe : DiffusionPipeline
         A pipeline of a class in :data:`dng_models.pipelines.layouts.LAYOUTS`, or of a subclass.
     rule : Rule or sequence of Rule
-        :meth:`dng_math.DynamicNegativeGuidance.tracked`, or any of :mod:`dng_math.rules`; or a
-        sequence with one DNG rule for each unwanted concept, with its own prior and scale.
+        :meth:`dng_math.DynamicNegativeGuidance.tracked`, or any of :mod:`dng_math.rules`; a
+        sequence with one DNG rule for each unwanted concept, with its own prior and scale; or
+        :class:`dng_models.DynamicPrompts`, whose concepts something that looks at the images
+        chooses.
     negative_prompts : sequence of str, Tensor or mapping, optional
         Unwanted concepts, for every image; DNG gives each its own posterior, the other rules take
         one.  The pipeline's negative prompt is then the unconditional one.  A text can be replaced
@@ -77,13 +90,20 @@ def apply_guidance(
         {negative}".  The composed negative needs no offset, and its prior is the share of unguided
         images that have what is unwanted (:func:`dng_models.estimate_prior`).  None: it is used as
         it is given.
+    images : sequence of images or Tensor, optional
+        The unwanted as images in place of a prompt: PIL images or arrays of the size that is made,
+        which the pipeline's VAE encodes, or a tensor of latents.  Their kernel mixture makes the
+        unwanted prediction (:class:`dng_models.PointsDenoiser`), so that the network is evaluated
+        for the positive prompt alone; the pipeline's negative prompt is the unconditional one.
     cfg_scale : float, optional
         Classifier-free guidance beneath the rule: base = unconditional + cfg_scale (positive -
         unconditional), and the posterior compares negative with positive.  None: base = positive.
     reference : {"positive", "unconditional"}
         What trackers compare the negative with.  "unconditional" is for a negative that says
         nothing of the positive prompt: its posterior among all images needs no offset, at the cost
-        of a third prediction, which ``cfg_scale`` makes anyway.  The push stays from the positive.
+        of a third prediction, which ``cfg_scale`` makes anyway.  What the push is measured from is
+        another matter, and the rule's own: ``rule.reference``, which needs ``cfg_scale`` to differ
+        from the positive.  A rule that pushes from the unconditional prediction compares with it.
     unwanted : callable or sequence of callable
         Unwanted network, for a pipeline without prompts; as for :func:`dng_models.sample`, called
         with the network's own latents and times.  A sequence has several, each with its own
@@ -148,6 +168,7 @@ def apply_guidance(
         negative_prompts=negative_prompts,
         negative_classes=negative_classes,
         negative_template=negative_template,
+        images=images,
         cfg_scale=cfg_scale,
         reference=reference,
         unwanted=unwanted,
@@ -195,6 +216,7 @@ def guided_calls(
     negative_prompts: Sequence[Negative] | None = None,
     negative_classes: Sequence[int] | None = None,
     negative_template: str | None = None,
+    images: Images | None = None,
     unwanted: Denoiser | Sequence[Denoiser] | None = None,
     layout: Layout | None = None,
     **options: Any,
@@ -203,7 +225,7 @@ def guided_calls(
 
     Parameters
     ----------
-    pipe, rule, negative_prompts, negative_classes, negative_template, unwanted, layout
+    pipe, rule, negative_prompts, negative_classes, negative_template, images, unwanted, layout
         As for :func:`apply_guidance`.
     trace : Trace
         The trace that records the runs.
@@ -235,6 +257,34 @@ def guided_calls(
             f"pipe must have a network pipe.{' or pipe.'.join(row.network)}, got a "
             f"{type(pipe).__name__} without one"
         )
+    if images is not None:
+        for name, given in (
+            ("negative_prompts", negative_prompts),
+            ("negative_classes", negative_classes),
+            ("negative_template", negative_template),
+            ("unwanted", unwanted),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f"{name} must be None with images, which are what is unwanted; got "
+                    f"{_shown(given)}"
+                )
+        if acts_on_attention(rule):
+            raise ValueError(f"images must be None for {rule!r}, which acts on a negative prompt")
+        options["points"] = points_of(pipe, images)
+    if acts_on_attention(rule):
+        if negative_classes is None:
+            found = _concepts(pipe, row, negative_prompts, None)
+        else:
+            found, options["negative_classes"] = None, negative_classes
+        options |= {"negative_template": negative_template, "unwanted": unwanted}
+        return attention_calls(pipe, row, rule, found, trace=trace, options=options)
+    asking = asking_rule(rule)
+    if asking is not None:
+        _check_asking(pipe, row, asking, negative_prompts, negative_classes, images)
+        rule = with_decoder(rule, pipe)
+        negative_prompts = asking.prompts if row.labels is None else None
+        negative_classes = None if row.labels is None else asking.prompts
     concepts = _concepts(pipe, row, negative_prompts, negative_classes)
     if negative_template is not None:
         checked_template("negative_template", negative_template)
@@ -336,6 +386,32 @@ def _concepts(
             f"{negative_prompts!r}"
         )
     return found
+
+
+def _check_asking(
+    pipe: Any,
+    row: Layout,
+    asking: DynamicPrompts,
+    negative_prompts: Any,
+    negative_classes: Any,
+    images: Any,
+) -> None:
+    """Refuse concepts beside those of the rule, and pipelines that have no place for them."""
+    if row.calls == "alone":
+        raise ValueError(
+            f"rule must be another one for a {type(pipe).__name__}, which has no prompts that "
+            f"could be unwanted, got {asking!r}"
+        )
+    for name, given in (
+        ("negative_prompts", negative_prompts),
+        ("negative_classes", negative_classes),
+        ("images", images),
+    ):
+        if given is not None:
+            raise ValueError(
+                f"{name} must be None for DynamicPrompts, whose concepts are its own "
+                f"({', '.join(map(repr, asking.names))}), got {_shown(given)}"
+            )
 
 
 def _classes(pipe: Any, classes: Sequence[int]) -> list[Concept]:

@@ -25,6 +25,28 @@ COLOURS = [
 DASHES = ("-", "--", "-.", ":")
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question of :class:`dng_models.DynamicPrompts`, and what is held since.
+
+    Attributes
+    ----------
+    step : int
+        Index of the step whose images were looked at, 0 the noisiest.
+    time : float
+        Its diffusion time, 1 at pure noise.
+    shown : tuple of tuple of str
+        Names of the concepts that each image showed, which are held until the next question.
+    error : str or None
+        Why there was no answer; what was held before is then held on.
+    """
+
+    step: int
+    time: float
+    shown: tuple[tuple[str, ...], ...]
+    error: str | None = None
+
+
 @dataclass(eq=False)
 class RunTrace:
     """Record of one call of a pipeline: S steps, B images, M unwanted concepts.
@@ -42,6 +64,10 @@ class RunTrace:
     evaluations, evaluations_saved : int
         Numbers of unwanted predictions that were made and that were skipped; each image and
         concept counts.
+    evaluations_of_images : list of int
+        How many of them were made for each image.
+    questions : list of Question
+        What was asked of the images and answered, for :class:`dng_models.DynamicPrompts`.
     unconfirmed : bool
         Whether no step was completed yet, so that the effect of the first prediction is unknown.
     final : Tensor, optional
@@ -54,6 +80,8 @@ class RunTrace:
     steps: list[int] = field(default_factory=list)
     evaluations: int = 0
     evaluations_saved: int = 0
+    evaluations_of_images: list[int] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
     unconfirmed: bool = field(default=True, repr=False)
     final: Tensor | None = field(default=None, repr=False)
     _timesteps: list[float] = field(default_factory=list, repr=False)
@@ -217,6 +245,11 @@ class Trace:
     def evaluations_saved(self) -> int:
         """Number of unwanted predictions that were skipped, in all runs."""
         return sum(run.evaluations_saved for run in self.runs)
+
+    @property
+    def questions(self) -> list[Question]:
+        """See :class:`RunTrace`."""
+        return self.last.questions
 
     def plot(self, path: str | Path) -> None:
         """Draw every image's scale, and its posterior if one is tracked, over diffusion time.

@@ -20,6 +20,7 @@ from dng_kernels import (
     update_posterior,
 )
 from dng_math import (
+    CRG,
     DDIM,
     DynamicNegativeGuidance,
     ExactPosterior,
@@ -45,6 +46,7 @@ PLANS = {
     "safe": StepPlan(C, SafeLatentDiffusion()),
     "perpendicular": StepPlan(C, PerpNeg()),
     "cfg": StepPlan(C, NegativePrompting(2.0), cfg_scale=3.0),
+    "evidence": StepPlan(C, CRG(), cfg_scale=3.0),
     "divergence": StepPlan(C, DIVERGENT_RULE),
     # Its posterior is wrong, which the plan says, and which is not what these tests are about.
     "no noise": StepPlan(
@@ -71,7 +73,7 @@ def good_arguments(operation, plan, dtype=torch.float32):
     names = {"step": ("x", "eps", "eps_neg"), "guide": ("eps", "eps_neg")}
     events = names.get(operation, ("x", "x_next", "eps", "eps_neg"))
     arguments = {"plan": plan, "step": 0} | {name: event(dtype=dtype) for name in events}
-    if plan.tracker is not None:
+    if plan.has_state:
         arguments["state"] = per_sample(dtype=torch.float32) - 1.0
     if operation == "step":
         arguments["seed"] = 1

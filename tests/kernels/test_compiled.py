@@ -37,14 +37,15 @@ TOOLS = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
 THREADS = 128
 PROCESSES = 2
+LARGER = ("values", "arithmetic")  # sets of variants that take minutes
 
 # ---------------------------------------------------------------- what can be launched
 
-STEPS = [
-    ("step", name)
-    for name in ("np", "paper", "log_odds", "cfg", "fbg", "sld", "contrastive", "perp_neg")
-]
-GUIDES = [("guide", name) for _, name in STEPS]
+RULES = ("np", "paper", "log_odds", "cfg", "fbg", "sld", "contrastive", "perp_neg", "geoguide")
+# What has CFG beneath and reads the other prediction of it.
+LED = ("sld_led", "contrastive_led", "crg")
+STEPS = [("step", name) for name in (*RULES, *LED, "weighted")]
+GUIDES = [("guide", name) for name in (*RULES, "crg")]
 UPDATES = [("update", name) for name in ("paper", "log_odds", "fbg")]
 FACTORS = {
     "kind": [*STEPS, *GUIDES, *UPDATES],
@@ -71,7 +72,9 @@ def launchable(kind, cfg, clip, drift, divergence, noise, aligned, shape, **_):
     operation, rule = kind
     tracked = rule in ("paper", "log_odds", "fbg")
     return (
-        not (cfg and (rule == "perp_neg" or operation == "update"))
+        not (cfg and (rule in ("perp_neg", "weighted") or operation == "update"))
+        and (cfg or rule not in LED)
+        and not (clip and rule == "weighted")
         and not (clip and operation == "guide")
         # What untracked rules load for a drift they do not use.
         and not (drift and not (operation == "step" and tracked))
@@ -85,8 +88,9 @@ def pairs(case):
     return set(itertools.combinations(case.items(), 2))
 
 
-def variants(arithmetic):
-    """Cases by architecture: all arithmetic for 90 alone, or every value of every factor for each.
+def variants(which):
+    """Cases by architecture: what a sampler of latents launches, for 90 alone; every value of every
+    factor, for each; or all arithmetic, for 90 alone.
 
     What is not of the arithmetic is chosen so that many pairs of values occur together.
     """
@@ -108,7 +112,11 @@ def variants(arithmetic):
         some.append(max(every[:3000], key=lambda case: len(missing & set(case.items()))))
         missing -= set(some[-1].items())
     latents = [case for case in every if usual(case)]
-    return {90: full + latents} if arithmetic else dict.fromkeys(ARCHITECTURES, some + latents)
+    if which == "latents":
+        return {90: latents}
+    if which == "values":
+        return dict.fromkeys(ARCHITECTURES, some + latents)
+    return {90: full + latents}
 
 
 def usual(case):
@@ -128,11 +136,12 @@ def usual(case):
 
 
 @pytest.fixture(
-    scope="module", params=["values", pytest.param("arithmetic", marks=pytest.mark.slow)]
+    scope="module",
+    params=["latents", *(pytest.param(each, marks=pytest.mark.slow) for each in LARGER)],
 )
 def chosen(request):
     """Which variants: see :func:`variants`."""
-    return request.param == "arithmetic"
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +160,7 @@ def printed(tmp_path_factory, chosen):
         )
         programs = [
             subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, str(i), str(folder), str(int(chosen))],
+                [sys.executable, "-m", __spec__.name, str(i), str(folder), chosen],
                 cwd=ROOT,
                 env=environment,
                 stdout=lines[i],
@@ -191,7 +200,8 @@ def described(kernels):
 
 def test_every_variant_compiles_for_every_architecture(kernels, chosen):
     expected = {architecture: len(cases) for architecture, cases in variants(chosen).items()}
-    assert expected[90] > 80 if chosen else set(expected) == set(ARCHITECTURES)
+    assert set(expected) == set(ARCHITECTURES) if chosen == "values" else expected[90] >= 8
+    assert chosen != "arithmetic" or expected[90] > 80
     for architecture, count in expected.items():
         assert sum(kernel["architecture"] == architecture for kernel in kernels) == count
 
@@ -213,7 +223,7 @@ def test_the_compiler_was_told_what_to_do_with_products_and_sums(kernels):
 def test_every_tensor_is_read_and_written_in_pieces_of_16_bytes_and_once(kernels, chosen):
     """As many accesses as the formula needs, and none of 16 bits: the rest is one of a sample."""
     seen = [kernel for kernel in kernels if whole(kernel)]
-    assert len(seen) > (30 if chosen else 6)
+    assert len(seen) > {"latents": 6, "values": 20, "arithmetic": 30}[chosen]
     wrong = []
     for kernel in seen:
         accesses = kernel["accesses"]
@@ -231,7 +241,7 @@ def test_every_tensor_is_read_and_written_in_pieces_of_16_bytes_and_once(kernels
 def test_the_machine_code_has_the_accesses_of_the_intermediate_one(kernels, chosen):
     """The counts above are read before the assembler; it neither splits nor repeats them."""
     seen = [kernel for kernel in kernels if "sass" in kernel and whole(kernel)]
-    assert len(seen) >= (4 if chosen else 1)
+    assert len(seen) >= 4
     for kernel in seen:
         assert [kernel["sass"]["ld128"], kernel["sass"]["st128"]] == kernel["expected"], kernel
 
@@ -310,12 +320,14 @@ def launch(
     from dng_kernels import StepPlan, dng_step, guide, update_posterior
     from dng_kernels import noise_keys as keys_of
     from dng_math import (
+        CRG,
         DDIM,
         DDPM,
         ClassifierFreeGuidance,
         ContrastiveCFG,
         DynamicNegativeGuidance,
         FeedbackGuidance,
+        GeoGuide,
         LogOddsTracker,
         NegativePrompting,
         NoiseSchedule,
@@ -324,7 +336,7 @@ def launch(
         SafeLatentDiffusion,
     )
 
-    operation, rule = kind
+    operation, name = kind
     rule = {
         "np": NegativePrompting(2.0),
         "paper": DynamicNegativeGuidance(1.0, PaperTracker(prior=0.1, divergence=divergence)),
@@ -334,13 +346,19 @@ def launch(
         "sld": SafeLatentDiffusion(),
         "contrastive": ContrastiveCFG(),
         "perp_neg": PerpNeg(),
-    }[rule]
+        "geoguide": GeoGuide(),
+        "sld_led": SafeLatentDiffusion(reference="unconditional"),
+        "contrastive_led": ContrastiveCFG.published(),
+        "crg": CRG(),
+        "weighted": DynamicNegativeGuidance(1.0, PaperTracker(prior=0.1)),
+    }[name]
     coefficients = NoiseSchedule.linear(10).coefficients(DDIM(0.5) if drift else DDPM())
     plan = StepPlan(
         coefficients,
         rule,
         cfg_scale=3.0 if cfg else None,
         clip=1.0 if clip else None,
+        weighted=name == "weighted",
         _warn=False,  # a step is compared with a step, whatever its posterior is worth
     )
     step = 9 if noise == "none" else 2  # the last one adds no noise
@@ -422,8 +440,8 @@ def expected_accesses(named):
 
     Rules that need sums first read the predictions in two places of the program.
     """
-    from dng_kernels.plan import UPDATE
-    from dng_math._codes import CONTRASTIVE, PERPENDICULAR
+    from dng_kernels.plan import NEED_SUMS, UPDATE
+    from dng_math._codes import PERPENDICULAR, REGULATED
 
     tensors = {
         name: named["BLOCK"] * value.itemsize // (16 * THREADS)
@@ -432,10 +450,10 @@ def expected_accesses(named):
     }
     written = ("x_next", "guided_out", "momentum_out")
     twice = ()
-    if named["MODE"] != UPDATE and named["RULE"] == CONTRASTIVE:
+    if named["MODE"] != UPDATE and named["RULE"] in NEED_SUMS:
         twice = ("eps", "eps_neg")
-    if named["MODE"] != UPDATE and named["RULE"] == PERPENDICULAR:
-        twice = ("eps", "eps_neg", "eps_third")
+        if named["RULE"] in (PERPENDICULAR, REGULATED) or named["READS_THIRD"]:
+            twice = (*twice, "eps_third")
     loads = sum(count for name, count in tensors.items() if name not in written)
     loads += sum(count for name, count in tensors.items() if name in twice)
     return loads, sum(count for name, count in tensors.items() if name in written)
@@ -558,13 +576,13 @@ def hashes_of_numbers():
     return [str((source.signature, source.constants, source.attrs)) for source in sources]
 
 
-def main(part, folder, arithmetic):
+def main(part, folder, which):
     """Compile every PROCESSES-th variant; one line of JSON each."""
     if part == "0":
         print(json.dumps({"specializations": len(set(hashes_of_numbers()))}), flush=True)
     else:
         print(json.dumps({"normals": instructions_of_a_normal(Path(folder))}), flush=True)
-    work = [(case, sm) for sm, cases in variants(arithmetic == "1").items() for case in cases]
+    work = [(case, sm) for sm, cases in variants(which).items() for case in cases]
     for i, (case, architecture) in list(enumerate(work))[int(part) :: PROCESSES]:
         # A disassembler takes longer than the compiler: of some, and the rest from what it read.
         disassemble = usual(case) or (i % 8 == 0 and case["aligned"])

@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dng_kernels import bound as bound_module
 from dng_kernels._compiled_cpu import can_take
 from dng_kernels.naive import Inputs
 from dng_math import (
+    CRG,
     DDIM,
     DDPM,
     ClassifierFreeGuidance,
@@ -45,6 +47,9 @@ PLANS = {
     "np": StepPlan(C, NegativePrompting(0.5)),
     "dng": StepPlan(C, DNG),
     "cfg": StepPlan(C, DNG, cfg_scale=2.0),
+    "from uncond": StepPlan(C, replace(DNG, reference="unconditional"), cfg_scale=2.0),
+    "crg": StepPlan(C, CRG(), cfg_scale=2.0),
+    "weighted": StepPlan(C, DNG, weighted=True),
     "sld": StepPlan(C, SafeLatentDiffusion(0.5, threshold=0.5)),
     "contrastive": StepPlan(C, ContrastiveCFG()),
     "perp_neg": StepPlan(C, PerpNeg(0.5, 1.0)),
@@ -59,7 +64,7 @@ def arguments(plan, seed=0, shape=SHAPE, dtype=torch.float32):
     given = {
         name: torch.randn(shape, generator=generator).to(dtype) for name in ("x", "eps", "eps_neg")
     }
-    if plan.tracker is not None:
+    if plan.has_state:
         given["state"] = plan.init_state(shape[0])
     if plan.needs_uncond:
         given["eps_uncond"] = torch.randn(shape, generator=generator).to(dtype)
@@ -186,7 +191,7 @@ LOOPED = {
 def test_the_compiled_loop_is_the_reference(name, dtype):
     plan = LOOPED[name]
     given = arguments(plan, 3, (3, 5, 7, 3), dtype)
-    if dtype == torch.float64 and plan.tracker is not None:
+    if dtype == torch.float64 and plan.has_state:
         given["state"] = given["state"].double()
     if plan.needs_divergence:
         given["divergence_gap"] = torch.tensor([0.5, -2.0, 0.0], dtype=given["state"].dtype)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dng_kernels import StepPlan, StepResult, dng_step, guide, update_posterior
-from dng_kernels._border import Memory
+from dng_kernels._border import Memory, names_of
 from dng_kernels.naive import Inputs
 from dng_math import (
     DDIM,
@@ -25,6 +25,7 @@ from dng_math import (
     NoiseSchedule,
     PerpNeg,
     SafeLatentDiffusion,
+    SignedNegative,
 )
 
 C = NoiseSchedule.linear(4).coefficients(DDPM())
@@ -33,6 +34,7 @@ DIVERGENT = DynamicNegativeGuidance(1.0, LogOddsTracker(prior=0.2, divergence=Tr
 PLANS = {
     "dng": StepPlan(C, DNG),
     "cfg": StepPlan(C, DNG, cfg_scale=2.0),
+    "signed": StepPlan(C, SignedNegative(0.5), cfg_scale=2.0),
     "sld": StepPlan(C, SafeLatentDiffusion(0.5, threshold=0.5)),
     "perp_neg": StepPlan(C, PerpNeg(0.5, 1.0)),
     "np": StepPlan(C, NegativePrompting(0.5)),
@@ -49,7 +51,7 @@ def arguments(plan, shape=SHAPE):
     names += ["eps_uncond"] * plan.needs_uncond + ["eps_pos"] * plan.needs_positive
     names += ["momentum"] * plan.needs_momentum
     found = {name: torch.randn(shape, generator=generator) for name in names}
-    if plan.tracker is not None:
+    if plan.has_state:
         found["state"] = plan.init_state(shape[0])
     if plan.needs_divergence:
         found["divergence_gap"] = torch.tensor([0.5, -1.0])
@@ -68,7 +70,7 @@ def engine(request):
 EVENTS = ("x", "eps", "eps_neg", "eps_uncond", "eps_pos", "noise", "momentum")
 HALF = [
     (plan, output, name)
-    for plan in ("cfg", "sld", "perp_neg")
+    for plan in ("cfg", "signed", "sld", "perp_neg")
     for output in ("x_next", "eps_guided", "momentum")
     for name in EVENTS
     if name in arguments(PLANS[plan]) and (output != "momentum" or PLANS[plan].needs_momentum)
@@ -200,7 +202,7 @@ def test_what_shares_memory_is_refused_unless_it_is_the_same(read, rows, columns
     own, other = (set(tensor.flatten().tolist()) for tensor in (x_next, eps))
     same = torch.equal(eps, x_next) and len(own) == eps.numel()
     apart = max(other) < min(own) or max(own) < min(other)
-    memory_of_call = Memory(inputs, outputs, "eps_uncond")
+    memory_of_call = Memory(inputs, outputs, names_of(PLANS["cfg"]))
     if own & other and not same:
         with pytest.raises(ValueError, match=r"out\.x_next must"):
             memory_of_call.check(inputs, outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,16 @@ from dng_kernels import StepPlan, StepResult, dng_step, guide, update_posterior
 from dng_kernels._border import HAS_TRITON
 from dng_kernels.plan import COLUMN, LARGEST, OWN, SHARED, WIDTH
 from dng_math import (
+    CRG,
     DDIM,
     DDPM,
+    CFGPlusPlus,
     ClassifierFreeGuidance,
     ContrastiveCFG,
     DynamicNegativeGuidance,
     EulerMaruyama,
     FeedbackGuidance,
+    GeoGuide,
     LimitedInterval,
     LogOddsTracker,
     NegativePrompting,
@@ -31,12 +34,13 @@ from dng_math import (
     PaperTracker,
     PerpNeg,
     SafeLatentDiffusion,
+    SignedNegative,
     TimeProfile,
     Unguided,
     noise,
     sample,
 )
-from dng_math._codes import rule_code
+from dng_math._codes import chain_code
 from dng_math.rules import innermost
 from tests.helpers import textbook
 from tests.helpers.mixtures import moderate
@@ -67,14 +71,20 @@ class Book:
     """A rule of the package and its transcription, on noise predictions."""
 
     rule: Any
-    # (eps, eps_neg, eps_pos, state, momentum, step) -> (guided, scale, next momentum)
-    guide: Callable[..., Any]
+    # (eps, eps_neg, eps_pos, state, momentum, step) -> (guided, scale, next momentum), where eps
+    # is what the negative is measured from
+    guide: Callable[..., Any] | None = None
     # (state, x_next, mean, mean_neg, v, steps) -> state
     update: Callable[..., Any] | None = None
     variance: str = "matched"
+    # For rules that combine three predictions themselves, or read the step:
+    # (eps, eps_neg, eps_uncond, state, momentum, plan, step) -> the same and the next state, or
+    # None where only ``guide`` is meant.
+    whole: Callable[..., Any] | None = None
+    cfg_scales: tuple[float | None, ...] = (None, 3.0)
 
 
-def _paper(variance: str = "matched") -> Book:
+def _paper(variance: str = "matched", reference: str = "positive") -> Book:
     def update(state, x_next, mean, mean_neg, v, steps):
         # The textbook has the paper's offset only; nats are offset / (2 v).
         offset = PAPER["offset"] + 2.0 * v * PAPER["offset_nats"] / steps
@@ -83,7 +93,7 @@ def _paper(variance: str = "matched") -> Book:
         )
 
     return Book(
-        DynamicNegativeGuidance(1.3, PaperTracker(variance=variance, **PAPER)),
+        DynamicNegativeGuidance(1.3, PaperTracker(variance=variance, **PAPER), reference),
         lambda e, n, p, state, m, i: (
             textbook.dng(e, n, np.exp(state), 1.3),
             textbook.dng_scale(np.exp(state), 1.3),
@@ -94,7 +104,7 @@ def _paper(variance: str = "matched") -> Book:
     )
 
 
-def _log_odds() -> Book:
+def _log_odds(reference: str = "positive") -> Book:
     def guide(e, n, p, state, m, i):
         odds = np.minimum(np.exp(state), 19.0)
         posterior = odds / (1.0 + odds)
@@ -107,7 +117,7 @@ def _log_odds() -> Book:
         )
         return np.maximum(updated, np.log(1e-4 / (1.0 - 1e-4)))
 
-    return Book(DynamicNegativeGuidance(1.3, LogOddsTracker(**PAPER)), guide, update)
+    return Book(DynamicNegativeGuidance(1.3, LogOddsTracker(**PAPER), reference), guide, update)
 
 
 def _sld(gate: str, threshold: float, warmup: int) -> Book:
@@ -125,13 +135,112 @@ def _sld(gate: str, threshold: float, warmup: int) -> Book:
     return Book(rule, guide)
 
 
-def _constant(rule: Any, guided: Callable[..., Any], scale: float) -> Book:
-    return Book(rule, lambda e, n, p, state, m, i: (guided(e, n, p), scale, m))
+def _constant(rule: Any, guided: Callable[..., Any], scale: float, **more: Any) -> Book:
+    return Book(rule, lambda e, n, p, state, m, i: (guided(e, n, p), scale, m), **more)
 
 
 def _contrastive(e, n, p, state, m, i):
     decay = np.exp(-0.3 * textbook.squared_distance(n, e))
     return textbook.contrastive_cfg(e, n, 1.2, 0.3), 1.2 * 2 * decay / (1 + decay), m
+
+
+def _sld_from_unconditional() -> Book:
+    """With CFG of scale 3 the authors' pipeline, without it the same as ever."""
+    plain = _sld("signed", 0.04, 2)
+    rule = SafeLatentDiffusion(3.0, 0.04, "signed", 9.0, 0.3, 0.4, 2, "unconditional")
+
+    def without(e, n, p, state, momentum, i):
+        guided, following = textbook.sld(e, n, momentum, i, 3.0, 0.04, 9.0, 0.3, 0.4, 2)
+        return guided, 3.0 / 0.8 * plain.guide(e, n, p, state, momentum, i)[1], following
+
+    def whole(e, n, u, state, momentum, plan, i):
+        if u is None:
+            return None
+        guided, following = textbook.sld_pipeline(u, e, n, momentum, i, 3.0, 2, 9.0, 0.04, 0.3, 0.4)
+        scale = np.where(e - n < 0.04, np.minimum(1.0, 9.0 * np.abs(e - n)), 0.0)
+        return guided, (3.0 if i >= 2 else 0.0) * scale.mean(axis=1), following, state
+
+    return Book(rule, without, whole=whole)
+
+
+def _contrastive_both(reference: str) -> Book:
+    g, tau = (3.0 if reference == "unconditional" else 1.2), 0.3
+
+    def whole(e, n, u, state, m, plan, i):
+        seen = u if reference == "unconditional" else e
+        decay = np.exp(-tau * textbook.squared_distance(n, seen))
+        scale = 2.0 * g * decay / (1.0 + decay)
+        guided = textbook.contrastive_cfg_both(u, e, n, 3.0, tau)
+        if reference == "positive":
+            led = 2.0 / (1.0 + np.exp(-tau * textbook.squared_distance(e, u)))
+            guided = u + 3.0 * textbook.per_sample(led, u) * (e - u)
+            guided = guided - textbook.per_sample(scale, u) * (n - e)
+        return guided, scale, m, state
+
+    return Book(ContrastiveCFG(g, tau, True, reference), whole=whole, cfg_scales=(3.0,))
+
+
+def _geoguide(reference: str) -> Book:
+    """A step of the same length from everywhere: of its own mean, whatever the sampler."""
+
+    def whole(e, n, u, state, m, plan, i):
+        base = e if u is None else textbook.cfg(u, e, 3.0)
+        seen = u if reference == "unconditional" and u is not None else e
+        at, c = interval(plan, i), plan.coefficients
+        moved = c.x0_factor[i] * at.sigma_t / at.alpha_t  # of the mean, a unit of noise
+        length = 0.4 * np.sqrt(e[0].size) / len(plan)
+        scale = length / np.sqrt(textbook.squared_distance(moved * n, moved * seen))
+        return base - textbook.per_sample(scale, e) * (n - seen), scale, m, state
+
+    return Book(GeoGuide(0.4, reference), whole=whole)
+
+
+def _crg() -> Book:
+    def whole(e, n, u, past, m, plan, i):
+        base, at = textbook.cfg(u, e, 3.0), interval(plan, i)
+        guided = textbook.crg(base, u, n, past, 1.5, 0.8, 0.1)
+        pushed, moved = (textbook.squared_distance(a, b) for a, b in ((base, guided), (n, u)))
+        b = textbook.squared_distance(base, u) - textbook.squared_distance(base, n)
+        a, beta = at.alpha_t / at.alpha_s, textbook.step_variance(*at, "large")
+        kappa = textbook.crg_kappa(beta, len(plan), a * a, 1.0 - at.sigma_t**2)
+        return guided, np.sqrt(pushed / moved), m, past + kappa / len(plan) * b
+
+    return Book(CRG(1.5, 0.8, 0.1), whole=whole, cfg_scales=(3.0,))
+
+
+def _cfg_plus_plus() -> Book:
+    """The scale that turns DDIM's step into that of the paper."""
+
+    def whole(e, n, u, state, m, plan, i):
+        at = interval(plan, i)
+        w = 0.6 * at.alpha_s * at.sigma_t / (at.alpha_s * at.sigma_t - at.alpha_t * at.sigma_s)
+        base = e if u is None else textbook.cfg(u, e, 3.0)
+        return base + w * (n - e), w, m, state
+
+    return Book(CFGPlusPlus(0.6), whole=whole)
+
+
+def _hybrid() -> Book:
+    """FBG with CFG between two noise levels, at some steps of every schedule here."""
+
+    def whole(e, n, u, state, m, plan, i):
+        at = interval(plan, i)
+        scale = textbook.fbg_scale(state, 0.9)
+        if 0.3 <= at.sigma_t / at.alpha_t <= 4.0:
+            scale = scale + 2.5 - 1.0
+        base = e if u is None else textbook.cfg(u, e, 3.0)
+        return base + textbook.per_sample(scale, e) * (n - e), scale, m, state
+
+    rule = FeedbackGuidance(
+        0.9, 8.0, temperature=0.3, step_offset=-0.02, cfg_scale=2.5, sigma_lo=0.3, sigma_hi=4.0
+    )
+    return Book(
+        rule,
+        update=lambda state, x_next, mean, mean_pos, v, steps: textbook.fbg_update(
+            state, x_next, mean, mean_pos, v, 0.3, -0.02, textbook.fbg_floor(0.9, 6.5)
+        ),
+        whole=whole,
+    )
 
 
 BOOKS = {
@@ -146,6 +255,7 @@ BOOKS = {
         PerpNeg(0.9, 0.6),
         lambda e, n, p: textbook.perp_neg(e, n, p - e, 0.9) + 0.6 * (p - e),
         0.9,
+        cfg_scales=(None,),
     ),
     "ccfg": Book(ContrastiveCFG(1.2, 0.3), _contrastive),
     "paper": _paper(),
@@ -166,9 +276,26 @@ BOOKS = {
 }
 
 BOOKS |= {
-    f"interval, {name}": Book(LimitedInterval(book.rule, 0.4, 0.9), book.guide, book.update)
+    "signed": _constant(
+        SignedNegative(0.7), lambda e, n, p: textbook.negative_prompting(e, n, 0.7), 0.7
+    ),
+    "sld, unconditional": _sld_from_unconditional(),
+    "ccfg, unconditional": Book(ContrastiveCFG(1.2, 0.3, reference="unconditional"), _contrastive),
+    "ccfg, both": _contrastive_both("unconditional"),
+    "ccfg, both, positive": _contrastive_both("positive"),
+    "paper, unconditional": _paper("matched", "unconditional"),
+    "log-odds, unconditional": _log_odds("unconditional"),
+    "geoguide": _geoguide("positive"),
+    "geoguide, unconditional": _geoguide("unconditional"),
+    "crg": _crg(),
+    "cfg++": _cfg_plus_plus(),
+    "fbg, hybrid": _hybrid(),
+}
+
+BOOKS |= {
+    f"interval, {name}": replace(book, rule=LimitedInterval(book.rule, 0.4, 0.9))
     for name, book in list(BOOKS.items())
-    if name in ("np", "sld", "perp-neg", "paper", "log-odds")
+    if name in ("np", "sld", "perp-neg", "paper", "log-odds", "crg", "ccfg, both")
 }
 
 # Seven or eight steps each, the last to sigma = 0; alpha > 0 everywhere, so that every kind of
@@ -194,10 +321,9 @@ def combinations(rule: str) -> list[tuple[str, str, float | None, float | None]]
         (sampler, kind, cfg_scale, clip)
         for sampler in SAMPLERS
         for kind in KINDS
-        for cfg_scale in CFG_SCALES
+        for cfg_scale in BOOKS[rule].cfg_scales
         for clip in CLIPS
-        if (kind != "flow_prediction" or sampler == "flow")
-        and not (cfg_scale and "perp-neg" in rule)
+        if kind != "flow_prediction" or sampler == "flow"
     ]
 
 
@@ -211,6 +337,13 @@ def plan_of(rule, sampler, kind="epsilon", cfg_scale=None, clip=None, device=Non
         clip=clip,
         device=device,
         _warn=False,  # a step is compared with a step, whatever its posterior is worth
+    )
+
+
+def plain_plan(name: str, device: Any = None) -> StepPlan:
+    """A rule with nothing more than it needs."""
+    return plan_of(
+        BOOKS[name].rule, "DDPM small", cfg_scale=BOOKS[name].cfg_scales[0], device=device
     )
 
 
@@ -259,6 +392,8 @@ def arguments(
         given["state"] = tensor(
             rng.uniform(max(row.low, -7.0), min(row.high, cap + 1.0), shape[0]), one
         )
+    if plan.tracks_evidence:
+        given["state"] = tensor(rng.normal(size=shape[0]), one)
     if plan.needs_divergence:
         given["divergence_gap"] = tensor(rng.normal(size=shape[0]), one)
     return given
@@ -297,15 +432,21 @@ def by_the_book(book: Book, plan: StepPlan, step: int, sampler: str, given: dict
 
     eps, eps_neg, uncond = eps_of("eps"), eps_of("eps_neg"), eps_of("eps_uncond")
     base = eps if uncond is None else textbook.cfg(uncond, eps, 3.0)
-    time = float(c.time[step])
+    reference = getattr(innermost(plan.rule), "reference", "positive")
+    seen = uncond if reference == "unconditional" and uncond is not None else eps
+    time, momentum, found = float(c.time[step]), a.get("momentum"), None
     lo, hi = getattr(plan.rule, "t_lo", 0.0), getattr(plan.rule, "t_hi", 1.0)
     if lo <= time <= hi:
-        guided, scale, momentum = book.guide(
-            eps, eps_neg, eps_of("eps_pos"), state, a.get("momentum"), step
-        )
-        guided = base + (guided - eps)
+        if book.whole is not None:
+            found = book.whole(eps, eps_neg, uncond, state, momentum, plan, step)
+        if found is None:
+            guided, scale, momentum = book.guide(
+                seen, eps_neg, eps_of("eps_pos"), state, momentum, step
+            )
+            found = base + (guided - seen), scale, momentum, state
+        guided, scale, momentum, state = found
     else:
-        guided, scale, momentum = base, 0.0, a.get("momentum")
+        guided, scale = base, 0.0
 
     small, large = (textbook.step_variance(*at, which) for which in ("small", "large"))
     last = at.sigma_s == 0.0
@@ -326,8 +467,8 @@ def by_the_book(book: Book, plan: StepPlan, step: int, sampler: str, given: dict
 
     x_next = transition(guided, eta) + np.sqrt(drawn) * a["noise"]
     # The tracker compares noisy transitions: the DDPM posterior's where eta < 1.
-    mean, mean_neg = transition(eps, 1.0), transition(eps_neg, 1.0)
-    if state is not None and compared > 0.0:
+    mean, mean_neg = transition(seen, 1.0), transition(eps_neg, 1.0)
+    if book.update is not None and compared > 0.0:
         state = book.update(state, x_next, mean, mean_neg, compared, len(c))
     guided = textbook.prediction_of(at, x, guided, plan.prediction_type)
     scale = np.broadcast_to(scale, len(x))
@@ -405,8 +546,9 @@ def test_divergence_correction_is_the_textbook(tracker, kind, clip, backend):
 
 
 def test_columns_have_names_and_places_of_their_own():
-    """But for the rules' own, of which a plan has one set."""
-    assert len(COLUMN) == len(SHARED) + sum(map(len, OWN))
+    """But for the rules' own, of which a plan has one set; a name has one place for all."""
+    assert len(COLUMN) == len(SHARED) + len({name for names in OWN for name in names})
+    assert all(names.index(name) == COLUMN[name] - len(SHARED) for names in OWN for name in names)
     assert sorted(COLUMN[name] for name in SHARED) == list(range(len(SHARED)))
     for names in OWN:
         places = [COLUMN[name] for name in names]
@@ -417,8 +559,10 @@ def test_columns_have_names_and_places_of_their_own():
 @pytest.mark.parametrize("name", BOOKS)
 def test_every_hyperparameter_of_a_rule_is_in_the_table(name):
     """Or a kernel would read a zero; the warm-up is in ``applied``, p_max in the bounds."""
-    coded, row = rule_code(BOOKS[name].rule), plan_of(BOOKS[name].rule, "DDPM small").row(0)
-    assert row.guidance_scale == coded.guidance_scale
+    plan = plain_plan(name)
+    coded, row = chain_code(plan.rule), plan.row(0)
+    if not isinstance(plan.rule, CFGPlusPlus):  # whose scale is another one at every step
+        assert row.guidance_scale == coded.guidance_scale
     for parameter in coded.parameters.keys() - {"warmup_steps", "p_max"}:
         assert getattr(row, parameter) == coded.parameters[parameter], parameter
 
@@ -439,6 +583,8 @@ def rounding(plan: StepPlan, step: int, given: dict[str, Any], expected: StepRes
         for name, value in upcast(given).items()
     }
     inner = innermost(plan.rule)
+    if plan.from_uncond:  # as the step has them: eps is what the negative is measured from
+        a["eps"], a["eps_uncond"] = a["eps_uncond"], a["eps"]
     x, eps, neg = a.get("x"), np.abs(a["eps"]), np.abs(a["eps_neg"])
     delta = a["eps_neg"] - a["eps"]
     distance = np.abs(delta)
@@ -446,18 +592,28 @@ def rounding(plan: StepPlan, step: int, given: dict[str, Any], expected: StepRes
     if plan.needs_uncond:
         third = np.abs(a["eps_uncond"])
         # As eps_uncond + s (eps - eps_uncond), or as eps - (1 - s) (eps - eps_uncond).
-        base = third + eps + abs(r.cfg_scale) * (third + eps)
+        led = abs(r.cfg_scale) + 4.0 * abs(r.attraction) * isinstance(inner, ContrastiveCFG)
+        base = third + eps + led * (third + eps)
     scale = np.abs(expected.scale.numpy())[:, None]
     # The relative error of a scale is that of the exponential in it: its exponent, and more where
     # something of nearly its size is subtracted.
     condition = np.ones_like(scale)
-    state = given.get("state")
+    state = given.get("state") if plan.tracker is not None else None
     if state is not None:
         state = np.clip(state.double().numpy()[:, None], max(r.low, -700.0), 700.0)
         condition = 4.0 + np.abs(np.minimum(state, max(r.high, r.log_odds_cap)))
         if isinstance(inner, FeedbackGuidance):
             condition = condition * (1.0 + scale)
     scale_error = condition * scale
+    evidence = None
+    if plan.tracks_evidence:
+        terms = 2.0 * abs(r.lead) * np.abs(a["eps_uncond"] - a["eps"]) * distance + distance**2
+        terms = r.to_noise**2 * np.sum(terms, axis=1)
+        evidence = abs(r.rate) * terms + np.abs(a["state"][:, 0])
+        surplus = 0.5 * r.gain * terms + np.abs(a["state"][:, 0]) + abs(r.threshold)
+        norm_sq = r.gain * r.to_noise**2 * np.sum(distance**2, axis=1)
+        of_surplus = np.divide(surplus, norm_sq, out=np.zeros_like(norm_sq), where=norm_sq > 0)
+        scale_error = 4.0 * scale + r.active * abs(r.guidance_scale) * of_surplus[:, None]
     gate = np.zeros_like(delta)
     momentum = None
     if isinstance(inner, ContrastiveCFG):
@@ -467,8 +623,10 @@ def rounding(plan: StepPlan, step: int, given: dict[str, Any], expected: StepRes
         scale_error = (1.0 + exponent) * scale
     pushed = scale_error * distance
     if isinstance(inner, SafeLatentDiffusion):
-        difference = delta * r.to_noise
-        gated = np.abs(difference) if inner.gate == "absolute" else -difference
+        difference = compared = delta * r.to_noise
+        if plan.from_uncond:
+            compared = (a["eps_neg"] - a["eps_uncond"]) * r.to_noise
+        gated = np.abs(compared) if inner.gate == "absolute" else -compared
         close = np.abs(gated - r.threshold) <= 4 * unit * (np.abs(gated) + abs(r.threshold))
         gate = np.where(close, np.nan, 0.0)
         correction = np.abs(difference) + abs(r.momentum_scale) * np.abs(a["momentum"]) + gate
@@ -498,7 +656,7 @@ def rounding(plan: StepPlan, step: int, given: dict[str, Any], expected: StepRes
         base = on_x + on * base
     x_next = np.abs(r.x_factor * x) + abs(r.factor) * end + drawn + gate
 
-    following = None
+    following = evidence
     if state is not None:
         kernel = abs(r.transition_factor)
         mean_x, mean = r.transition_x_factor * x, r.transition_factor * a["eps"]
@@ -627,15 +785,19 @@ def trackers(draw: st.DrawFn) -> dict[str, Any]:
 def rules(draw: st.DrawFn) -> Any:
     scale = draw(st.sampled_from([0.0, 1.0, -2.0, 27.0, 1e6]) | st.floats(-30, 30))
     kind = draw(st.sampled_from(["np", "cfg", "sld", "ccfg", "perp", "fbg", "paper", "log-odds"]))
+    if kind not in ("paper", "log-odds") and draw(st.booleans()):
+        kind = draw(st.sampled_from(["cfg++", "geo", "crg"]))
+    reference = draw(st.sampled_from(["positive", "unconditional"]))
     if kind in ("paper", "log-odds"):
         tracker = PaperTracker if kind == "paper" else LogOddsTracker
-        rule = DynamicNegativeGuidance(scale, tracker(**draw(trackers())))
+        rule = DynamicNegativeGuidance(scale, tracker(**draw(trackers())), reference)
     elif kind == "fbg":
         rule = FeedbackGuidance(
             draw(st.floats(0.05, 0.99)),
             draw(st.sampled_from([1.5, 10.0, 1e4])),
             temperature=draw(st.sampled_from([0.0, 0.1, 1.0])),
             step_offset=draw(st.floats(-1, 1)),
+            cfg_scale=draw(st.sampled_from([1.0, 1.4])),
         )
     elif kind == "sld":
         rule = SafeLatentDiffusion(
@@ -646,13 +808,19 @@ def rules(draw: st.DrawFn) -> Any:
             draw(st.floats(-1, 1)),
             draw(st.floats(0, 1)),
             draw(st.integers(0, 7)),
+            reference,
         )
     else:
         rule = {
-            "np": lambda: NegativePrompting(scale),
+            "np": lambda: NegativePrompting(scale, reference),
             "cfg": lambda: ClassifierFreeGuidance(scale),
-            "ccfg": lambda: ContrastiveCFG(scale, draw(st.sampled_from([0.0, 0.01, 10.0]))),
+            "cfg++": lambda: CFGPlusPlus(scale),
+            "ccfg": lambda: ContrastiveCFG(
+                scale, draw(st.sampled_from([0.0, 0.01, 10.0])), draw(st.booleans()), reference
+            ),
             "perp": lambda: PerpNeg(scale, draw(st.floats(-5, 5))),
+            "geo": lambda: GeoGuide(scale, reference),
+            "crg": lambda: CRG(scale, draw(st.sampled_from([0.1, 1.0])), draw(st.floats(-1, 1))),
         }[kind]()
     if draw(st.booleans()):
         rule = LimitedInterval(rule, 0.2, draw(st.sampled_from([0.6, 1.0])))
@@ -703,6 +871,8 @@ class Case:
                 given[name] = value.clamp(-1e4, 1e4).to(given[name].dtype)
         if "state" in given and self.state is not None:
             given["state"] = torch.full_like(given["state"], self.state)
+            if plan.tracks_evidence:  # a sum of finite terms
+                given["state"] = given["state"].clamp(-80.0, 80.0)
         return plan, step, given
 
 
@@ -712,11 +882,13 @@ def cases(draw: st.DrawFn) -> Case:
     sampler = draw(st.sampled_from(list(SAMPLERS)))
     kinds = KINDS if sampler == "flow" else KINDS[:3]
     perp = isinstance(innermost(rule), PerpNeg)
+    led = isinstance(innermost(rule), CRG) or getattr(innermost(rule), "positive_factor", False)
+    beneath = [0.0, 7.5, 1e3] if led else [None, 0.0, 7.5, 1e3]
     return Case(
         rule,
         sampler,
         draw(st.sampled_from(kinds)),
-        None if perp else draw(st.sampled_from([None, 0.0, 7.5, 1e3])),
+        None if perp else draw(st.sampled_from(beneath)),
         draw(st.sampled_from([None, 1.0, 20.0])),
         draw(st.integers(0, 7)),
         draw(st.sampled_from(TYPES)),
@@ -934,16 +1106,50 @@ CHAINS = {
         DDIM(0.5),
         "v_prediction",
     ),
+    "hybrid": (
+        FeedbackGuidance(temperature=0.2, step_offset=-0.1, cfg_scale=1.5, sigma_hi=5.0),
+        LINEAR,
+        DDPM(),
+        "epsilon",
+    ),
+    "cfg++": (CFGPlusPlus(0.6), LINEAR, DDIM(), "epsilon"),
+    # While the two predictions differ by more than rounding, for float32.
+    "geoguide": (LimitedInterval(GeoGuide(0.7), 0.4), LINEAR, DDPM(), "sample"),
 }
+# With classifier-free guidance beneath, towards all components but one.
+LED_TO, CFG_SCALE = [0, 1, 3], 1.5
+BENEATH = {
+    "signed": (SignedNegative(0.4), LINEAR, EulerMaruyama(), "epsilon"),
+    "from the positive": (DNG(1.0, PaperTracker(**MILD)), LINEAR, DDPM(), "epsilon"),
+    "from the unconditional": (
+        DNG(1.0, LogOddsTracker(**MILD), "unconditional"),
+        LINEAR,
+        DDPM(),
+        "v_prediction",
+    ),
+    "sld, unconditional": (SafeLatentDiffusion.preset("weak", 0.5), LINEAR, DDPM(), "epsilon"),
+    "contrastive, both": (ContrastiveCFG.published(0.8, 0.5), FLOW, DDPM(), "flow_prediction"),
+    "geoguide, unconditional": (
+        LimitedInterval(GeoGuide(0.7, "unconditional"), 0.4),
+        LINEAR,
+        DDPM(),
+        "epsilon",
+    ),
+    "crg": (LimitedInterval(CRG(0.05), 0.4), LINEAR, DDPM("large"), "epsilon"),
+}
+CHAINS |= BENEATH
 
 
 def run_chain(name: str, dtype: Any, backend: str, device: str, n: int, seed: int = 3):
     """The mixture as a network: samples, and log posteriors along a chain of dng_step."""
     rule, schedule, sampler, kind = CHAINS[name]
     c = schedule.coefficients(sampler)
-    plan = StepPlan(c, rule, prediction_type=kind, device=device)
+    cfg_scale = CFG_SCALE if name in BENEATH else None
+    plan = StepPlan(c, rule, prediction_type=kind, cfg_scale=cfg_scale, device=device)
     parts = {"eps": MIXTURE, "eps_neg": MIXTURE.restrict(FORBIDDEN)}
-    if isinstance(rule, FeedbackGuidance):
+    if name in BENEATH:
+        parts |= {"eps": MIXTURE.restrict(LED_TO), "eps_uncond": MIXTURE}
+    if rule.needs_positive and not isinstance(innermost(rule), PerpNeg):
         parts["eps_neg"] = MIXTURE.restrict(OTHERS)
     if isinstance(innermost(rule), PerpNeg):
         parts["eps_pos"] = MIXTURE.restrict(POSITIVE)
@@ -951,7 +1157,8 @@ def run_chain(name: str, dtype: Any, backend: str, device: str, n: int, seed: in
     x = tensor(schedule.sigma[-1] * start, dtype)
     state = plan.init_state(n, dtype)
     momentum = plan.init_momentum(x.to(device))
-    tracked = [] if state is None else [plan.log_posterior(state).cpu()]
+    tracks = plan.tracker is not None
+    tracked = [plan.log_posterior(state).cpu()] if tracks else []
     for step in range(len(plan)):
         now = x.double().numpy()
         alpha, sigma = c.alpha_t[step], c.sigma_t[step]
@@ -975,8 +1182,9 @@ def run_chain(name: str, dtype: Any, backend: str, device: str, n: int, seed: in
             given["divergence_gap"] = tensor(gap, dtype)
         given |= {"state": state} if state is not None else {}
         given |= {"momentum": momentum} if momentum is not None else {}
-        x, state, _, _, momentum = take(plan, step, given, backend)
-        tracked += [] if state is None else [plan.log_posterior(state)]
+        taken = take(plan, step, given, backend)
+        x, state, momentum = taken.x_next, taken.state, taken.momentum
+        tracked += [plan.log_posterior(state)] if tracks else []
     return x, torch.stack(tracked) if tracked else None
 
 
@@ -984,6 +1192,8 @@ def whole_chain(name: str, n: int):
     rule, schedule, sampler, _ = CHAINS[name]
     positive = POSITIVE if isinstance(innermost(rule), PerpNeg) else None
     options = {"n": n, "forbidden": FORBIDDEN, "sampler": sampler, "seed": 3}
+    if name in BENEATH:
+        positive, options["cfg_scale"] = LED_TO, CFG_SCALE
     record = ["tracked"] if hasattr(innermost(rule), "posterior") else []
     if isinstance(rule, FeedbackGuidance):
         record = ["tracked"]
@@ -1016,7 +1226,7 @@ def test_chain_in_float32_stays_with_the_exact_theory(name, backend, kernel_devi
 
 # ---------------------------------------------------------------- the step in two halves
 
-HALVES = ("paper", "log-odds", "fbg", "interval, paper")
+HALVES = ("paper", "log-odds", "fbg", "interval, paper", "log-odds, unconditional")
 
 
 def in_halves(plan: StepPlan, step: int, given: dict[str, Any], backend: str):
@@ -1036,7 +1246,7 @@ def in_halves(plan: StepPlan, step: int, given: dict[str, Any], backend: str):
         step,
         here["x"],
         x_next.to(plan.device),
-        here["eps"],
+        here["eps_uncond" if plan.from_uncond else "eps"],
         here["eps_neg"],
         here["state"],
         backend=backend,
@@ -1076,13 +1286,14 @@ def test_guide_and_update_are_the_step_in_float32(name, backend, kernel_device):
         one = rounding(exact, step, given, whole)
         # The terms of the means, which a whole step never forms, and their rounding with them.
         r, a = exact.row(step), {k: v.double().numpy() for k, v in given.items()}
-        gap = np.abs(a["eps_neg"] - a["eps"])
+        seen = a["eps_uncond" if plan.from_uncond else "eps"]
+        gap = np.abs(a["eps_neg"] - seen)
         on = abs(r.transition_factor) * (abs(r.x0_factor) if plan.clip is not None else 1.0)
         size = np.abs(whole.x_next.numpy()) + np.abs(r.transition_x_factor * a["x"])
         size = size + abs(r.transition_factor) * (
-            plan.clip if plan.clip is not None else np.abs(a["eps"])
+            plan.clip if plan.clip is not None else np.abs(seen)
         )
-        odds = np.exp(a["state"]) if name == "log-odds" else 0.0
+        odds = np.exp(a["state"]) if name.startswith("log-odds") else 0.0
         lost = (1.0 + np.minimum(odds, 19.0)) * r.temperature / r.variance
         lost = lost * on * np.sum(size * gap, axis=1)
         allowed = STEP_UNITS * (one.state + 2.0**-24 * lost)
@@ -1095,16 +1306,20 @@ SHAPED = [(3, 37), (2, 2 * BLOCK + 77)]
 
 
 def variants() -> list[Any]:
-    """Each rule with two of its variants at least; 3 has no factor with what is combined."""
-    return list(all_variants())[::3]
+    """Each rule with one of its variants at least; 3 has no factor with what is combined."""
+    chosen = list(all_variants())[::3]
+    return chosen + [case for case in all_variants() if case[0] not in {name for name, _ in chosen}]
 
 
 def all_variants():
     for name in ("paper", "log-odds", "sld", "perp-neg", "ccfg", "fbg", "np"):
         for sampler in ("DDPM small", "DDIM 0.3"):
             for clip in CLIPS:
-                for cfg_scale in (None,) if name == "perp-neg" else CFG_SCALES:
+                for cfg_scale in BOOKS[name].cfg_scales:
                     yield name, (sampler, "epsilon", cfg_scale, clip)
+    for name in ("sld, unconditional", "ccfg, both", "geoguide", "crg", "paper, unconditional"):
+        for clip in CLIPS:
+            yield name, ("DDIM 0.3", "epsilon", 3.0, clip)
 
 
 def same(a: StepResult, b: StepResult, what: Any = None) -> None:
@@ -1151,10 +1366,10 @@ def test_a_sample_is_the_same_bits_alone_and_in_a_batch(shape, kernel_device):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["paper", "sld", "ccfg", "perp-neg", "np"])
+@pytest.mark.parametrize("name", ["paper", "sld", "ccfg", "ccfg, both", "perp-neg", "crg", "np"])
 def test_every_launch_leaves_its_counters_at_zero(name, kernel_device):
     """Or the next one would add up sums that are not there yet."""
-    plan = plan_of(BOOKS[name].rule, "DDPM small", device=kernel_device)
+    plan = plain_plan(name, kernel_device)
     for shape in ((3, 5), (3, BLOCK + 1), (2, 4 * BLOCK)):
         for step in (0, 4, 4, len(plan) - 1):
             given = arguments(plan, step, step, shape, torch.float32)
@@ -1167,7 +1382,7 @@ def test_every_launch_leaves_its_counters_at_zero(name, kernel_device):
 @pytest.mark.parametrize("name", BOOKS)
 def test_step_may_be_a_tensor(name, backend, kernel_device):
     device = kernel_device if backend == "triton" else "cpu"
-    plan = plan_of(BOOKS[name].rule, "DDPM small", device=device)
+    plan = plain_plan(name, device)
     for step in (0, 4, len(plan) - 1):
         given = arguments(plan, step, step, (2, 11), torch.float32)
         index = torch.tensor(step, device=device)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import dng_math
@@ -92,35 +94,69 @@ def test_in_one_dimension_the_chain_is_the_exact_one(name, forbidden, sampler):
     assert error(got.log_posterior, tracked[-1]) < WHOLE_CHAIN
 
 
-def test_traces_are_estimated_without_bias():
+MATRIX = torch.tensor(
+    [[1.0, 0.5, -0.3], [0.2, -2.0, 0.4], [0.0, 0.7, 0.5]], dtype=torch.float64
+)  # fmt: skip
+
+
+def traces_of(matrix, images, step, probes=1):
+    """Estimates of the trace of a linear map's matrix, for so many images."""
+    size = len(matrix)
+    x = torch.randn(images, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    keys = noise_keys(1, images)
+    found, traces, _ = predictions_and_traces(lambda at: [at @ matrix.T], x, keys, step, probes)
+    torch.testing.assert_close(found[0], x @ matrix.T)
+    return traces[0]
+
+
+@pytest.mark.parametrize("step", [0, 3, 50])
+def test_traces_are_estimated_without_bias(step):
     """For a linear map: mean and variance over 4,096 images; false alarm 1e-6 (5 sigma)."""
-    matrix = torch.tensor(
-        [[1.0, 0.5, -0.3], [0.2, -2.0, 0.4], [0.0, 0.7, 0.5]], dtype=torch.float64
-    )
+    traces = traces_of(MATRIX, 4096, step)
+    off = MATRIX + MATRIX.T
+    variance = float(torch.triu(off, 1).square().sum())
+    bound = 5.0 * math.sqrt(variance / 4096)
+    assert abs(float(traces.mean()) - float(MATRIX.trace())) < bound
+    assert 0.8 < float(traces.var()) / variance < 1.2
+    assert len(set(traces.tolist())) > 3  # signs differ between images
+    # The diagonal has no error at all.
+    alone = traces_of(torch.diag(MATRIX.diag()), 64, step)
+    torch.testing.assert_close(alone, torch.full_like(alone, float(MATRIX.trace())))
+
+
+def test_spreads_are_zero_on_average():
     x = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    maps = (matrix, torch.diag(matrix.diag()))
-    for probes in (1, 4):
-        found, traces, spreads = predictions_and_traces(
+    maps = (MATRIX, torch.diag(MATRIX.diag()))
+    for probes in (1, 2):
+        spreads = predictions_and_traces(
             lambda at: [at @ each.T for each in maps], x, noise_keys(1, 4096), 3, probes
-        )
-        for prediction, each in zip(found, maps, strict=True):
-            torch.testing.assert_close(prediction, x @ each.T)
-        # The diagonal has no error at all.
-        torch.testing.assert_close(traces[1], torch.full_like(traces[1], float(matrix.trace())))
-        off = matrix + matrix.T
-        variance = float(torch.triu(off, 1).square().sum()) / probes
-        bound = 5.0 * math.sqrt(variance / 4096)
-        assert abs(float(traces[0].mean()) - float(matrix.trace())) < bound
-        assert 0.8 < float(traces[0].var()) / variance < 1.2
-        assert len(set(traces[0].tolist())) > 3  # signs differ between images
-        # Their error is known where the Jacobian is along the difference of two predictions.
+        )[2]
         assert abs(float(spreads[1].mean())) < 5.0 * float(spreads[1].std()) / math.sqrt(4096)
         assert torch.equal(spreads[0], torch.zeros_like(spreads[0]))
-    again, later = (
-        predictions_and_traces(lambda at: [at @ matrix.T], x, noise_keys(1, 4096), step, 1)[1]
-        for step in (3, 4)
-    )
-    assert not torch.equal(again, later)
+
+
+@settings(max_examples=15)
+@given(st.integers(2, 40), st.integers(0, 2**32 - 1), st.integers(0, 9), st.sampled_from([1, 3]))
+def test_errors_cancel_over_a_cycle_of_steps(size, seed, first, probes):
+    """As many directions as the next power of 2, wherever they begin and however many a step."""
+    rng = np.random.default_rng(seed)
+    matrix = torch.from_numpy(rng.normal(size=(size, size)))
+    cycle = 2 ** (size - 1).bit_length()
+    steps = cycle  # of three directions each: three cycles
+    found = torch.stack([traces_of(matrix, 3, first + step, probes) for step in range(steps)])
+    torch.testing.assert_close(found.mean(0), torch.full((3,), float(matrix.trace())).double())
+    if size > 2:
+        assert float(found.std(0).min()) > 0.0
+
+
+def test_a_part_of_a_cycle_is_better_than_independent_signs():
+    """16 of 64 directions: the mean's variance is at most that of as many independent ones."""
+    rng = np.random.default_rng(0)
+    matrix = torch.from_numpy(rng.normal(size=(64, 64)))
+    found = torch.stack([traces_of(matrix, 2000, step) for step in range(16)]).mean(0)
+    off = matrix + matrix.T
+    independent = float(torch.triu(off, 1).square().sum()) / 16
+    assert float(found.var()) < independent
 
 
 def test_the_part_of_two_components_is_estimated_without_error():

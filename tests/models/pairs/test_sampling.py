@@ -15,20 +15,28 @@ from diffusers import UNet2DModel
 import dng_math
 import dng_models
 from dng_math import (
+    CRG,
     DDIM,
     DDPM,
+    SPELL,
+    CFGPlusPlus,
     ClassifierFreeGuidance,
     ContrastiveCFG,
     DynamicNegativeGuidance,
     FeedbackGuidance,
+    FeynmanKac,
     GaussianMixture,
+    GeoGuide,
+    ImageReferenced,
     LimitedInterval,
     LogOddsTracker,
     NegativePrompting,
     NoiseSchedule,
     PaperTracker,
+    PathTracker,
     PerpNeg,
     SafeLatentDiffusion,
+    SignedNegative,
     TimeProfile,
     Unguided,
     noise,
@@ -62,6 +70,21 @@ RULES = {
     "fbg": FeedbackGuidance(temperature=0.2, step_offset=-0.1),
     # While there is noise: later the positive prediction is the base, and has no direction.
     "perp-neg": LimitedInterval(PerpNeg(0.7, 0.4), 0.5),
+    "geoguide": LimitedInterval(GeoGuide(0.5), 0.4),
+    "cfg++": CFGPlusPlus(0.3),
+    "hybrid": FeedbackGuidance(temperature=0.2, step_offset=-0.1, cfg_scale=1.5, sigma_lo=0.5),
+    "spell": LimitedInterval(SPELL(MIXTURE.means[1:3], 1.5, 0.5), 0.1),
+}
+# With classifier-free guidance of this scale beneath, towards these.
+LED_TO, CFG_SCALE = [1, 3, 4], 1.5
+BENEATH = {
+    "signed": SignedNegative(0.5),
+    "sld": SafeLatentDiffusion.preset("weak", 0.5),
+    "contrastive": ContrastiveCFG.published(0.5, 0.5),
+    "from the positive": DynamicNegativeGuidance(1.5, PaperTracker(**MILD)),
+    "from the unconditional": DynamicNegativeGuidance(1.0, LogOddsTracker(**MILD), "unconditional"),
+    "crg": LimitedInterval(CRG(0.05), 0.4),
+    "spell": SPELL(MIXTURE.means[1:3], 1.5, 0.5),
 }
 SEVERAL = [[1], [0, 3]]
 
@@ -92,7 +115,12 @@ def exact_noise(seed: int):
     return draw
 
 
-def same_chain(rule, forbidden, unwanted, sampler, dtype, **options):
+def same_chain(
+    rule, forbidden, unwanted, sampler, dtype, *, positive=POSITIVE, both=None, **options
+):
+    """The chain of networks and that of dng_math; ``both`` are arguments of both."""
+    both = both or {}
+    beneath = "cfg_scale" in both
     expected = dng_math.sample(
         MIXTURE,
         LINEAR.respace(STEPS),
@@ -100,9 +128,10 @@ def same_chain(rule, forbidden, unwanted, sampler, dtype, **options):
         n=11,
         first_sample=6,
         forbidden=forbidden,
-        positive=POSITIVE if rule.needs_positive else None,
+        positive=positive if rule.needs_positive or beneath else None,
         sampler=sampler,
         seed=3,
+        **both,
         record=["scale", "trajectory"]
         + (["tracked"] if hasattr(innermost(rule), "posterior") else []),
     )
@@ -110,7 +139,9 @@ def same_chain(rule, forbidden, unwanted, sampler, dtype, **options):
         denoiser(None),
         unwanted,
         rule,
-        positive=denoiser(POSITIVE),
+        positive=denoiser(positive),
+        seed=3,
+        **both,
         shape=(3,),
         num_images=11,
         first_image=6,
@@ -140,6 +171,157 @@ def test_exact_denoisers_give_the_exact_chain(name, dtype):
             assert error(got.records["log_posterior"], expected.tracked[:, 0]) < bound
             assert error(got.log_posterior, expected.log_posterior[0]) < bound
             assert len(np.unique(got.records["log_posterior"])) > expected.tracked.size / 3
+
+
+@pytest.mark.parametrize("name", BENEATH)
+def test_with_guidance_beneath_it_is_the_exact_chain_too(name):
+    rule, both = BENEATH[name], {"cfg_scale": CFG_SCALE}
+    got, expected = same_chain(
+        rule,
+        FORBIDDEN,
+        denoiser(FORBIDDEN),
+        DDPM("large"),
+        torch.float64,
+        positive=LED_TO,
+        both=both,
+    )
+    assert error(got.records["x"], expected.trajectory) < WHOLE_CHAIN
+    assert error(got.records["scale"], expected.scale[:, 0]) < WHOLE_CHAIN * 10
+    if expected.tracked is not None:
+        assert error(got.records["log_posterior"], expected.tracked[:, 0]) < WHOLE_CHAIN
+
+
+@pytest.mark.parametrize("reference", ["positive", "unconditional"])
+def test_several_concepts_are_measured_from_either(reference):
+    rule = DynamicNegativeGuidance(1.0, LogOddsTracker(**MILD), reference)
+    got, expected = same_chain(
+        rule,
+        SEVERAL,
+        [denoiser(each) for each in SEVERAL],
+        DDPM(),
+        torch.float64,
+        positive=[0, 1, 3, 4],
+        both={"cfg_scale": CFG_SCALE},
+    )
+    assert error(got.records["x"], expected.trajectory) < WHOLE_CHAIN
+    assert error(got.records["log_posterior"], expected.tracked) < WHOLE_CHAIN
+
+
+# ---------------------------------------------------------------- weights
+
+WEIGHTED = {
+    "paper": (DynamicNegativeGuidance(2.0, PaperTracker(**MILD)), FORBIDDEN, FeynmanKac()),
+    "several": (
+        DynamicNegativeGuidance(0.5, LogOddsTracker(**MILD)),
+        SEVERAL,
+        FeynmanKac(0.9, largest_increment=1.0),
+    ),
+    "never": (DynamicNegativeGuidance(3.0, LogOddsTracker(**MILD)), FORBIDDEN, FeynmanKac(0.0)),
+    "always": (
+        LimitedInterval(DynamicNegativeGuidance(2.0, PaperTracker(**MILD)), 0.1, 0.9),
+        FORBIDDEN,
+        FeynmanKac(1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_a_weighted_population_is_that_of_the_exact_theory(name):
+    """Its weights, effective sizes and ancestors, in a population that no batch begins."""
+    rule, forbidden, weights = WEIGHTED[name]
+    several = isinstance(forbidden[0], list)
+    unwanted = [denoiser(each) for each in forbidden] if several else denoiser(forbidden)
+    got, expected = same_chain(
+        rule, forbidden, unwanted, DDPM("large"), torch.float64, both={"weights": weights}
+    )
+    assert error(got.records["x"], expected.trajectory) < WHOLE_CHAIN
+    assert error(got.log_weights, expected.log_weights) < WHOLE_CHAIN
+    assert error(got.ess, expected.ess) < WHOLE_CHAIN
+    assert got.log_weights.shape == (11,) and got.ess.shape == (STEPS + 1,)
+    assert float(got.ess.min()) < 11.0, "nothing was weighed"
+
+
+def path_network(components):
+    """An exact denoiser with derivatives, of a mixture of spheres that torch computes itself."""
+    part = MIXTURE if components is None else MIXTURE.restrict(components)
+    means = torch.from_numpy(np.array(part.means))
+    log_weights = torch.from_numpy(np.log(part.weights / part.weights.sum()))
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        index = int(t[0]) + 1
+        alpha, sigma = float(LINEAR.alpha[index]), float(LINEAR.sigma[index])
+        v = (0.3 * alpha) ** 2 + sigma**2
+        gaps = x[:, None] - alpha * means
+        share = torch.softmax(log_weights - (gaps * gaps).sum(-1) / (2.0 * v), dim=1)
+        return sigma / v * (share[..., None] * gaps).sum(1)
+
+    return predict
+
+
+@pytest.mark.parametrize("tracker", [PaperTracker(prior=0.15), PathTracker(prior=0.15)])
+def test_a_population_is_a_function_of_seed_size_and_step(tracker):
+    """In any batches; another number of images is another population, and without resampling none.
+
+    The path tracker's memory of the last point goes on from the ancestors.
+    """
+    rule = DynamicNegativeGuidance(3.0, tracker)
+    options = {"shape": (3,), "steps": 12, "seed": 4, "dtype": torch.float64}
+
+    def drawn(number, batch, weights):
+        return sample(
+            path_network(None),
+            path_network(FORBIDDEN),
+            rule,
+            num_images=number,
+            batch_size=batch,
+            weights=weights,
+            **options,
+        )
+
+    whole = drawn(12, 12, FeynmanKac(0.9))
+    parts = drawn(12, 5, FeynmanKac(0.9))
+    assert float(whole.ess.min()) < 0.9 * 12
+    assert error(parts.images, whole.images) < 1e-6 and error(parts.ess, whole.ess) < 1e-9
+    fewer = drawn(6, 5, FeynmanKac(0.9))
+    assert not torch.allclose(fewer.images, whole.images[:6])
+    free, alone = drawn(12, 5, FeynmanKac(0.0)), drawn(6, 5, FeynmanKac(0.0))
+    assert torch.equal(free.images[:6], alone.images)
+    assert error(alone.log_weights, free.log_weights[:6]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "error_type", "words"),
+    [
+        ({"weights": 0.5}, TypeError, "weights must be a FeynmanKac, got 0.5"),
+        (
+            {"rule": NegativePrompting(), "weights": FeynmanKac()},
+            ValueError,
+            "weighted must be False",
+        ),
+        ({"weights": FeynmanKac(), "clip": 1.0}, ValueError, "clip is None"),
+        ({"cfg_scale": "x"}, TypeError, "cfg_scale"),
+        ({"cfg_scale": 2.0, "positive": None}, TypeError, "positive must be a network"),
+        ({"rule": CFGPlusPlus(), "cfg_scale": 2.0}, ValueError, "cfg_scale must be None"),
+        ({"rule": CRG()}, ValueError, "cfg_scale must be given for CRG"),
+        ({"rule": ImageReferenced([[0.0]], 0.1)}, ValueError, "unwanted=PointsDenoiser"),
+        ({"rule": SPELL([[0.0]], 1.0)}, ValueError, "points of SPELL must have the 3 numbers"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_by_name(options, error_type, words):
+    given = {"rule": DynamicNegativeGuidance(1.0, PaperTracker(prior=0.1))} | {
+        "positive": denoiser(POSITIVE),
+        **options,
+    }
+    with pytest.raises(error_type, match=words):
+        sample(
+            denoiser(None),
+            denoiser(FORBIDDEN),
+            given.pop("rule"),
+            shape=(3,),
+            num_images=2,
+            steps=3,
+            **given,
+        )
 
 
 @pytest.mark.parametrize("tracker", [PaperTracker, LogOddsTracker])

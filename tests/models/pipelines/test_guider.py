@@ -140,15 +140,17 @@ def test_temperature_0_is_plain_negative_prompting(name: str) -> None:
 
 @needs_guiders
 @pytest.mark.parametrize("name", ["xl", "sd3"])
-@pytest.mark.parametrize("cfg_scale", [None, 3.0])
-def test_against_the_hook(name: str, cfg_scale: float | None) -> None:
-    pipe = build(name)
-    guider = DynamicNegativeGuider(**RULE, cfg_scale=cfg_scale)
+@pytest.mark.parametrize(
+    ("cfg_scale", "reference"), [(None, "positive"), (3.0, "positive"), (3.0, "unconditional")]
+)
+def test_against_the_hook(name: str, cfg_scale: float | None, reference: Any) -> None:
+    pipe, rule = build(name), RULE | {"reference": reference}
+    guider = DynamicNegativeGuider(**rule, cfg_scale=cfg_scale)
     pipe.update_components(guider=guider)
     if cfg_scale is not None:
         guider.encode_unconditional(pipe)
     ours = latents(pipe)
-    with apply_guidance(pipe.classic, tracked_dng(**RULE), cfg_scale=cfg_scale) as trace:
+    with apply_guidance(pipe.classic, tracked_dng(**rule), cfg_scale=cfg_scale) as trace:
         theirs = pipe.classic(
             ["a cat", "a house"],
             negative_prompt=["egg", "sausage"],
@@ -164,6 +166,29 @@ def test_against_the_hook(name: str, cfg_scale: float | None) -> None:
     assert np.array_equal(guider.trace.timesteps, trace.timesteps)
     scale = guider.trace.scale
     assert (scale.amax(dim=0) - scale.amin(dim=0)).min() > 1e-4
+
+
+@needs_guiders
+def test_a_path_is_followed_as_seen_from_the_unconditional_prediction() -> None:
+    """The network is evaluated anew for that prompt and for the negative one."""
+    pipe = build("xl")
+    rule = RULE | {"tracker": "path", "temperature": 1e-3, "reference": "unconditional"}
+    guider = DynamicNegativeGuider(**rule, cfg_scale=3.0)
+    pipe.update_components(guider=guider)
+    guider.encode_unconditional(pipe)
+    ours = latents(pipe, num_inference_steps=3)
+    with apply_guidance(pipe.classic, tracked_dng(**rule), cfg_scale=3.0) as trace:
+        theirs = pipe.classic(
+            ["a cat", "a house"],
+            negative_prompt=["egg", "sausage"],
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=LATENTS)
+    torch.testing.assert_close(
+        guider.trace.log_posterior, trace.log_posterior, rtol=1e-5, atol=1e-5
+    )
 
 
 @needs_guiders
@@ -327,6 +352,8 @@ def test_configuration_round_trips(tmp_path: Path) -> None:
         "start": 0.1,
         "stop": 0.8,
         "enabled": False,
+        "probes": 1,
+        "reference": "unconditional",
     }
     guider = DynamicNegativeGuider(**settings)
     guider.save_pretrained(tmp_path / "a")

@@ -38,6 +38,7 @@ from dng_models.pipelines.scheduler_reading import _FOLLOWED
 from dng_models.pipelines.scheduler_reading import _READERS as WITH_STEPS
 from dng_models.pipelines.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
 from dng_models.pipelines.transitions import scheduler_run
+from tests.helpers import brownian
 from tests.helpers.families import FAMILIES, final_latents
 
 pytestmark = [
@@ -58,8 +59,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Those that draw their noise anew jump across the whole distribution at every step.
 ANEW = ("LCMScheduler", "FlowMatchLCMScheduler")
+NOISY = ("DDPMScheduler", "SASolverScheduler", "DPMSolverSDEScheduler", *ANEW)
 # Its step is told more than a Stable Diffusion pipeline knows: levels only.
 OTHER_PIPELINES = ("CogVideoXDPMScheduler",)
+
+
+@pytest.fixture(autouse=True)
+def with_brownian_motion(monkeypatch):
+    """torchsde is optional, and one scheduler needs it."""
+    brownian.stand_in(monkeypatch)
 
 
 def made(name, **options):
@@ -85,7 +93,7 @@ def test_every_scheduler_has_the_right_posterior_in_20_steps(name, g):
         run = run_mixture(pipe, path_rule(g), images=IMAGES, steps=20)
     assert len(run.tracked) == len(run.exact) >= 20
     worst = float((run.tracked - run.exact).abs().mean(1).max())
-    noisy = "Ancestral" in name or name in ("DDPMScheduler", "SASolverScheduler", *ANEW)
+    noisy = "Ancestral" in name or name in NOISY
     allowed = 0.12 if name in ANEW else 0.045 if noisy else 0.012
     assert worst < allowed, worst
     if g:
@@ -261,6 +269,10 @@ def test_unknown_levels_are_refused():
         (diffusers.ScoreSdeVeScheduler(), "cannot be followed.*levels are not known"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
         (HeunDiscreteScheduler(prediction_type="v"), "prediction_type.*'v'"),
+        (
+            made("DPMSolverSDEScheduler", prediction_type="sample"),
+            "prediction_type.*one of 'epsilon', 'v_prediction', got 'sample'",
+        ),
         (DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), "'epsilon'"),
     ):
         scheduler.set_timesteps(8)
@@ -283,7 +295,7 @@ def test_what_a_path_cannot_have():
     for options, message in (
         ({"divergence_probes": 1}, "divergence_probes must be 0 for a path tracker"),
         ({"skip_below": 0.1}, "skip_below must be None for a path tracker"),
-        ({"has_network": False}, "probes must be 0 in a guider"),
+        ({"has_network": False}, "probes must be 0 where.*no network"),
     ):
         with pytest.raises(ValueError, match=message):
             GuidedChain(rule, **options)
