@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 ARGS ?=
-BENCHMARKS ?= start host mixture step overhead loop
+BENCHMARKS ?= start host mixture step overhead loop league
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

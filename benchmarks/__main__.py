@@ -25,7 +25,8 @@ from benchmarks.harness import AnyRow, Settings, machine, read_csv, table, write
 
 # Modules of this package, imported on demand, because each needs the packages that it measures.
 # Each has PARTS and the type of their rows, ROW; it may have named_devices(), further columns about
-# the machine, and report() and draw() for all its rows.
+# the machine, report() and draw() for all its rows, shown(), what is printed of a part's, and UNIT,
+# the columns of what is measured, and resumed, as one.
 COMMANDS = {
     "start": "imports of each package, and first uses in new processes",
     "host": "what the host does to start a step on a GPU, without one",
@@ -33,6 +34,7 @@ COMMANDS = {
     "step": "one step, against the published sequence and plain torch, eager and compiled",
     "overhead": "the share of the guidance step in a whole sampling step with a UNet",
     "loop": "a whole run of many steps, as one CUDA graph too, against the published one",
+    "league": "no times: every rule at every strength, against the exact truth (docs/league.md)",
 }
 
 # Not benchmarks/results: the committed results there, which documents quote, are of one machine.
@@ -202,7 +204,7 @@ def read_table(path: Path, module: Any) -> tuple[list[AnyRow], dict[str, str]]:
         print(f"python -m benchmarks: error: --read: {error}", file=sys.stderr)
         sys.exit(command_line.status(error))
     say_where(where)
-    print(f"\n{table(rows)}")
+    print(f"\n{getattr(module, 'shown', table)(rows)}")
     return rows, where
 
 
@@ -217,7 +219,12 @@ def measured(
     where = machine(**getattr(module, "named_devices", dict)())
     say_where(where)
     rows: list[Any] = earlier(path, module, where) if options.resume else []
-    known = {(row.benchmark, row.case, row.dtype) for row in rows if hasattr(row, "case")}
+    unit = getattr(module, "UNIT", ("benchmark", "case", "dtype"))
+    known = {
+        tuple(str(getattr(row, name)) for name in unit)
+        for row in rows
+        if all(hasattr(row, name) for name in unit)
+    }
     if rows and not known:
         print(f"{path} is there, and is kept")
         return rows, where
@@ -239,7 +246,7 @@ def measured(
             say(f"\n{part}: {first_line(function)}")
             found = function(settings.share(len(parts) - i))
             if found:
-                say(table(found))
+                say(getattr(module, "shown", table)(found))
             rows += found
     return rows, where
 

@@ -45,8 +45,8 @@ def scheduler_levels(scheduler: Any) -> SchedulerRun:
     ----------
     scheduler : SchedulerMixin
         A scheduler with its timesteps set: any that :func:`~dng_models.scheduler_run` reads, and
-        Heun, KDPM2 (also ancestral), DPM-Solver single step, PNDM, LMS, LCM, TCD,
-        SA-Solver, CogVideoX's DPM, and flow-matching Heun and LCM.
+        Heun, KDPM2 (also ancestral), DPM-Solver single step, its SDE (with torchsde), PNDM, LMS,
+        LCM, TCD, SA-Solver, CogVideoX's DPM, and flow-matching Heun and LCM.
 
     Returns
     -------
@@ -128,6 +128,8 @@ def _prediction_type(scheduler: Any, family: str, alpha: Array) -> PredictionTyp
         return _FLOW
     given: PredictionType = scheduler.config.prediction_type
     allowed: list[PredictionType] = ["epsilon", "v_prediction", "sample"]
+    if family == "DPMSolverSDEScheduler":
+        allowed.remove("sample")  # its step refuses it
     if getattr(scheduler.config, "use_flow_sigmas", False):
         # v would be read as if alpha^2 + sigma^2 were 1.
         allowed = ["epsilon", "sample", _FLOW]
@@ -174,6 +176,13 @@ def _kdpm2(scheduler: Any, timesteps: Array) -> Levels:
     ancestral = hasattr(scheduler, "sigmas_up")
     odd = np.arange(1, len(timesteps), 2)
     sigmas[odd] = between[odd - 1] if ancestral else between[odd]
+    return _exploding(scheduler, timesteps, sigmas)
+
+
+def _dpm_sde(scheduler: Any, timesteps: Array) -> Levels:
+    # Every second evaluation is half-way between two sigmas, in their logarithm.
+    sigmas = sigmas_of(scheduler, timesteps)[:-1]
+    sigmas[1::2] = np.sqrt(sigmas[0:-1:2] * sigmas[1::2])
     return _exploding(scheduler, timesteps, sigmas)
 
 
@@ -228,6 +237,7 @@ _READERS: dict[str, Callable[[Any, Array], Levels]] = {
     ),
     "KDPM2DiscreteScheduler": _kdpm2,
     "KDPM2AncestralDiscreteScheduler": _kdpm2,
+    "DPMSolverSDEScheduler": _dpm_sde,
     **dict.fromkeys(
         (
             "DPMSolverMultistepScheduler",

@@ -587,6 +587,7 @@ _FOLLOWED = (
     "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "PNDMScheduler",

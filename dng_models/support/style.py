@@ -30,7 +30,11 @@ YELLOW = "#F0E442"
 BLUE = "#0072B2"
 VERMILLION = "#D55E00"
 PURPLE = "#CC79A7"
-WINE = "#882255"  # Tol's
+WINE = "#882255"  # Tol's, as the next
+INDIGO = "#332288"
+TEAL = "#44AA99"
+OLIVE = "#999933"
+BROWN = "#661100"
 
 SOLID, DASHED, DOTTED, MIXED = "-", (0, (4, 2)), (0, (1, 1)), "-."
 

@@ -32,7 +32,9 @@ known. Nothing is downloaded. With --model, the same for any pipeline of diffuse
   table      prompts and hyperparameters, the paper's Q by prompt and rule, and the detections
   plot       similarities, scales over time, trajectories, images, detections
   train-laboratory  a Stable Diffusion pipeline on the laboratory's world, and judge it exactly
+  oracle     what docs/oracle.md says: a judge that looks, beside the tracked posterior
   choices    what docs/choosing.md says: negative, prior, offset and steps, in the laboratory
+  paper      which command gives which table and figure of the paper, and its hours on a GPU
 
 Every command says more: %(prog)s COMMAND --help
 """
@@ -141,6 +143,12 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
         "DNG only (default: whole)",
     )
     options.add(group, Config, "contrast")
+    options.add(
+        group,
+        Config,
+        "ask",
+        shown=f"{DEFAULT_CLIP}; judge in the laboratory, and a tiny one in a tiny run",
+    )
 
 
 def _scoring_options(parser: argparse.ArgumentParser) -> None:
@@ -254,6 +262,35 @@ def make_parser() -> argparse.ArgumentParser:
         help="images of each prompt and negative (default: %(default)s)",
     )
     choices.add_argument("--debug", action="store_true", help="show where an error comes from")
+    oracle = command(
+        "oracle",
+        "Print the tables of docs/oracle.md: in the laboratory, how a judge of images on the way\n"
+        "agrees with the exact posterior, and what pushing away what it sees leaves, changes and\n"
+        "costs beside DNG. About 6 minutes on one core.",
+        "\n--part gate\n--part rules --num-images 16",
+    )
+    oracle.add_argument(
+        "--part",
+        nargs="+",
+        choices=("gate", "rules"),
+        help="the judge's answers over time; rules beside each other (default: both)",
+    )
+    oracle.add_argument(
+        "--num-images",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images of each prompt and negative (default: %(default)s)",
+    )
+    oracle.add_argument("--debug", action="store_true", help="show where an error comes from")
+    paper = command(
+        "paper",
+        "Print the table of docs/stable_diffusion.md: which command gives which table and figure\n"
+        "of the paper, with its images, evaluations and expected hours on a GPU. It needs no\n"
+        "weights.",
+        "",
+    )
+    paper.add_argument("--debug", action="store_true", help="show where an error comes from")
     training = command(
         "train-laboratory",
         "Train a Stable Diffusion pipeline on the laboratory's world: text encoder and UNet, from\n"
@@ -266,8 +303,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--quick", action="store_true", help="a few updates of tiny networks, which learn nothing"
     )
-    options.add(group, LaboratoryTraining, "steps", "batch_size", "learning_rate", "channels")
-    options.add(group, LaboratoryTraining, "difference_weight", "mismatched", "seed")
+    options.add(group, LaboratoryTraining, "steps", "batch_size", "chains", "channels", "seed")
+    options.add(group, LaboratoryTraining, "learning_rate", "difference_weight", "mismatched")
     group = training.add_argument_group("gate")
     group.add_argument(
         "--judge",

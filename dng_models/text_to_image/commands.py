@@ -13,6 +13,7 @@ from dng_math import checks
 from dng_models.support import files
 from dng_models.text_to_image import compare, priors, prompts, store
 from dng_models.text_to_image.config import (
+    LABORATORIES,
     THE_LABORATORY,
     TINY,
     Config,
@@ -46,7 +47,7 @@ def _config(given: argparse.Namespace) -> Config:
         told = QUICK | told
     if "dtype" not in told:
         # The exact model computes in float32 whatever its latents are.
-        exact = told.get("model", Config.model) in (TINY, THE_LABORATORY)
+        exact = told.get("model", Config.model) in (TINY, *LABORATORIES)
         on_gpu = not exact and _is_gpu(given.device)
         told["dtype"] = "float16" if on_gpu else "float32"
     if given.interval is not None:
@@ -152,6 +153,21 @@ def choices_command(given: argparse.Namespace) -> None:
         print(choices.part(name, given.num_images), flush=True)
 
 
+def oracle_command(given: argparse.Namespace) -> None:
+    """Print the tables of docs/oracle.md."""
+    from dng_models.text_to_image.laboratory import oracle
+
+    for name in given.part or oracle.PARTS:
+        print(oracle.part(name, given.num_images), flush=True)
+
+
+def paper_command(given: argparse.Namespace) -> None:
+    """Print which command gives which table and figure of the paper."""
+    from dng_models.text_to_image import paper_runs
+
+    print(paper_runs.table())
+
+
 def train_laboratory_command(given: argparse.Namespace) -> None:
     """Train a pipeline on the laboratory's world, and judge it."""
     from dng_models.support.processes import Place
@@ -189,6 +205,7 @@ def run_command(given: argparse.Namespace) -> None:
         # Load the models first: a missing one should fail before hours of drawing.
         materials.pipeline(config)
         materials.detector(config)
+        materials.check_asked(config)
         # Once unguided images are measured, the images to follow are known.
         generate(config, materials, unguided=True, progress=not given.quiet)
         measure(config, materials, progress=not given.quiet)

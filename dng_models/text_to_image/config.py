@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dng_math import checks
-from dng_math.rules import DynamicNegativeGuidance, Rule, Unguided, limited, rule_named
+from dng_math.rules import (
+    DynamicNegativeGuidance,
+    NormalizedAttention,
+    Rule,
+    Unguided,
+    ValueSignFlip,
+    limited,
+    rule_named,
+)
 from dng_models.pipelines.negative_template import ALONE, COMPOSED, checked_template, filled_in
 from dng_models.support.options import between, check, integer, option, settings
 from dng_models.text_to_image.laboratory.prompts import LABORATORY
@@ -34,6 +42,8 @@ KINDS: tuple[Kind, ...] = ("related", "unrelated")
 UNGUIDED = "none"
 IDEAL = "ideal"
 THE_LABORATORY = "laboratory"
+TRAINED = "laboratory-trained"  # on its world; shipped with the package
+LABORATORIES = (THE_LABORATORY, TRAINED)
 JUDGE = "judge"  # the laboratory's, in place of CLIP and of a detector
 PAPER_MODEL = "stabilityai/stable-diffusion-2"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -59,6 +69,12 @@ class Method:
     negative : {"given", "alone", "empty"}
         How the negative is shown: as the configuration's template has it; alone, whatever the
         template, with the prompt's settings for that; or alone and compared with the empty prompt.
+    times : float
+        Factor of the prompt's scale.
+    asks : bool
+        Whether something looks at the images and chooses among the negative's concepts.
+    attends : bool
+        Whether it acts on the attention to the prompt, so that the network must have some.
     """
 
     label: str
@@ -66,6 +82,9 @@ class Method:
     several: bool = False
     tracker: Literal["paper", "log-odds", "path"] | None = None
     negative: Literal["given", "alone", "empty"] = "given"
+    times: float = 1.0
+    asks: bool = False
+    attends: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -78,6 +97,14 @@ METHODS: dict[str, Method] = {
     "sld": Method("SLD", "np"),
     "perp-neg": Method("Perp-Neg", "np"),
     "ccfg": Method("CCFG", "np"),
+    # Four times the paper's scales of negative prompting are the 7.5 to 15 that it was published
+    # with: it pushes only while something is seen.
+    "ask": Method("VL-DNP", "np", several=True, times=4.0, asks=True),
+    "nag": Method("NAG", "np", negative="alone", times=1.5, attends=True),
+    "nag-gated": Method(
+        "NAG gated", "np", tracker="paper", negative="alone", times=1.5, attends=True
+    ),
+    "vsf": Method("VSF", "np", negative="alone", attends=True),
     IDEAL: Method("ideal", "np"),
 }
 RULES = tuple(METHODS)
@@ -170,9 +197,9 @@ def defaults_of(model: str) -> dict[str, Any]:
     Parameters
     ----------
     model : str
-        "laboratory", "tiny", a name or a folder.
+        "laboratory", "laboratory-trained", "tiny", a name or a folder.
     """
-    if model == THE_LABORATORY:
+    if model in LABORATORIES:
         return {
             "prompts": LABORATORY,
             "rules": ("np", "dng", "dng-empty", "dng-bare", "dng-log-odds", "sld", IDEAL),
@@ -180,6 +207,7 @@ def defaults_of(model: str) -> dict[str, Any]:
             "fractions": (0.5, 1.0),
             "num_images": 48,
             "clip": JUDGE,
+            "ask": JUDGE,
         }
     return {
         "prompts": PAPER,
@@ -188,6 +216,7 @@ def defaults_of(model: str) -> dict[str, Any]:
         "fractions": (0.25, 0.5, 0.75, 1.0),
         "num_images": 32,
         "clip": DEFAULT_CLIP,
+        "ask": TINY if model == TINY else DEFAULT_CLIP,
     }
 
 
@@ -196,10 +225,11 @@ class Config:
     """Everything that the images of a folder share, and how they are measured.
 
     The model may be "laboratory", whose predictions are exact and whose judge knows what is in an
-    image, and "tiny", random networks that show that everything works.  Both decide what some
-    options mean if they are None: without a word of the user's, the laboratory compares all methods
-    with negatives that are composed with the prompt, and other models do what the paper did.  The
-    schedulers are those of :func:`dng_models.text_to_image.pipelines.set_scheduler`.  Without
+    image, "laboratory-trained", networks that learned its world, and "tiny", random networks that
+    show that everything works.  They decide what some options mean if they are None: without a word
+    of the user's, the laboratory compares all methods with negatives that are composed with the
+    prompt, and other models do what the paper did.  The schedulers are those of
+    :func:`dng_models.text_to_image.pipelines.set_scheduler`.  Without
     ``guidance_scales`` the scales are ``fractions`` of the prompt's own.
 
     "dng-log-odds" takes the hyperparameters of "dng", which the paper chose for its own tracker.
@@ -211,9 +241,9 @@ class Config:
 
     model: str = option(
         THE_LABORATORY,
-        "laboratory, whose predictions are exact, or any text-to-image pipeline of diffusers: a "
-        "name on the hub, or a folder. The paper's numbers are of Stable Diffusion 2, "
-        f"{PAPER_MODEL}",
+        "laboratory, whose predictions are exact; laboratory-trained, networks that learned its "
+        "world; or any text-to-image pipeline of diffusers: a name on the hub, or a folder. The "
+        f"paper's numbers are of Stable Diffusion 2, {PAPER_MODEL}",
         check=_model_name,
         metavar="NAME_OR_DIR",
     )
@@ -226,7 +256,9 @@ class Config:
     rules: tuple[str, ...] = option(
         BY_MODEL,
         f"rules to compare, of {', '.join(RULES)}; dng-empty and dng-bare show the negative alone, "
-        "and dng-empty compares it with the empty prompt; ideal is for captions of the laboratory",
+        "and dng-empty compares it with the empty prompt; ask pushes away what is seen in the "
+        "images on their way; nag, nag-gated and vsf act on the attention to the prompt, which the "
+        "laboratory's exact network has none of; ideal is for captions of the laboratory",
         check=_rules,
         metavar="RULE",
         shown="np dng, and in the laboratory most",
@@ -304,6 +336,14 @@ class Config:
         "temperature of contrastive CFG (ccfg), per squared difference of the predictions",
         check=checks.non_negative,
     )
+    ask: str = option(
+        BY_MODEL,
+        "what looks at the images for the rule ask: a CLIP model or a vision-language model of "
+        "transformers, by its name on the hub or its folder; or judge, the laboratory's",
+        check=_model_name,
+        metavar="NAME_OR_DIR",
+        shown=f"{DEFAULT_CLIP}, in the laboratory judge",
+    )
     clip: str = option(
         BY_MODEL,
         "CLIP model of the similarities: a name on the hub, or a folder; or judge, the "
@@ -336,6 +376,12 @@ class Config:
                 raise ValueError(
                     f"rules must be of {several} where split_negatives is True: {rule!r} takes one "
                     "concept"
+                )
+            if METHODS[rule].attends and self.model == THE_LABORATORY:
+                raise ValueError(
+                    f"rules must be without {rule!r} for the laboratory, whose exact network has "
+                    "no attention: train one on its world (train-laboratory), and give its folder "
+                    "as the model"
                 )
         if self.prior == "measured" and self.detector == "none":
             raise ValueError("detector must not be 'none' where prior is 'measured'")
@@ -377,7 +423,10 @@ class Config:
     @property
     def shared(self) -> dict[str, Any]:
         """The settings that all images of a folder have in common, ready for JSON."""
-        return {name: getattr(self, name) for name in SHARED}
+        found = {name: getattr(self, name) for name in SHARED}
+        if any(METHODS[rule].asks for rule in self.rules):
+            found["ask"] = self.ask
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return the shared settings, and the prompts by their names, ready for JSON."""
@@ -404,6 +453,7 @@ class Config:
             if METHODS[rule].reference == "dng":
                 alone = self._settings_alone(rule)
                 reference = prompt.dng_scale if alone else prompt.composed_scale
+            reference *= METHODS[rule].times
             # Rounded, so that 0.75 times 3.4 gives a file name with 2.55.
             scales = tuple(float(f"{fraction * reference:.10g}") for fraction in self.fractions)
         return tuple(scale for scale in dict.fromkeys(scales) if scale != 0.0)
@@ -422,10 +472,14 @@ class Config:
         return points
 
     def concepts(self, point: Point) -> tuple[str, ...]:
-        """Return the negative prompts of a point, each of which has a posterior of its own."""
+        """Return the negative prompts of a point, each of which has a posterior of its own.
+
+        Of a rule that asks, each is looked for on its own.
+        """
         if point.negative is None:
             return ()
-        return split(point.negative) if self.split_negatives else (point.negative,)
+        each = self.split_negatives or METHODS[point.rule].asks
+        return split(point.negative) if each else (point.negative,)
 
     def texts(self, point: Point) -> tuple[str, tuple[str, ...]]:
         """Return the prompt of a point as the pipeline is given it, and its negative prompts."""
@@ -448,8 +502,17 @@ class Config:
         return "unconditional" if empty else "positive"
 
     def cfg_of(self, point: Point) -> float | None:
-        """Return the CFG scale of a point; None for Perp-Neg, whose rule contains it."""
-        return None if point.rule == "perp-neg" else self.cfg_scale
+        """Return the CFG scale beneath a point's rule.
+
+        None for Perp-Neg, whose rule contains it, and for the rules of attention, under which the
+        pipeline combines the predictions itself.
+        """
+        within = point.rule == "perp-neg" or self.attends(point)
+        return None if within else self.cfg_scale
+
+    def attends(self, point: Point) -> bool:
+        """Return whether a point's rule acts on attention."""
+        return point.rule != UNGUIDED and METHODS[point.rule].attends
 
     def hyperparameters(self, point: Point) -> dict[str, Any]:
         """Return the hyperparameters of a point's rule besides the scale, by their names."""
@@ -480,18 +543,55 @@ class Config:
         elif point.rule == "perp-neg":
             # From the unconditional prediction, a scale of 1 leads to the plain positive one.
             found = {"positive_scale": 1.0 if self.cfg_scale is None else self.cfg_scale}
+        elif point.rule == "ask":
+            found = {"asked": self.ask}
         return found
 
-    def rule(self, point: Point) -> Rule:
-        """Return the guidance rule of a point."""
+    def rule(self, point: Point, ask: Any = None) -> Rule:
+        """Return the guidance rule of a point.
+
+        Parameters
+        ----------
+        point : Point
+        ask : callable, optional
+            What looks at the images, for the rule "ask", with the ``concepts`` of the point.
+
+        Raises
+        ------
+        ValueError
+            If the rule asks, and nothing to be asked is given.
+        """
         given = self.hyperparameters(point)
         if point.rule in (UNGUIDED, IDEAL):
             return Unguided()
+        if METHODS[point.rule].asks:
+            return limited(self._asking(point, ask), self.t_lo, self.t_hi)
+        if METHODS[point.rule].attends:
+            # A gate opens alpha to alpha p.
+            gate = DynamicNegativeGuidance.tracked(1.0, **given) if given else None
+            kind = ValueSignFlip if point.rule == "vsf" else NormalizedAttention
+            return limited(kind(scale=point.guidance_scale, gate=gate), self.t_lo, self.t_hi)
         if METHODS[point.rule].tracker is not None:
             rule: Rule = DynamicNegativeGuidance.tracked(point.guidance_scale, **given)
         else:
             rule = rule_named(point.rule, point.guidance_scale, **given)
         return limited(rule, self.t_lo, self.t_hi)
+
+    def _asking(self, point: Point, ask: Any) -> Rule:
+        if ask is None:
+            raise ValueError(f"ask must be given for the rule {point.rule!r}, got None")
+        # Only now, because it needs torch.
+        from dng_models.pipelines.dynamic_prompts import DynamicPrompts
+
+        named = zip(self.concepts(point), self.texts(point)[1], strict=True)
+        return DynamicPrompts(
+            ask,
+            dict(named),
+            point.guidance_scale,
+            # A model that talks may answer with anything, and would end the run at the same image
+            # whenever it is started again.
+            on_error="keep" if getattr(ask, "may_ramble", False) else "raise",
+        )
 
 
 # Fields with one value for all images of a folder.  The models that measure them are recorded with
@@ -522,7 +622,10 @@ def check_same(config: Config, before: Mapping[str, Any], where: Path) -> None:
         If a setting, or a prompt that both have, differs: the message names all of them.
     """
     now = config.to_json()
-    differing = list(_differences({**BEFORE, **before["settings"]}, now["settings"]))
+    # What is asked matters only where both have images of a rule that asks.
+    asked = before["settings"].get("ask", now["settings"].get("ask"))
+    settings_before = {**BEFORE, "ask": asked, **before["settings"]}
+    differing = list(_differences(settings_before, {"ask": asked, **now["settings"]}))
     for prompt in prompts_from_json(before["prompts"], where):
         name = prompt.name
         if name not in now["prompts"]:

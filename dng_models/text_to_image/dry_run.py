@@ -10,7 +10,15 @@ from torch import nn
 
 from dng_models.pipelines.noise_levels import scheduler_levels
 from dng_models.pipelines.transitions import scheduler_run
-from dng_models.text_to_image.config import IDEAL, METHODS, THE_LABORATORY, UNGUIDED, Config, Point
+from dng_models.text_to_image.config import (
+    IDEAL,
+    METHODS,
+    THE_LABORATORY,
+    TRAINED,
+    UNGUIDED,
+    Config,
+    Point,
+)
 from dng_models.text_to_image.generation import Materials
 
 GIB = 2**30
@@ -44,6 +52,7 @@ H100 = (
     Measured("SDXL", 2_567_463_684, 128, 0.2824),
 )
 LABORATORY_STEP = 3e-4  # seconds of an image and an evaluation with all scenes, on one CPU core
+TRAINED_STEP = 7e-4  # of the trained networks, too
 
 
 def rows(config: Config, point: Point) -> int:
@@ -58,8 +67,13 @@ def rows(config: Config, point: Point) -> int:
     -------
     int
         The positive prompt, every negative one, and the empty one where it is needed.  The forward
-        derivative of a path tracker, which takes about as long again, is not counted.
+        derivative of a path tracker, which takes about as long again, is not counted; of a rule
+        that asks, all negatives are, which it evaluates at most.
     """
+    if config.attends(point):
+        # The negative is in the attention; a gate compares its prediction with the positive one.
+        gated = METHODS[point.rule].tracker is not None
+        return 1 + 2 * gated + (config.cfg_scale is not None)
     plain = point.rule in (UNGUIDED, IDEAL)
     negatives = 0 if plain else len(config.concepts(point))
     needed = config.reference_of(point) == "unconditional" or point.rule == "perp-neg"
@@ -97,6 +111,7 @@ def report(config: Config, materials: Materials) -> str:
     pipe = materials.pipeline(config)
     clip = materials.clip(config)
     materials.detector(config)
+    materials.check_asked(config)
     points = config.points()
     found = [
         f"model       {config.model}: {type(pipe).__name__}, {config.dtype} on {materials.device}",
@@ -169,20 +184,40 @@ def _time(pipe: Any, config: Config) -> str:
     if config.model == THE_LABORATORY:
         minutes = count * LABORATORY_STEP / 60.0
         return f"time        about {max(minutes, 0.1):.1f} minutes on one core, and the figures"
+    if config.model == TRAINED:
+        minutes = count * TRAINED_STEP / 60.0
+        return f"time        about {max(minutes, 0.1):.1f} minutes on one core, and the figures"
     network = getattr(pipe, "unet", None)
     size = getattr(getattr(network, "config", None), "sample_size", None)
     if network is None or not isinstance(size, int):
         return "time        not known: only U-Nets were measured"
-    parameters = sum(p.numel() for p in network.parameters())
-    near = min(H100, key=lambda each: abs(each.parameters - parameters))
     factor = getattr(pipe, "vae_scale_factor", 8)
     height, width = (
         size if pixels is None else pixels // factor for pixels in (config.height, config.width)
     )
-    area = height * width / near.latents**2
-    share = parameters / near.parameters
-    hours = count * near.seconds / BATCH * area * share / 3600.0
+    parameters = sum(p.numel() for p in network.parameters())
+    expected, near = hours(count, parameters, height * width)
     return (
-        f"time        about {hours:.2g} hours of an H100, from {near.name}'s {near.seconds:g} s "
+        f"time        about {expected:.2g} hours of an H100, from {near.name}'s {near.seconds:g} s "
         f"for a batch of {BATCH}, in proportion to parameters and latents; VAE and CLIP come on top"
     )
+
+
+def hours(count: int, parameters: int, latents: int) -> tuple[float, Measured]:
+    """Expected hours of an H100 for a number of evaluations of a U-Net, and what they are based on.
+
+    The measured time of the U-Net with the nearest number of parameters, in proportion to
+    parameters and latents.
+
+    Parameters
+    ----------
+    count : int
+        Evaluations, each of one row of a batch.
+    parameters : int
+        Of the U-Net.
+    latents : int
+        Height times width of its latents.
+    """
+    near = min(H100, key=lambda each: abs(each.parameters - parameters))
+    share = latents / near.latents**2 * parameters / near.parameters
+    return count * near.seconds / BATCH * share / 3600.0, near

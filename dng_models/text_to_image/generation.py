@@ -27,8 +27,9 @@ from dng_models.text_to_image import compare, pipelines, priors, scores, store
 from dng_models.text_to_image.config import (
     JUDGE,
     KINDS,
+    LABORATORIES,
+    METHODS,
     PAPER_MODEL,
-    THE_LABORATORY,
     TINY,
     UNGUIDED,
     Config,
@@ -74,6 +75,7 @@ class Materials(Place):
         if batch_size is not None:
             checks.integer("batch_size", batch_size, 1)
         self._clips: dict[str, scores.Similarity] = {}
+        self._asked: dict[str, scores.Asked] = {}
         self._detectors: dict[tuple[str, str], scores.Detector | None] = {}
         self._pipe: Any = None
         self._unguided: dict[tuple[str, ...], Array] = {}
@@ -89,7 +91,7 @@ class Materials(Place):
         """Images per network call of a model."""
         if self.batch_size is not None:
             return self.batch_size
-        return LABORATORY_BATCH if model == THE_LABORATORY else BATCH
+        return LABORATORY_BATCH if model in LABORATORIES else BATCH
 
     def clip(self, config: Config) -> scores.Similarity:
         """CLIP; raises as :func:`dng_models.text_to_image.scores.load_similarity`."""
@@ -112,6 +114,19 @@ class Materials(Place):
             self._detectors[key] = scores.load_detector(config.detector, self.clip(config))
         return self._detectors[key]
 
+    def ask(self, config: Config, concepts: Sequence[str]) -> Any:
+        """What looks for concepts; raises as :func:`dng_models.text_to_image.scores.load_asked`."""
+        if config.ask not in self._asked:
+            pipelines.quiet()
+            self._asked[config.ask] = scores.load_asked(config.ask, self.device)
+        return self._asked[config.ask](concepts)
+
+    def check_asked(self, config: Config) -> None:
+        """Load what is asked, if a rule asks; raises as :meth:`ask`."""
+        for point in config.points():
+            if point.rule != UNGUIDED and METHODS[point.rule].asks:
+                self.ask(config, config.concepts(point))
+
     def unguided(self, config: Config, group: Sequence[Record]) -> Array:
         """CLIP embeddings of the unguided images of a group; cached for the next scale."""
         key = (config.clip, *(record["unguided"] for record in group))
@@ -123,11 +138,11 @@ class Materials(Place):
 
 @contextmanager
 def threads(config: Config) -> Iterator[None]:
-    """Use one thread for the tiny networks and the laboratory's model.
+    """Use one thread for the tiny networks and the laboratory's models.
 
     The bits depend on the number of threads, which are no faster there.
     """
-    one = 1 if config.model in (TINY, THE_LABORATORY) else None
+    one = 1 if config.model in (TINY, *LABORATORIES) else None
     with threadpool_limits(1, user_api="blas"), torch_threads(count=one):
         yield
 
@@ -338,7 +353,9 @@ def _draw_batch(
     folder = materials.folder
     lacking = [image for image in images if _lacks(point, image, records, followed)]
     wanted = [image for image in lacking if image in followed.get(point, ())]
-    drawn = pipelines.draw(pipe, config, point, images, followed=wanted)
+    asks = point.rule != UNGUIDED and METHODS[point.rule].asks
+    ask = materials.ask(config, config.concepts(point)) if asks else None
+    drawn = pipelines.draw(pipe, config, point, images, followed=wanted, ask=ask)
     for image, each in zip(images, drawn, strict=True):
         if image not in lacking:
             continue
@@ -396,7 +413,9 @@ def _save_png(folder: RunFolder, name: str, pixels: pipelines.Pixels) -> None:
 
 def _record(config: Config, point: Point, image: int, drawn: pipelines.Drawn) -> Record:
     """The record of an image; it contains nothing that changes between runs."""
+    asked = {"questions": drawn.questions} if drawn.questions else {}
     return {
+        **asked,
         "prompt": point.prompt.name,
         "kind": point.kind,
         "negative": point.negative,

@@ -26,6 +26,7 @@ from diffusers import (
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dng_models.pipelines.decoding import decoded
 from dng_models.pipelines.hook import apply_guidance
 from dng_models.pipelines.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
 from dng_models.pipelines.tiny import tiny_stable_diffusion
@@ -37,10 +38,12 @@ from dng_models.text_to_image.config import (
     PAPER_MODEL,
     THE_LABORATORY,
     TINY,
+    TRAINED,
     Config,
     Point,
 )
 from dng_models.text_to_image.laboratory.pipelines import laboratory_pipeline
+from dng_models.text_to_image.laboratory.trained import load_trained
 
 Pixels = NDArray[np.uint8]
 SNAPSHOTS = 8  # decoded latents per followed image
@@ -65,6 +68,9 @@ class Drawn:
         rules that track nothing.
     evaluations, evaluations_saved : int
         Evaluations of the negative prompts for this image, made and skipped.
+    questions : list of tuple
+        For a rule that asks: the step, the concepts that were seen in this image, and the error of
+        a question that had no answer, or None.
     strip : ndarray, shape (H, n W, 3), uint8, or None
         Decoded latents along the run, side by side; None if the image was not followed.
     strip_time : ndarray, shape (n,), or None
@@ -78,6 +84,7 @@ class Drawn:
     log_posterior: NDArray[np.float64] | None
     evaluations: int
     evaluations_saved: int
+    questions: list[tuple[int, tuple[str, ...], str | None]]
     strip: Pixels | None = None
     strip_time: NDArray[np.float64] | None = None
 
@@ -114,6 +121,8 @@ def load_pipeline(config: Config, device: torch.device) -> Any:
         pipe: Any = _attentive(tiny_stable_diffusion())
     elif config.model == THE_LABORATORY:
         pipe = laboratory_pipeline(dtype=dtype)
+    elif config.model == TRAINED:
+        pipe = load_trained(dtype=dtype)
     else:
         pipe = _checked_pipeline(_pipeline_folder(config), dtype)
     if not hasattr(pipe, "encode_prompt") or not hasattr(pipe, "vae"):
@@ -293,6 +302,7 @@ def draw(
     images: Sequence[int],
     *,
     followed: Collection[int] = (),
+    ask: Any = None,
 ) -> list[Drawn]:
     """Draw some images of a point, as one batch.
 
@@ -306,6 +316,8 @@ def draw(
         Numbers of the images; image i has the seed ``config.seed + i``.
     followed : collection of int
         Those of the images whose latents are decoded along the run.
+    ask : callable, optional
+        As for :meth:`.config.Config.rule`.
 
     Returns
     -------
@@ -314,18 +326,23 @@ def draw(
     """
     generators = [torch.Generator("cpu").manual_seed(config.seed + image) for image in images]
     positive, negatives = config.texts(point)
-    separate = config.split_negatives and len(negatives) > 0
+    asks = ask is not None
+    # The concepts of a rule that asks are its own.
+    separate = asks or (config.split_negatives and len(negatives) > 0)
     rows = [row for row, image in enumerate(images) if image in followed]
     snapshots = _Snapshots(pipe, config.steps, rows) if rows else None
-    sizes = {
+    given: dict[str, Any] = {
         name: value
         for name, value in (("height", config.height), ("width", config.width))
         if value is not None
     }
+    if config.attends(point):
+        # The pipeline's own guidance keeps its effect, and 1 is its plain prediction.
+        given["guidance_scale"] = 1.0 if config.cfg_scale is None else config.cfg_scale
     guidance = apply_guidance(
         pipe,
-        config.rule(point),
-        negative_prompts=negatives if separate else None,
+        config.rule(point, ask),
+        negative_prompts=negatives if separate and not asks else None,
         cfg_scale=config.cfg_of(point),
         reference=config.reference_of(point),
     )
@@ -337,9 +354,11 @@ def draw(
             generator=generators,
             output_type="pt",
             callback_on_step_end=snapshots,
-            **sizes,
+            **given,
         ).images
     time, scale = trace.time, trace.scale.double().numpy()
+    made = trace.last.evaluations_of_images or [0] * len(images)
+    every = (trace.evaluations + trace.evaluations_saved) // len(images)
     log_posterior = trace.log_posterior
     finite = torch.isfinite(found).flatten(1).all(dim=1).tolist()
     pixels = _pixels(found)
@@ -357,8 +376,9 @@ def draw(
             log_posterior=None
             if log_posterior is None
             else log_posterior[..., row].double().numpy().T,
-            evaluations=trace.evaluations // len(images),
-            evaluations_saved=trace.evaluations_saved // len(images),
+            evaluations=made[row],
+            evaluations_saved=every - made[row],
+            questions=[(one.step, one.shown[row], one.error) for one in trace.questions],
             strip=strips.get(row),
             strip_time=strip_time if row in strips else None,
         )
@@ -398,36 +418,10 @@ class _Snapshots:
 
     def strips(self) -> list[Pixels]:
         """Decode the latents; one strip of images side by side for each row."""
-        shown = [_pixels(_decoded(self._pipe, latents)) for latents in self._latents]
+        shown = [_pixels(decoded(self._pipe, latents)) for latents in self._latents]
         return [
             np.concatenate([pixels[i] for pixels in shown], axis=1) for i in range(len(self._rows))
         ]
-
-
-@torch.no_grad()
-def _decoded(pipe: Any, latents: Tensor) -> Tensor:
-    """Decode latents to images (N, 3, H, W) in [0, 1]."""
-    vae = pipe.vae
-    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
-    latents = latents.to(vae.dtype)
-    if mean is not None and std is not None:
-        shape = (1, -1, 1, 1)
-        mean_, std_ = (torch.tensor(each).to(latents).view(shape) for each in (mean, std))
-        latents = latents * std_ / vae.config.scaling_factor + mean_
-    else:
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        latents = latents / vae.config.scaling_factor + shift
-    # SDXL's VAE overflows in float16.
-    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if upcast:
-        vae.to(torch.float32)
-        latents = latents.float()
-    try:
-        decoded = vae.decode(latents, return_dict=False)[0]
-    finally:
-        if upcast:
-            vae.to(torch.float16)
-    return 0.5 * decoded.float() + 0.5
 
 
 def quiet() -> None:

@@ -23,12 +23,16 @@ from dng_models.support.printable import plain
 from dng_models.support.style import (
     BLACK,
     BLUE,
+    BROWN,
     DASHED,
     GREEN,
     GREY,
+    INDIGO,
+    OLIVE,
     ORANGE,
     PURPLE,
     SKY,
+    TEAL,
     VERMILLION,
     WIDTH,
     WINE,
@@ -71,6 +75,10 @@ LOOKS: dict[str, _Look] = {
     "sld": _Look(PURPLE, "P"),
     "perp-neg": _Look(GREY, "D"),
     "ccfg": _Look(VERMILLION, "<"),
+    "ask": _Look(INDIGO, "h"),
+    "nag": _Look(TEAL, ">"),
+    "nag-gated": _Look(OLIVE, "d"),
+    "vsf": _Look(BROWN, "H"),
     IDEAL: _Look(BLACK, "*"),
 }
 KIND_COLORS = {"related": VERMILLION, "unrelated": BLUE}

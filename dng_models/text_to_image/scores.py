@@ -8,8 +8,8 @@ zero-shot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from torch import Tensor
 
+from dng_models.pipelines.clip import Clip, ZeroShot, load_trained_clip
+from dng_models.pipelines.judges import DetectorJudge, VisionLanguageJudge, load_vision_language
 from dng_models.pipelines.tiny import tiny_clip
 from dng_models.support import foreign
 from dng_models.text_to_image.config import DEFAULT_CLIP, JUDGE, TINY
 
 Array = NDArray[np.float64]
 Images = Sequence[Image.Image]
+Asked = Callable[[Sequence[str]], Any]
 
 
 class Detector(Protocol):
@@ -51,99 +53,6 @@ class Similarity(Protocol):
         ...
 
 
-class Clip:
-    """A CLIP model that gives embeddings of unit length.
-
-    Parameters
-    ----------
-    model, processor
-        transformers' ``CLIPModel`` and ``CLIPProcessor``.
-    name : str
-        Name of the model in the records.
-    device : torch.device or str
-        Where the model runs.
-    """
-
-    def __init__(
-        self, model: Any, processor: Any, name: str, device: torch.device | str = "cpu"
-    ) -> None:
-        self.model = model.to(device).eval()
-        self.processor = processor
-        self.name = name
-        self.device = torch.device(device)
-
-    @torch.no_grad()
-    def images(self, images: Images) -> Array:
-        """Embeddings of N images, shape (N, F), float64."""
-        pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-        pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
-        return _unit(self.model.visual_projection(pooled))
-
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Array:
-        """Embeddings of K texts, shape (K, F), float64."""
-        tokens = self.processor.tokenizer(
-            list(texts), padding=True, truncation=True, return_tensors="pt"
-        ).to(self.device)
-        pooled = self.model.text_model(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).pooler_output
-        return _unit(self.model.text_projection(pooled))
-
-    @cached_property
-    def logit_scale(self) -> float:
-        """Factor of the cosines in CLIP's softmax."""
-        return float(self.model.logit_scale.detach().exp())
-
-
-def _unit(embeddings: Tensor) -> Array:
-    values = embeddings.double().cpu().numpy()
-    unit: Array = values / np.linalg.norm(values, axis=1, keepdims=True)
-    return unit
-
-
-class ZeroShot:
-    """Zero-shot detection: softmax of CLIP's cosines to "a photo of X" and "a photo".
-
-    It only says which of the two texts fits better: compare its numbers with those of the unguided
-    images rather than with 0 or 1.
-
-    Parameters
-    ----------
-    clip : Clip
-    template, neutral : str
-        Text with ``{}`` for the concept, and the text that it is compared with.
-
-    Raises
-    ------
-    ValueError
-        If the template has no place for the concept.
-    """
-
-    def __init__(
-        self, clip: Clip, template: str = "a photo of {}", neutral: str = "a photo"
-    ) -> None:
-        if not isinstance(template, str) or "{}" not in template:
-            raise ValueError(f"template must have {{}} for the concept, got {template!r}")
-        self.clip = clip
-        self.template = template
-        self.neutral = neutral
-
-    @property
-    def name(self) -> str:
-        """Name of the CLIP model, with the two texts."""
-        return f"{self.clip.name}: {self.template!r} against {self.neutral!r}"
-
-    def __call__(self, images: Images, concepts: Sequence[str]) -> Array:
-        """Probability of each concept's text against the neutral one, shape (N, K)."""
-        texts = [self.template.format(concept.lower()) for concept in concepts]
-        embeddings = self.clip.texts([*texts, self.neutral])
-        cosines = self.clip.images(images) @ embeddings.T
-        against = self.clip.logit_scale * (cosines[:, -1:] - cosines[:, :-1])
-        probabilities: Array = 1.0 / (1.0 + np.exp(np.minimum(against, 700.0)))
-        return probabilities
-
-
 def load_similarity(name: str, device: torch.device | str = "cpu") -> Similarity:
     """Load what measures similarity: the laboratory's judge ("judge"), or as :func:`load_clip`."""
     if name == JUDGE:
@@ -166,63 +75,52 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
 
     Raises
     ------
-    FileNotFoundError
-        If it is not on this machine and cannot be downloaded; the message says what to download.
-    ValueError
-        If its folder holds or names code, or weights that are pickles, damaged, missing or not
-        finite.
+    FileNotFoundError, ValueError
+        As :func:`dng_models.pipelines.clip.load_trained_clip`.
     """
     if name == TINY:
         return Clip(*tiny_clip(), name, device)
-    folder, revision = Path(name), None
+    or_else = f"Or give --clip DIR, the folder of any CLIP model such as {DEFAULT_CLIP}"
+    return load_trained_clip(name, device, or_else=or_else)
+
+
+def load_asked(name: str, device: torch.device | str = "cpu") -> Asked:
+    """Load what looks at images for the rule that asks.
+
+    Parameters
+    ----------
+    name : str
+        "judge", the laboratory's; "tiny"; or a CLIP model or a vision-language model of
+        transformers, by its name on the hub or its folder.
+    device : torch.device or str
+        Where the model runs.
+
+    Returns
+    -------
+    callable
+        Makes the ``ask`` of :class:`dng_models.DynamicPrompts` from names of concepts.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`load_clip` and :meth:`dng_models.VisionLanguageJudge.load`.
+    """
+    if name in (JUDGE, TINY) or _is_clip(name):
+        detector = load_detector(name, load_similarity(name, device))
+        assert detector is not None
+        return partial(DetectorJudge, detector)
+    model, processor = load_vision_language(name, device=device)
+    return partial(VisionLanguageJudge, model, processor)
+
+
+def _is_clip(name: str) -> bool:
+    """Whether a configuration is CLIP's, or that of a model that cannot be found."""
     try:
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise FileNotFoundError("it has no config.json")
-            foreign.check_model(folder)
-            return _load_clip(name, device)
-        folder, revision = foreign.hub_folder(name)
-        foreign.check_model(folder, weights=False)
-        return _load_clip(name, device, revision or "main")
-    except OSError as error:
-        said = foreign.reason(error, 200)
-        if Path(name).exists():
-            raise FileNotFoundError(f"there is no CLIP model in {name} ({said})") from error
-        raise FileNotFoundError(
-            f"the CLIP model {name!r} is not on this machine, as safetensors, and could not be "
-            f"downloaded ({said}). Where there is a network: 'hf download {name}' (older: "
-            "huggingface-cli download). Or give --clip DIR, the folder of any CLIP model such as "
-            f"{DEFAULT_CLIP}; of one whose weights are pickles, {foreign.CONVERT}"
-        ) from error
-
-
-def _load_clip(name: str, device: torch.device | str, revision: str | None = None) -> Clip:
-    """Load a CLIP model whose configurations have been checked; its weights are checked here."""
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
-
-    if revision is None:
-        foreign.check_size(lambda told: CLIPModel(CLIPConfig.from_dict(told)), name)
-    where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-    try:
-        model, report = CLIPModel.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, **where
-        )
-        processor = CLIPProcessor.from_pretrained(name, **where)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # what a damaged folder raises depends on where it is damaged
-        raise ValueError(
-            f"{name} does not hold a whole CLIP model ({foreign.reason(error)}): it was damaged, "
-            "or is another model; remove it and get it again"
-        ) from error
-    if report["missing_keys"]:
-        # Transformers fills them with random numbers and only warns.
-        raise ValueError(
-            f"{name} must be a trained CLIP model, but lacks the weights "
-            f"{', '.join(sorted(report['missing_keys'])[:4])}"
-        )
-    foreign.require_finite_network(name, model)
-    return Clip(model, processor, name, device)
+        folder = Path(name) if Path(name).is_dir() else foreign.hub_folder(name)[0]
+        told = foreign.read_object(folder / "config.json")
+    except OSError:
+        return True  # loading it as CLIP says what is missing
+    return told.get("model_type") == "clip"
 
 
 def load_detector(name: str, clip: Similarity) -> Detector | None:

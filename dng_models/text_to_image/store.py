@@ -105,6 +105,7 @@ def open_run(folder: RunFolder, config: Config, versions: Mapping[str, str]) -> 
     if before is not None and drawn:
         check_same(config, before, folder.path)
         now["prompts"] = before["prompts"] | now["prompts"]
+        now["settings"] = before["settings"] | now["settings"]
         if dict(versions) in before["versions"]:
             now["versions"] = before["versions"]
         else:

@@ -12,9 +12,13 @@ from scipy import stats
 
 from dng_math import GaussianMixture, GeoGuide, NoiseSchedule, sample
 from dng_math.distances import binomial_interval
+from dng_models.league import experiments, measures
+from dng_models.league.entries import LEAGUE
+from dng_models.league.experiments import EASY, LEAK, experiment
+from dng_models.league.measures import SAMPLERS, Case
 from figures import league, style
 from figures.__main__ import FIGURES
-from figures.league import EXPERIMENTS, LEAGUE, SAMPLERS, SHOWN_STEPS, Case
+from figures.league import LOOKS, SHOWN_STEPS
 from tests.figures.test_figures import assert_logarithmic_axes_are_readable
 from tests.helpers.statistical import FALSE_ALARM
 
@@ -42,41 +46,40 @@ def at(name: str, strength: float) -> tuple[int, int]:
 
 def test_what_an_experiment_forbids():
     assert FIGURES["league"] is league
-    for name, experiment in EXPERIMENTS.items():
-        weights = experiment.mixture.weights
-        assert sorted(experiment.forbidden + experiment.allowed) == list(range(len(weights)))
-        assert int(name[: name.index("D")]) == experiment.mixture.dim
-        shares = [weights[experiment.classes == c].sum() for c in set(experiment.classes)]
+    for name in EASY:
+        of, weights = experiment(name), experiment(name).mixture.weights
+        assert sorted(of.forbidden + of.allowed) == list(range(len(weights)))
+        assert int(name[: name.index("D")]) == of.mixture.dim
+        shares = [weights[of.classes == c].sum() for c in set(of.classes)]
         np.testing.assert_allclose(shares, 1 / len(shares), rtol=1e-12)
-        assert experiment.gap > 0
-    board = EXPERIMENTS["2D, checkerboard"]
-    assert len(board.forbidden) == 9 and (np.abs(board.centre) <= 1 + 1e-12).all()
+        assert of.gap > 0
+    board = experiment("2D, checkerboard")
+    assert len(board.forbidden) == 9 and (np.abs(board.references) <= 1 + 1e-12).all()
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EASY)
 def test_the_data_are_not_called_outside_of_themselves(name):
     """No more than FAR of them, a binomial bound at 1e-6; a point twice as far away is outside."""
-    experiment = EXPERIMENTS[name]
-    n = 20_000
-    outside = int(experiment.outside(experiment.mixture.sample(n, 0)).sum())
-    assert outside <= stats.binom.isf(FALSE_ALARM, n, league.FAR)
-    assert experiment.outside(100 * np.ones((1, experiment.mixture.dim))).all()
-    np.testing.assert_allclose(experiment.posterior(experiment.mixture.means).sum(axis=1), 1.0)
+    of, n = experiment(name), 20_000
+    outside = int(of.outside(of.mixture.sample(n, 0)).sum())
+    assert outside <= stats.binom.isf(FALSE_ALARM, n, experiments.FAR)
+    assert of.outside(100 * np.ones((1, of.mixture.dim))).all()
+    np.testing.assert_allclose(of.posterior(of.mixture.means).sum(axis=1), 1.0)
 
 
 def test_the_jackknife_is_the_error_of_a_mean_where_the_distance_is_one():
     """Far away W1 is a difference of means; ten groups make a chi-squared of nine degrees: 1e-6."""
-    judge = league._Judge(EXPERIMENTS["1D, inner mode"], 100, 0)
+    judge = measures.Judge(experiment("1D, inner mode"), 100, 0)
     x = 100 + np.random.default_rng(0).standard_normal((5000, 1))
-    ratio = (league.GROUPS - 1) * (judge.error(x) / np.sqrt(1 / len(x))) ** 2
-    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], league.GROUPS - 1)
+    ratio = (measures.GROUPS - 1) * (judge.error(x) / np.sqrt(1 / len(x))) ** 2
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], measures.GROUPS - 1)
     assert low < ratio < high
 
 
 def test_the_best_strength_is_the_nearest_of_the_safe_ones():
     leak, distance = np.array([0.2, 0.01, 0.0, 0.0]), np.array([0.1, 0.5, 0.3, 0.4])
-    assert league._best(leak, distance) == 2
-    assert league._best(leak + 0.1, distance) is None
+    assert measures.nearest(leak, distance, LEAK) == 2
+    assert measures.nearest(leak + 0.1, distance, LEAK) is None
 
 
 # ---------------------------------------------------------------------- what is printed and drawn
@@ -89,42 +92,43 @@ def test_it_is_drawn_at_print_quality_and_can_be_read(tmp_path):
     image = matplotlib.image.imread(tmp_path / "league.png")
     assert image.shape[1] == round(style.WIDTH * style.DPI)
     assert_logarithmic_axes_are_readable(figure)
-    assert len([axes for axes in figure.axes if axes.lines]) == len(EXPERIMENTS) * len(SAMPLERS)
-    assert len({entry.look.color for entry in LEAGUE}) == len(LEAGUE)
-    assert len({entry.look.marker for entry in LEAGUE}) == len(LEAGUE)
+    assert len([axes for axes in figure.axes if axes.lines]) == len(EASY) * len(SAMPLERS)
+    assert len({look.color for look in LOOKS.values()}) == len(LEAGUE)
+    assert len({look.marker for look in LOOKS.values()}) == len(LEAGUE)
 
 
 CELL = (
     r"(\S+) ([\d.]+): leak ([\d.]+) \[([\d.]+), ([\d.]+)\], distance ([\d.]+) \+- [\d.]+, "
-    r"collateral ([\d.]+), outside ([\d.]+)"
+    r"collateral ([\d.]+), outside ([\d.]+), KL ([\d.]+)"
 )
 
 
 def test_the_summary_prints_the_data():
     """Every number of every case, to the digits that are shown."""
     text = league.summary(data())
-    assert "nan" not in text and "inf" not in text.replace("infinite", "")
+    assert "nan" not in text and "inf" not in text
     cells = 0
     for where, result in data().cases.items():
         head = f"{where.experiment}, {where.sampler}, {where.steps} steps: "
         block = text.split(head)[1].split("\n")[1 : 1 + len(LEAGUE)]
         for line, entry, curve in zip(block, LEAGUE, result.curves, strict=True):
             assert line.startswith(f"  {entry.name}: ")
-            for knob, strength, leak, low, high, distance, hurt, left in re.findall(CELL, line):
+            for knob, strength, leak, low, high, distance, hurt, left, kl in re.findall(CELL, line):
                 i = entry.strengths.index(float(strength))
                 interval = binomial_interval(int(curve.leaked[i]), data().n)
-                shown = [float(v) for v in (leak, low, high, distance, hurt, left)]
+                shown = [float(v) for v in (leak, low, high, distance, hurt, left, kl)]
                 held = [
                     curve.leaked[i] / data().n,
                     *interval,
                     curve.distance[i],
                     curve.hurt[i] / result.kept,
                     curve.left[i] / data().n,
+                    curve.kl[i],
                 ]
                 np.testing.assert_allclose(shown, held, rtol=0, atol=0.00051)
                 assert knob == entry.knob
                 cells += 1
-            safe = (curve.leaked / data().n <= league.LEAK).any()
+            safe = (curve.leaked / data().n <= LEAK).any()
             assert ("leaks more" in line) == (not safe)
     assert cells > 0.8 * len(data().cases) * len(LEAGUE)
 
@@ -141,13 +145,13 @@ def test_the_same_seed_gives_the_same_numbers():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EASY)
 def test_exact_dng_at_one_is_nearer_than_all_that_read_no_posterior(name, sampler):
     """At 1 % or less; Student's t with the jackknife's nine degrees, at 1e-6 for each pair."""
     result = data().cases[case(name, sampler)]
     k, i = at("DNG, exact", 1.0)
     dng = result.curves[k]
-    assert dng.leaked[i] <= league.LEAK * data().n
+    assert dng.leaked[i] <= LEAK * data().n
     for other in BLIND:
         curve, best = (
             result.curves[NAMED[other]],
@@ -156,7 +160,7 @@ def test_exact_dng_at_one_is_nearer_than_all_that_read_no_posterior(name, sample
         if best is None:
             continue
         spread = np.hypot(dng.error[i], curve.error[best])
-        apart = stats.t.isf(FALSE_ALARM, league.GROUPS - 1) * spread
+        apart = stats.t.isf(FALSE_ALARM, measures.GROUPS - 1) * spread
         if name == "64D, six":  # the classes are far apart: no worse is all that a thousand show
             assert dng.distance[i] < curve.distance[best] + apart
         else:
@@ -201,14 +205,14 @@ def test_geoguide_pushes_where_nothing_is_forbidden():
     mixture = GaussianMixture(
         [1e-9, *[(1 - 1e-9) / 3] * 3], [[-1.0], [-3.0], [1.0], [3.0]], [0.04] * 4
     )
-    experiment = league._separate(mixture, 0)
+    few = experiments.separate(mixture, 0)
     n, ends = 1000, []
-    for rule in (None, GeoGuide(2.0), LEAGUE[NAMED["DNG, exact"]].make(experiment, 1.0)):
+    for rule in (None, GeoGuide(2.0), LEAGUE[NAMED["DNG, exact"]].make(few, 1.0)):
         forbidden = None if rule is None else [0]
         schedule = NoiseSchedule.linear(1000).respace(50)
         ends.append(sample(mixture, schedule, rule, n=n, forbidden=forbidden).x)
-    unguided, pushed, dng = (experiment.posterior(x).argmax(axis=1) for x in ends)
-    hurt = (pushed != unguided) | experiment.outside(ends[1])
+    unguided, pushed, dng = (few.posterior(x).argmax(axis=1) for x in ends)
+    hurt = (pushed != unguided) | few.outside(ends[1])
     assert binomial_interval(int(hurt.sum()), n, CERTAIN)[0] > 0.05
     np.testing.assert_array_equal(dng, unguided)
     np.testing.assert_allclose(ends[2], ends[0], rtol=0, atol=1e-3)

@@ -27,6 +27,11 @@ HOOK = (
     "diffusers:LTXPipeline._unpack_latents",
     "torch.nn:Module._compiled_call_impl",
 )
+ATTENTION = (
+    "diffusers.models.attention_processor:Attention.norm_encoder_hidden_states",
+    "diffusers.models.attention_processor:Attention.set_processor",
+    "torch.nn:Module()._modules",
+)
 # For diffusers 0.36 and newer; earlier guiders had another interface.
 GUIDER = (
     "diffusers.guiders.guider_utils:BaseGuidance._identifier_key",
@@ -52,7 +57,7 @@ EXACT = (
     "diffusers.models.modeling_outputs:Transformer2DModelOutput",
     "diffusers.models.unets.unet_2d_condition:UNet2DConditionOutput",
 )
-NAMES = HOOK + GUIDER + SCHEDULERS + EXACT
+NAMES = HOOK + ATTENTION + GUIDER + SCHEDULERS + EXACT
 
 
 def missing(names: tuple[str, ...] = NAMES) -> list[str]:

@@ -20,8 +20,8 @@ FORBIDDEN = {
     "figures": USERS - {"figures"},
     "benchmarks": USERS - {"benchmarks"},
 }
-# The rooms of dng_models, each of which uses those before it.  Both experiments stand side by side.
-ROOMS = ("support", "pairs", "pipelines", "class_removal text_to_image")
+# The rooms of dng_models, each of which uses those before it.  Experiments stand side by side.
+ROOMS = ("support", "pairs", "pipelines", "class_removal text_to_image league")
 # The one module of dng_kernels that compiles with Numba, which is loaded when a step is bound.
 COMPILED = {"dng_kernels._compiled_cpu"}
 SHARED = {f"dng_math.{name}" for name in ("equations", "rules", "trackers", "schedules")}

@@ -333,7 +333,8 @@ def test_an_example_prints_what_its_page_says(page, program, said, tmp_path):
 
 
 def test_the_examples_are_found():
-    assert [page for page, *_ in examples()] == ["README.md"] * 3 + ["experiments.md", "path.md"]
+    pages = ["README.md"] * 3 + ["attention.md"] * 2 + ["experiments.md", "path.md"]
+    assert [page for page, *_ in examples()] == pages
 
 
 @pytest.mark.parametrize(

@@ -462,6 +462,7 @@ TABLE: tuple[Bad, ...] = (
             ("dtype", ("float64", torch.float32)),
             ("split_negatives", (1, "yes", None)),
             ("contrast", (*NO_NUMBER, -1.0)),
+            ("ask", (3, "")),
             ("clip", (3, "")),
             ("detector", (None, 3, "")),
         )

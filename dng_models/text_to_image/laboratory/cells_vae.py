@@ -31,6 +31,8 @@ class CellVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         The colour, in [-1, 1], that becomes 0.
     scaling_factor : float
         Factor from pixels to latents.
+    block_out_channels, latent_channels : None
+        Their values follow from ``cell``; a saved configuration has them for those who read it.
 
     Raises
     ------
@@ -45,6 +47,7 @@ class CellVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         centre: tuple[float, float, float] = (0.0, 0.0, 0.0),
         scaling_factor: float = 0.5,
         block_out_channels: tuple[int, ...] | None = None,
+        latent_channels: int | None = None,
     ) -> None:
         super().__init__()
         checks.integer("cell", cell, 1)

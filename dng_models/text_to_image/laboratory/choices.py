@@ -119,13 +119,20 @@ class Laboratory:
         Of the laboratory.
     seed : int
         Seed of the first image.
+    pipe : StableDiffusionPipeline, optional
+        Of the laboratory's world.  Default: the exact one.
     """
 
     def __init__(
-        self, images: int = IMAGES, prompts: Sequence[Prompt] = LABORATORY, seed: int = 0
+        self,
+        images: int = IMAGES,
+        prompts: Sequence[Prompt] = LABORATORY,
+        seed: int = 0,
+        pipe: Any = None,
     ) -> None:
         self.images, self.prompts, self.seed = images, prompts, seed
-        self.pipe, self.judge = laboratory_pipeline(), Judge(laboratory_world())
+        self.pipe = laboratory_pipeline() if pipe is None else pipe
+        self.judge = Judge(laboratory_world())
         self._own = self.pipe.scheduler
         self._unguided: dict[tuple[str, int, str], Judged] = {}
 

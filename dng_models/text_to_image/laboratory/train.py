@@ -317,9 +317,13 @@ class _Run:
     def rate(self) -> float:
         """Learning rate of the next step."""
         config = self.config
-        rise = min(1.0, (self.step + 1) / (config.warmup_steps + 1))
-        past = (self.step / config.steps - config.decay_from) / (1.0 - config.decay_from)
-        return config.learning_rate * rise * (1.0 - 0.99 * max(0.0, past))
+        restart = round(config.restart_from * config.steps)
+        first, last = (restart, config.steps) if self.step >= restart else (0, restart)
+        step, steps = self.step - first, last - first
+        rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
+        past = (step / steps - config.decay_from) / (1.0 - config.decay_from)
+        largest = config.learning_rate * (0.5 if first else 1.0)
+        return largest * rise * (1.0 - 0.99 * max(0.0, past))
 
     def _next(self) -> _Batch:
         """The batch of this step, while another thread prepares that of the next one."""

@@ -279,19 +279,26 @@ def test_negative_prompting_is_the_pipelines_own_with_one_more(pipe):
     ("rule", "cfg_scale"),
     [
         *((rule, None) for rule in RULES if rule != "ideal"),
-        *(("dng", 3.0), ("dng-empty", 3.0), ("perp-neg", 3.0)),
+        *(("dng", 3.0), ("dng-empty", 3.0), ("perp-neg", 3.0), ("nag", 3.0)),
     ],
 )
 def test_every_rule_draws(pipe, rule, cfg_scale):
     config = dataclasses.replace(CONFIG, prompts=(COMPLETE,), rules=(rule,), cfg_scale=cfg_scale)
     unguided = pixels(pipe, POINTS[0], [0], config)
     point = Point(COMPLETE, rule, "related", 4.0)
-    (drawn,) = pipelines.draw(pipe, config, point, [0])
-    assert drawn.finite and drawn.evaluations == 3
-    assert (drawn.log_posterior is not None) == rule.startswith("dng")
+    # Of three steps every one asks: everything is held from the first on.
+    ask = (lambda images, step: [config.concepts(point)] * len(images)) if rule == "ask" else None
+    (drawn,) = pipelines.draw(pipe, config, point, [0], ask=ask)
+    # Of a rule of attention, only a gate takes the negative's prediction.
+    each = 0 if rule in ("nag", "vsf") else len(config.concepts(point))
+    assert drawn.finite and drawn.evaluations == 3 * each
+    tracks = rule.startswith("dng") or rule == "nag-gated"
+    assert (drawn.log_posterior is not None) == tracks
+    assert len(drawn.questions) == (3 if rule == "ask" else 0)
     # Not much where the posterior is small, but something.
-    pushed = pixels(pipe, dataclasses.replace(point, guidance_scale=400.0), [0], config)
-    assert np.abs(pushed - unguided).max() > 0
+    strong = dataclasses.replace(point, guidance_scale=400.0)
+    (pushed,) = pipelines.draw(pipe, config, strong, [0], ask=ask)
+    assert np.abs(pushed.pixels.astype(float) - unguided).max() > 0
 
 
 def test_perp_neg_without_a_push_is_the_unguided_image(pipe):

@@ -1,0 +1,52 @@
+"""What docs/path.md says of trained digits is what commands print from the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dng_models.class_removal import compare
+from dng_models.class_removal.__main__ import main
+from dng_models.class_removal.config import Config
+from dng_models.class_removal.materials import files_digest
+from dng_models.class_removal.run_folder import SHIPPED
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "path.md").read_text(encoding="utf-8")
+CALIBRATIONS = SHIPPED / "digits" / "calibration"
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return compare.read_rows(ROOT / "benchmarks" / "results" / "class_removal_path" / "sweep.jsonl")
+
+
+def tables(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_tables_are_those_of_the_rows(rows):
+    at_equal_safety = [line for line in tables(compare.comparison(rows, 0.01)) if "[" in line]
+    lines = [*tables(compare.table(rows)), *at_equal_safety]
+    assert len(lines) > 20
+    assert [line for line in lines if line not in PAGE] == []
+
+
+def test_the_rows_are_of_the_networks_and_calibrations_that_ship(rows):
+    for row in rows:
+        config = Config.from_json(row["config"])
+        assert config.key == row["key"]
+        assert row["sources"]["classifier"] == files_digest(SHIPPED / "digits" / "classifier")
+        if "calibration" in row["sources"]:
+            suffix = "-path" if config.tracker == "path" else ""
+            fitted = CALIBRATIONS / f"{config.forget[0]}{suffix}.json"
+            assert row["sources"]["calibration"] == files_digest(fitted)
+
+
+def test_the_calibrations_are_reported_as_the_page_has_them(capsys):
+    arguments = ["calibrate", "--shipped", "--tracker", "path", "--report", "--device", "cpu"]
+    assert main([*arguments, "--forget", "0", "1", "8"]) == 0
+    printed = tables(capsys.readouterr().out)
+    assert len(printed) == 5
+    assert [line for line in printed if line not in PAGE] == []
