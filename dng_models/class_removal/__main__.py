@@ -164,7 +164,7 @@ def _chain_options(parser: argparse.ArgumentParser) -> None:
     options.add(group, Config, "steps", shown=STEPS)
     options.add(group, Config, "num_images", "seed")
     options.add(group, Config, "batch_size", shown=BATCH_SIZES)
-    options.add(group, Config, "variance", "eta", "clip")
+    options.add(group, Config, "variance", "eta", "solver", "clip")
 
 
 def _run_options(
@@ -274,12 +274,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     calibrate = command(
         "calibrate",
-        "Fit the temperature and the offset of both trackers to trained networks, and print what\n"
-        "was gained.\n\n"
+        "Fit the temperature and the offset of trackers to trained networks, and print what was\n"
+        "gained.\n\n"
         "The reverse of a forward-noised path of a held-out labelled image is a true reverse\n"
         "path: the tracker is run along it and compared with the label.  The result carries over\n"
         "to other numbers of steps; --hyperparameters calibrated uses it.",
-        "--dataset digits --forget 0\n--dataset mnist --forget 0 1 --networks conditional\n"
+        "--dataset digits --forget 0\n--shipped --forget 0 --tracker path --path-steps 50\n"
+        "--dataset mnist --forget 0 1 --networks conditional\n"
         "--shipped --report --forget 0 1 8",
     )
     calibrate.add_argument(
@@ -299,6 +300,13 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--path-steps", type=int, default=100, metavar="N", help="(default: %(default)s)"
     )
+    group.add_argument(
+        "--tracker",
+        choices=("path",),
+        default=argparse.SUPPRESS,
+        help="fit the path tracker, into a file of its own (default: the paper's and the log-odds)",
+    )
+    options.add(group, Config, "probes")
     options.add(group, Config, "seed", help="seed of the noise")
     options.add(
         group,

@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,25 +37,30 @@ from scipy import optimize, special
 from dng_math import checks, equations
 from dng_math.schedules import DDPM, NoiseSchedule
 from dng_math.trackers import (
+    LARGEST_WEIGHED,
+    TRACKERS,
     LogOddsTracker,
     PaperTracker,
+    PathTracker,
     TimeProfile,
+    TrackerName,
     at_steps,
     log_odds_from_log_posterior,
 )
-from dng_models.class_removal.evidence import Evidence
+from dng_models.class_removal.evidence import Evidence, PathEvidence
 from dng_models.support import files, foreign
 from dng_models.support.progress import Progress, seconds_of
 
 Array = NDArray[np.float64]
-Kind = Literal["paper", "log-odds"]
-TRACKERS: dict[Kind, type[PaperTracker] | type[LogOddsTracker]] = {
-    "paper": PaperTracker,
-    "log-odds": LogOddsTracker,
-}
+Kind = TrackerName
+AnyEvidence = Evidence | PathEvidence
+AnyTracker = PaperTracker | LogOddsTracker | PathTracker
+# The trackers that are fitted to one kind of evidence, and so together.
+OF_STEPS: tuple[Kind, ...] = ("paper", "log-odds")
+OF_POINTS: tuple[Kind, ...] = ("path",)
 # Beyond odds of 1 the log-odds tracker counts |mu_c - mu|^2, which every error of the networks
 # increases, as evidence for the class.  Capped at 0.5 it is best calibrated and its loss is smooth.
-P_MAX: dict[Kind, float] = {"paper": 0.99, "log-odds": 0.5}
+P_MAX: dict[Kind, float] = {"paper": 0.99, "log-odds": 0.5, "path": 0.9}
 # Close together near the data, where the networks' errors are largest.
 KNOTS = (0.0, 0.03, 0.07, 0.15, 0.3, 0.6)
 LOWEST = 1e-4  # bounds of the temperature, whose logarithm is fitted
@@ -78,16 +83,25 @@ _ENDS = ("", "_low", "_high")
 # ---------------------------------------------------------------------- the fit
 
 
-def tracked(evidence: Evidence, tracker: PaperTracker | LogOddsTracker) -> Array:
+def tracked(evidence: AnyEvidence, tracker: AnyTracker) -> Array:
     """log p/(1-p) along every path, shape (S + 1, N), from the tracker's own updates.
 
     Parameters
     ----------
-    evidence : Evidence
-        S steps along N paths.
-    tracker : PaperTracker or LogOddsTracker
+    evidence : Evidence or PathEvidence
+        S steps along N paths; a path tracker takes the latter, the others the former.
+    tracker : PaperTracker, LogOddsTracker or PathTracker
         With a prior.
+
+    Returns
+    -------
+    ndarray, shape (S + 1, N)
+        Before every step and after the last; of a path tracker at every point, and the last again.
     """
+    if isinstance(evidence, PathEvidence):
+        assert isinstance(tracker, PathTracker)
+        return _tracked_along(evidence, tracker)
+    assert not isinstance(tracker, PathTracker)
     c = evidence.coefficients
     variance = c.tracker_variance(tracker.variance)
     assert tracker.prior is not None
@@ -104,12 +118,55 @@ def tracked(evidence: Evidence, tracker: PaperTracker | LogOddsTracker) -> Array
         )
         rows.append(state)
     states = np.array(rows)
-    return states if isinstance(tracker, LogOddsTracker) else log_odds_from_log_posterior(states)
+    return _log_odds(tracker, states)
+
+
+def _log_odds(tracker: AnyTracker, state: Array) -> Array:
+    """log p/(1-p) of a state."""
+    is_log_odds = isinstance(tracker, LogOddsTracker) or getattr(tracker, "compare", "") == "rest"
+    return state if is_log_odds else log_odds_from_log_posterior(state)
+
+
+def _tracked_along(evidence: PathEvidence, tracker: PathTracker) -> Array:
+    """:func:`tracked` for the path tracker."""
+    c, ways = evidence.coefficients, evidence.ways()
+    assert tracker.prior is not None
+    state = tracker.init(np.full(len(evidence.forbidden), tracker.prior))
+    trackers = at_steps(tracker, c)
+    rows: list[Array] = []
+    rate_before: Array | None = None
+    for step, way in enumerate(ways):
+        of_way = trackers[max(step - 1, 0)]
+        assert isinstance(of_way, PathTracker)
+        p = np.minimum(np.exp(tracker.log_posterior(state)), LARGEST_WEIGHED)
+        rate = evidence.rate[step] + p / (1.0 - p) * evidence.spread[step]
+        rate_before = rate if rate_before is None else rate_before
+        before = equations.path_end(evidence.pull_before[step], rate_before, way.weight_before)
+        after = equations.path_end(evidence.pull[step], rate, way.weight)
+        state = of_way.update(state, before, after, len(c))
+        rows.append(state)
+        rate_before = rate
+    states = np.array([*rows, rows[-1]])
+    return _log_odds(tracker, states)
 
 
 def log_losses(log_odds: Array, forbidden: NDArray[np.bool_]) -> Array:
     """Log loss, -log of the probability given to the true class, in nats; shape of ``log_odds``."""
     return np.logaddexp(0.0, np.where(forbidden, -log_odds, log_odds))
+
+
+def _kinds(evidence: AnyEvidence) -> tuple[Kind, ...]:
+    """The trackers that evidence is for."""
+    return OF_POINTS if isinstance(evidence, PathEvidence) else OF_STEPS
+
+
+def _unfitted(kind: Kind, prior: float, p_max: float) -> AnyTracker:
+    """A tracker of the form that is fitted, without a temperature and an offset."""
+    if kind == "path":
+        # Against the rest the errors of two networks, which are no gradients of one log ratio, feed
+        # on themselves: the log loss of the digit 0 was 0.42 or more, and is 0.25 for this form.
+        return PathTracker(prior=prior, p_max=p_max, compare="base")
+    return TRACKERS[kind](prior=prior, p_max=p_max)
 
 
 @dataclass(frozen=True)
@@ -118,7 +175,7 @@ class Fitted:
 
     Attributes
     ----------
-    tracker : {"paper", "log-odds"}
+    tracker : {"paper", "log-odds", "path"}
     prior : float
         The class's share of the data; not fitted.
     times : tuple of float
@@ -142,16 +199,15 @@ class Fitted:
     offset_high: float
     p_max: float
 
-    def make(self) -> PaperTracker | LogOddsTracker:
+    def make(self) -> AnyTracker:
         """The tracker with these hyperparameters."""
         temperature: float | TimeProfile = self.temperature[0]
         if len(self.times) > 1:
             temperature = TimeProfile(self.times, self.temperature)
-        return TRACKERS[self.tracker](
-            prior=self.prior,
+        return dataclasses.replace(
+            _unfitted(self.tracker, self.prior, self.p_max),
             temperature=temperature,
             offset_nats=self.offset_nats,
-            p_max=self.p_max,
         )
 
     @classmethod
@@ -188,7 +244,7 @@ class Fitted:
 
 
 def fit(
-    evidence: Evidence, kind: Kind, *, prior: float, times: tuple[float, ...] = KNOTS
+    evidence: AnyEvidence, kind: Kind, *, prior: float, times: tuple[float, ...] = KNOTS
 ) -> Fitted:
     """Fit the temperature and offset of a tracker by maximum likelihood, with intervals.
 
@@ -198,9 +254,9 @@ def fit(
 
     Parameters
     ----------
-    evidence : Evidence
-    kind : {"paper", "log-odds"}
-        The tracker.
+    evidence : Evidence or PathEvidence
+    kind : {"paper", "log-odds", "path"}
+        The tracker: of steps for the former, "path" for the latter.
     prior : float
         Prior of the class, in (0, 1).
     times : tuple of float
@@ -215,7 +271,7 @@ def fit(
     TypeError, ValueError
         If ``kind`` or ``prior`` is not as described.
     """
-    checks.choice("kind", kind, TRACKERS)
+    checks.choice("kind", kind, _kinds(evidence))
     prior = checks.real("prior", prior, "in (0, 1)", 0.0, 1.0, closed="()")
     problem = _Problem(evidence, kind, prior, (0.0,))
     theta = problem.minimise(np.array([np.log(0.25), 0.0]))
@@ -250,11 +306,10 @@ class _Problem:
     """
 
     def __init__(
-        self, evidence: Evidence, kind: Kind, prior: float, times: tuple[float, ...]
+        self, evidence: AnyEvidence, kind: Kind, prior: float, times: tuple[float, ...]
     ) -> None:
         self.evidence, self.kind, self.prior, self.times = evidence, kind, prior, times
         c = evidence.coefficients
-        self.variance = c.tracker_variance()
         # Mean of each knot's hat function over each step, shape (S, knots): times the values at
         # the knots it gives the temperature of every step.
         hats = np.eye(len(times)).tolist()
@@ -267,15 +322,35 @@ class _Problem:
 
     def per_image(self, thetas: Array) -> Array:
         """Log loss of every image, averaged over its paths and time: (P, size) -> (P, images)."""
-        tracker = TRACKERS[self.kind](prior=self.prior, p_max=P_MAX[self.kind])
-        temperature = np.exp(thetas[:, :-1]) @ self.hats.T
-        offset = thetas[:, -1:] / len(self.variance)
+        tracker = _unfitted(self.kind, self.prior, P_MAX[self.kind])
+        temperature = (np.exp(thetas[:, :-1]) @ self.hats.T)[..., None]
+        offset = thetas[:, -1:] / len(self.judged)
         forbidden = self.evidence.forbidden
-        state = tracker.init(np.full((len(thetas), len(forbidden)), self.prior))
+        start = tracker.init(np.full((len(thetas), len(forbidden)), self.prior))
+        if isinstance(tracker, PathTracker):
+            states = self._along(tracker, start, temperature, offset)
+        else:
+            states = self._stepwise(tracker, start, temperature, offset)
+        total = np.zeros_like(start)
+        for step, state in enumerate(states):
+            if self.judged[step]:
+                total += log_losses(_log_odds(tracker, state), forbidden)
+        total /= self.judged.sum()
+        sums = np.array([np.bincount(self.of_image, weights=row) for row in total])
+        return sums / self.paths
+
+    def _stepwise(
+        self,
+        tracker: PaperTracker | LogOddsTracker,
+        state: Array,
+        temperature: Array,
+        offset: Array,
+    ) -> Iterator[Array]:
+        """The states after every step, (P, N), for temperatures (P, S, 1) and offsets (P, 1)."""
+        assert isinstance(self.evidence, Evidence)
         low = tracker.init(np.array(tracker.p_min))
         high = np.inf if self.kind == "log-odds" else np.log(tracker.p_max)
-        total = np.zeros_like(state)
-        for step, variance in enumerate(self.variance):
+        for step, variance in enumerate(self.evidence.coefficients.tracker_variance()):
             if variance > 0:
                 gap_sq, residual_gap = (
                     values[step] for values in (self.evidence.gap_sq, self.evidence.residual_gap)
@@ -286,13 +361,27 @@ class _Problem:
                     )
                 else:
                     ratio = equations.log_likelihood_ratio(gap_sq, residual_gap, variance)
-                state = np.clip(state + temperature[:, step, None] * ratio + offset, low, high)
-            if self.judged[step]:
-                odds = state if self.kind == "log-odds" else log_odds_from_log_posterior(state)
-                total += log_losses(odds, forbidden)
-        total /= self.judged.sum()
-        sums = np.array([np.bincount(self.of_image, weights=row) for row in total])
-        return sums / self.paths
+                state = np.clip(state + temperature[:, step] * ratio + offset, low, high)
+            yield state
+
+    def _along(
+        self, tracker: PathTracker, state: Array, temperature: Array, offset: Array
+    ) -> Iterator[Array]:
+        """The states at every point, as :meth:`_stepwise`."""
+        evidence = self.evidence
+        assert isinstance(evidence, PathEvidence) and tracker.compare == "base"
+        rate_before: Array | None = None
+        for step, way in enumerate(evidence.ways()):
+            p = np.minimum(np.exp(state), LARGEST_WEIGHED)
+            rate = evidence.rate[step] + p / (1.0 - p) * evidence.spread[step]
+            rate_before = rate if rate_before is None else rate_before
+            before = equations.path_end(evidence.pull_before[step], rate_before, way.weight_before)
+            after = equations.path_end(evidence.pull[step], rate, way.weight)
+            ratio = equations.path_log_ratio(before, after, 0.0, 0.0)
+            change = temperature[:, max(step - 1, 0)] * ratio + offset
+            state = np.clip(state + change, *tracker.bounds)
+            rate_before = rate
+            yield state
 
     def objectives(self, thetas: Array) -> Array:
         """Log loss averaged over images plus the penalty of the random-walk prior, shape (P,)."""
@@ -358,7 +447,12 @@ def _slopes(values: Array, step: float) -> Array:
 
 
 def cross_fitted(
-    evidence: Evidence, kind: Kind, *, prior: float, times: tuple[float, ...] = KNOTS, seed: int = 0
+    evidence: AnyEvidence,
+    kind: Kind,
+    *,
+    prior: float,
+    times: tuple[float, ...] = KNOTS,
+    seed: int = 0,
 ) -> Array:
     """log p/(1-p) of each path under a fit to the other half of the images, shape (S + 1, N).
 
@@ -378,7 +472,7 @@ def cross_fitted(
     return out
 
 
-def _halves(evidence: Evidence, seed: int) -> NDArray[np.bool_]:
+def _halves(evidence: AnyEvidence, seed: int) -> NDArray[np.bool_]:
     """Mask of the paths of a random half of the images, with half of the forbidden ones."""
     rng = np.random.default_rng(seed)
     chosen: list[NDArray[np.int64]] = []
@@ -388,7 +482,7 @@ def _halves(evidence: Evidence, seed: int) -> NDArray[np.bool_]:
     return np.isin(evidence.image, np.concatenate(chosen))
 
 
-def curves(evidence: Evidence, log_odds: Array, *, resamples: int = 400) -> dict[str, Any]:
+def curves(evidence: AnyEvidence, log_odds: Array, *, resamples: int = 400) -> dict[str, Any]:
     """Log loss (nats) and Brier score over diffusion time, with 95% intervals over images.
 
     Parameters
@@ -436,7 +530,7 @@ def _bootstrap(image: NDArray[np.int64], resamples: int, seed: int = 0) -> Array
 
 
 def reliability(
-    evidence: Evidence, log_odds: Array, *, resamples: int = 400
+    evidence: AnyEvidence, log_odds: Array, *, resamples: int = 400
 ) -> dict[str, list[float]]:
     """How often the class is the true one, in bins of tracked probability, over all times.
 
@@ -487,7 +581,7 @@ def seconds_to_fit(images: int, paths: int, steps: int) -> float:
     coefficients = NoiseSchedule.linear().respace(steps).coefficients(DDPM())
     nothing = np.zeros((len(coefficients), count))
     image = np.repeat(np.arange(images), paths)
-    evidence = Evidence(image < 1, image, nothing, nothing, coefficients)
+    evidence = Evidence(image < 1, image, coefficients, nothing, nothing)
     problem = _Problem(evidence, "paper", 0.5, KNOTS)
     thetas = np.zeros((LOSSES_A_STEP, len(KNOTS) + 1))
     return LOSSES_A_CALIBRATION * seconds_of(lambda: problem.per_image(thetas), 0.1)
@@ -498,15 +592,15 @@ def seconds_to_fit(images: int, paths: int, steps: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Fitted hyperparameters of both trackers, and what they gained, for one forgotten class.
+    """Fitted hyperparameters of trackers, and what they gained, for one forgotten class.
 
     Attributes
     ----------
     about : dict
         Data set, classes, networks, and numbers of images, paths and steps.
     fits : dict of str to Fitted
-        "paper" and "log-odds" have a temperature that varies over time; "paper, constant" and
-        "log-odds, constant" have one temperature.
+        "paper" and "log-odds", or "path", have a temperature that varies over time; those with
+        ", constant" after the name have one temperature.
     report : dict
         ``time``, a list of S + 1 numbers, and for each fit, for the settings that it is compared
         with and for "prior alone" the result of :func:`curves` and, as ``reliability``, that of
@@ -517,21 +611,26 @@ class Calibration:
     fits: dict[str, Fitted]
     report: dict[str, Any]
 
-    def tracker(self, kind: Kind, *, varying: bool = True) -> PaperTracker | LogOddsTracker:
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The trackers that were fitted."""
+        return tuple(kind for kind in TRACKERS if kind in self.fits)
+
+    def tracker(self, kind: Kind, *, varying: bool = True) -> AnyTracker:
         """The calibrated tracker.
 
         Parameters
         ----------
-        kind : {"paper", "log-odds"}
+        kind : {"paper", "log-odds", "path"}
         varying : bool
             Whether the temperature varies over time; otherwise there is one.
 
         Raises
         ------
         ValueError
-            If ``kind`` is not one of these.
+            If ``kind`` is not one that was fitted.
         """
-        checks.choice("kind", kind, TRACKERS)
+        checks.choice("kind", kind, self.kinds)
         return self.fits[_fit_name(kind, varying)].make()
 
     def save(self, path: Path | str) -> None:
@@ -576,7 +675,7 @@ class Calibration:
         about = foreign.member(told, "about", dict, path)
         listed = foreign.member(told, "fits", dict, path)
         fits = {}
-        for kind in TRACKERS:
+        for kind in OF_POINTS if OF_POINTS[0] in listed else OF_STEPS:
             for name in (_fit_name(kind, True), _fit_name(kind, False)):
                 where = f"{name!r} in {path}"
                 fits[name] = Fitted.from_json(foreign.member(listed, name, dict, path), where)
@@ -618,19 +717,21 @@ def _fit_name(kind: Kind, varying: bool) -> str:
 
 
 def calibrate(
-    evidence: Evidence,
+    evidence: AnyEvidence,
     *,
     prior: float,
-    before: dict[str, PaperTracker | LogOddsTracker] | None = None,
+    before: Mapping[str, AnyTracker] | None = None,
     about: dict[str, Any] | None = None,
     progress: str | None = None,
 ) -> Calibration:
-    """Fit both trackers, with one temperature and with one that varies, and judge every fit.
+    """Fit trackers, with one temperature and with one that varies, and judge every fit.
 
     Parameters
     ----------
-    evidence : Evidence
-        Evidence from held-out images (:func:`dng_models.class_removal.evidence.collect`).
+    evidence : Evidence or PathEvidence
+        Evidence from held-out images: of :func:`dng_models.class_removal.evidence.collect` for the
+        paper's and the log-odds tracker, of
+        :func:`dng_models.class_removal.evidence.collect_along_paths` for the path tracker.
     prior : float
         The forbidden class's share of the data, in (0, 1).
     before : dict of str to tracker, optional
@@ -656,7 +757,7 @@ def calibrate(
     judged: dict[str, Array] = {"prior alone": nothing}
     judged |= {name: tracked(evidence, tracker) for name, tracker in (before or {}).items()}
     fits = {}
-    variants = [(kind, times) for kind in TRACKERS for times in (KNOTS, (0.0,))]
+    variants = [(kind, times) for kind in _kinds(evidence) for times in (KNOTS, (0.0,))]
     shown = progress is not None
     for kind, times in Progress(len(variants), progress, unit="fit", shown=shown).over(variants):
         name = _fit_name(kind, len(times) > 1)
@@ -691,7 +792,7 @@ def report_table(calibrations: Mapping[str, Calibration]) -> str:
     Parameters
     ----------
     calibrations : mapping of str to Calibration
-        Calibrations by forgotten class.
+        Calibrations of the same trackers, by forgotten class.
 
     Returns
     -------
@@ -702,19 +803,19 @@ def report_table(calibrations: Mapping[str, Calibration]) -> str:
         evidence for the class in images of it, in nats: where exact networks would end, ln 1/p(c);
         the largest mean that these networks reach, and when; and where they end.
     """
-    fits = ("paper, constant", "paper", "log-odds, constant", "log-odds")
     lines: list[tuple[str, ...]] = []
     for name, calibration in calibrations.items():
         report, about = calibration.report, calibration.about
-        before = [each for each in report if each not in ("prior alone", "time", *fits)]
+        fitted = ("prior alone", "time", *calibration.fits)
         losses = {
             "share alone": "prior alone",
-            **{each: each for each in before},
-            "one temperature": "paper, constant",
-            "varying": "paper",
-            "log-odds, one temperature": "log-odds, constant",
-            "log-odds, varying": "log-odds",
+            **{each: each for each in report if each not in fitted},
         }
+        for i, kind in enumerate(calibration.kinds):
+            titles = ("one temperature", "varying")
+            if i:
+                titles = (f"{kind}, one temperature", f"{kind}, varying")
+            losses |= dict(zip(titles, (f"{kind}, constant", kind), strict=True))
         cells = {
             title: f"{report[each]['mean_log_loss'][0]:#.3g}".rstrip(".")
             for title, each in losses.items()

@@ -17,14 +17,18 @@ import torch
 from torch import Tensor
 
 from dng_math import NoiseSchedule, checks
-from dng_math.trackers import PathTracker
 from dng_models.class_removal import compare, plan
-from dng_models.class_removal.calibration import calibrate, report_table
+from dng_models.class_removal.calibration import (
+    OF_STEPS,
+    AnyEvidence,
+    AnyTracker,
+    calibrate,
+    report_table,
+)
 from dng_models.class_removal.classifier import ClassifierConfig, train_classifier
 from dng_models.class_removal.config import (
     CALIBRATED,
     FEWER_FOR_DIGITS,
-    FITTED,
     PRECISIONS,
     Config,
     Networks,
@@ -37,7 +41,7 @@ from dng_models.class_removal.data import (
     read_image,
 )
 from dng_models.class_removal.evaluation import evaluate
-from dng_models.class_removal.evidence import collect
+from dng_models.class_removal.evidence import collect, collect_along_paths
 from dng_models.class_removal.generation import generate, piece_count, trajectories
 from dng_models.class_removal.judge import classifier_files
 from dng_models.class_removal.materials import Materials, same_schedule
@@ -334,7 +338,8 @@ def _planned(
 
 def calibrate_command(given: argparse.Namespace) -> None:
     """Calibrate the trackers for the given networks, one class after the other."""
-    config = _config(given)
+    follows = getattr(given, "tracker", "paper") == "path"
+    config = _config(given, rule="dng", hyperparameters="own" if follows else "paper")
     materials = _materials(given, config)
     each_class = _one_by_one(config, materials, True)
     if not given.report:
@@ -343,7 +348,7 @@ def calibrate_command(given: argparse.Namespace) -> None:
         with _writing(given, materials):
             # Load all networks first, so that a missing one is reported before any fit.
             for each in each_class:
-                materials.models(dataclasses.replace(each, rule="dng", hyperparameters="paper"))
+                materials.models(each)
             numbers = {"paths": given.paths, "steps": given.path_steps}
             if _planned(
                 given,
@@ -372,38 +377,46 @@ def _calibrate(
 ) -> Path:
     """Calibrate one class and one kind of networks, on at most ``most`` images; return the file."""
     (name,) = config.forget
-    path = materials.folder.calibration(name, config.networks)
+    path = materials.folder.calibration(name, config.networks, config.tracker)
     if materials.processes.is_main_process:
-        config = dataclasses.replace(config, rule="dng", hyperparameters="paper")
+        follows = config.tracker == "path"
+        config = dataclasses.replace(
+            config, rule="dng", hyperparameters="own" if follows else "paper"
+        )
         models, held_out = materials.models(config), materials.dataset(config).held_out
         if most is not None and most < len(held_out):
             rows = held_out_rows(held_out.labels.numpy(), most / len(held_out))
             held_out = held_out.chosen(torch.from_numpy(rows))
+        images = held_out.images, (held_out.labels == held_out.index_of(name)).numpy()
+        shared: dict[str, Any] = {
+            "schedule": models.schedule,
+            "steps": steps,
+            "paths": paths,
+            "prediction_type": models.prediction_type,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "device": materials.device,
+            "progress": f"calibrating {name}, {config.networks}" if progress else None,
+        }
+        networks = models.base, models.unwanted[0]
+        evidence: AnyEvidence
+        before: dict[str, AnyTracker]
         with materials.threads(config):
-            evidence = collect(
-                models.base,
-                models.unwanted[0],
-                held_out.images,
-                (held_out.labels == held_out.index_of(name)).numpy(),
-                schedule=models.schedule,
-                steps=steps,
-                paths=paths,
-                prediction_type=models.prediction_type,
-                clip=config.clip,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                device=materials.device,
-                progress=f"calibrating {name}, {config.networks}" if progress else None,
-            )
-        papers = {}
-        for kind in FITTED:
-            tracker = materials.tracker(dataclasses.replace(config, tracker=kind))
-            assert not isinstance(tracker, PathTracker)
-            papers[kind] = tracker
+            if follows:
+                evidence = collect_along_paths(*networks, *images, probes=config.probes, **shared)
+                before = {"path, uncalibrated": materials.tracker(config)}
+            else:
+                evidence = collect(*networks, *images, clip=config.clip, **shared)
+                before = {
+                    f"{kind}, paper's settings": materials.tracker(
+                        dataclasses.replace(config, tracker=kind)
+                    )
+                    for kind in OF_STEPS
+                }
         calibrate(
             evidence,
             prior=materials.share(config),
-            before={f"{kind}, paper's settings": each for kind, each in papers.items()},
+            before=before,
             about={
                 "dataset": config.dataset,
                 "forget": name,

@@ -56,6 +56,8 @@ NAMES = {
     "cfg": "CFG",
     "cg": "CG",
     "fbg": "FBG",
+    "geoguide": "GeoGuide",
+    "cfg++": "CFG++",
 }
 # Fields of a configuration: AMOUNT is not part of the method, only DNG reads TRACKER, and NUMBERS
 # override the values of the paper, of a calibration or of the tracker itself.
@@ -166,8 +168,10 @@ def _base_name(config: Mapping[str, Any]) -> str:
             parts.append(f"as fitted for {config['calibration']}")
     if config.get("networks") == "conditional":
         parts.append("conditional network")
-    if _given(config, "eta"):
-        parts.append(f"eta {config['eta']:g}")
+    if _given(config, "solver"):
+        parts.append("DPM-Solver++ 2M")
+    elif _given(config, "eta"):
+        parts.append("DDIM" if config["eta"] == 0 else f"eta {config['eta']:g}")
     return ", ".join(parts)
 
 

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from dng_models.class_removal.calibration import Calibration
 
 Networks = Literal["pair", "conditional"]
-RuleName = Literal["none", "np", "sld", "dng", "ccfg", "cfg", "cg", "fbg", "perp-neg"]
+RuleName = Literal[
+    "none", "np", "sld", "dng", "ccfg", "cfg", "cg", "fbg", "perp-neg", "geoguide", "cfg++"
+]
 RULES: tuple[RuleName, ...] = get_args(RuleName)
-TOWARD = ("cfg", "cg", "fbg")  # rules that use no prediction of what is forbidden
+TOWARD = ("cfg", "cg", "fbg", "cfg++")  # rules that use no prediction of what is forbidden
 NEED_POSITIVE = (*TOWARD, "perp-neg")
 AnyTracker = PaperTracker | LogOddsTracker | PathTracker
-FITTED: tuple[TrackerName, ...] = ("paper", "log-odds")  # what a calibration fits
 CALIBRATED = ("calibrated", "calibrated-constant")
 
 BUILT_IN = {
@@ -62,7 +63,7 @@ TrainingPrecision = Literal["no", "bf16"]
 TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
 OWN = ("prior", "temperature", "offset", "offset_nats")
 # Fields that came later: a setting that has their defaults keeps the key that it had.
-LATER: dict[str, Any] = {"eta": 1.0, "probes": 1, "track_lo": 0.0}
+LATER: dict[str, Any] = {"eta": 1.0, "probes": 1, "track_lo": 0.0, "solver": "first-order"}
 
 
 def _class_names(name: str, value: object) -> tuple[str, ...]:
@@ -143,7 +144,7 @@ class Config:
         shown="that of the run",
     )
     toward: str | None = option(
-        None, "class to guide towards, for rules cfg, cg, fbg and perp-neg", metavar="CLASS"
+        None, "class to guide towards, for rules cfg, cg, fbg, perp-neg and cfg++", metavar="CLASS"
     )
     rule: RuleName = option("dng", "how predictions are combined")
     guidance_scale: float = option(
@@ -214,6 +215,10 @@ class Config:
         "tracker has the right posterior",
         check=between(0.0, 1.0, "[]"),
     )
+    solver: Literal["first-order", "dpm++2m"] = option(
+        "first-order",
+        "steps of the chain: DDPM's and DDIM's, or DPM-Solver++ 2M, deterministic (eta 0)",
+    )
     clip: float | None = option(
         None, "bound of the predicted |x0|", check=checks.positive, shown="none, as in the paper"
     )
@@ -281,6 +286,18 @@ class Config:
             raise ValueError(
                 f"variance must be 'small' with eta < 1, got {self.variance!r} and {self.eta:g}"
             )
+        if self.solver == "dpm++2m":
+            for name, value in (("eta", 0.0), ("clip", None)):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"{name} must be {value!r} with solver='dpm++2m', got "
+                        f"{getattr(self, name)!r}"
+                    )
+            if self.rule in NEED_POSITIVE:
+                raise ValueError(
+                    f"rule must lead away from something, or be 'none', with solver='dpm++2m', got "
+                    f"{self.rule!r}"
+                )
         if self.rule != "dng":
             return
         if self.tracker != "path":
@@ -290,10 +307,10 @@ class Config:
                     f"would be wrong at eta = {self.eta:g} however many steps are taken"
                 )
             return
-        if self.hyperparameters != "own":
+        if self.hyperparameters == "paper":
             raise ValueError(
-                "hyperparameters must be 'own' with tracker='path', which the paper does not have "
-                f"and no calibration fits, got {self.hyperparameters!r}"
+                "hyperparameters must be 'calibrated', 'calibrated-constant' or 'own' with "
+                "tracker='path', which the paper does not have, got 'paper'"
             )
         if self.offset is not None or self.tracker_variance != "matched":
             raise ValueError(
@@ -303,7 +320,7 @@ class Config:
 
     @property
     def sampler(self) -> Sampler:
-        """The steps of the chain."""
+        """The steps of the chain, unless the solver is of second order."""
         return DDPM(self.variance) if self.eta == 1.0 else DDIM(self.eta)
 
     # ------------------------------------------------------------------ JSON
@@ -454,7 +471,6 @@ def tracker_of(
                 f"{config.hyperparameters!r}, got None"
             )
         varying = config.hyperparameters == "calibrated"
-        assert config.tracker != "path"
         fitted = calibration.tracker(config.tracker, varying=varying)
         tracker = dataclasses.replace(fitted, prior=share)
     return config.with_own(tracker)

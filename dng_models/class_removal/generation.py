@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from dng_math.rules import Rule
 from dng_models.class_removal.config import Config
 from dng_models.class_removal.materials import Materials, Models
+from dng_models.class_removal.second_order import sample_second_order
 from dng_models.pairs.sampling import Samples, sample
 from dng_models.support import files
 
@@ -126,25 +128,30 @@ def _draw(
 ) -> Samples:
     """Draw one batch of images and the records of their chains."""
     unwanted = models.unwanted
+    shared: dict[str, Any] = {
+        "shape": tuple(materials.dataset(config).images.shape[1:]),
+        "num_images": config.batch_size,
+        "schedule": models.schedule,
+        "steps": config.steps,
+        "prediction_type": models.prediction_type,
+        "seed": config.seed,
+        "first_image": batch * config.batch_size,
+        "device": materials.device,
+        "autocast": None if config.autocast is None else getattr(torch, config.autocast),
+        "record": record,
+        "progress": progress,
+    }
+    if config.solver == "dpm++2m":
+        return sample_second_order(models.base, unwanted, rule, **shared)
     return sample(
         models.base,
         unwanted if len(unwanted) > 1 else next(iter(unwanted), None),
         rule,
-        shape=tuple(materials.dataset(config).images.shape[1:]),
-        num_images=config.batch_size,
-        schedule=models.schedule,
-        steps=config.steps,
-        prediction_type=models.prediction_type,
         sampler=config.sampler,
         clip=config.clip,
         positive=models.positive,
-        seed=config.seed,
-        first_image=batch * config.batch_size,
         batch_size=config.batch_size,
-        device=materials.device,
-        autocast=None if config.autocast is None else getattr(torch, config.autocast),
-        record=record,
-        progress=progress,
+        **shared,
     )
 
 

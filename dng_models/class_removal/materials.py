@@ -273,6 +273,7 @@ class Materials(Place):
             raise FileNotFoundError(
                 f"there is no calibration in {path}; make it with: {COMMAND} calibrate --dataset "
                 f"{config.dataset} --forget {name} --networks {config.networks} "
+                f"{'--tracker path ' if config.tracker == 'path' else ''}"
                 f"--out {self.folder.path}"
             )
         loaded: Calibration = self._once(("calibration", path), lambda: Calibration.load(path))
@@ -281,9 +282,9 @@ class Materials(Place):
     def calibration_file(self, config: Config) -> Path:
         """The path of the calibration of a setting."""
         name = config.calibration or config.forget[0]
-        return (
-            Path(name) if Path(name).is_file() else self.folder.calibration(name, config.networks)
-        )
+        if Path(name).is_file():
+            return Path(name)
+        return self.folder.calibration(name, config.networks, config.tracker)
 
     def judge(self, config: Config) -> Judge:
         """The classifier that judges the images of a setting.

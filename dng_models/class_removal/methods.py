@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "dng-log-odds": {"rule": "dng", "tracker": "log-odds", "hyperparameters": "calibrated"},
     "dng-path": {"rule": "dng", "tracker": "path", "hyperparameters": "own"},
+    "dng-path-calibrated": {"rule": "dng", "tracker": "path", "hyperparameters": "calibrated"},
 }
 
 
@@ -43,6 +44,7 @@ LADDERS: dict[str, tuple[float, ...]] = {
     "dng-constant": (2.0, 4.0, 8.0),
     "dng-log-odds": (3.0, 6.0, 12.0),
     "dng-path": (1.0, 2.0, 4.0),
+    "dng-path-calibrated": (2.0, 5.0, 10.0),
     "dng": (1.0, 2.0, 4.0),
 }
 

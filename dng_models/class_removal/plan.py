@@ -14,11 +14,12 @@ from urllib.parse import unquote
 
 import torch
 
-from dng_math.rules import NegativePrompting, Rule, Unguided
+from dng_math.rules import DynamicNegativeGuidance, NegativePrompting, Rule, Unguided
+from dng_math.trackers import PathTracker
 from dng_models.class_removal import classifier, judge, networks, train
 from dng_models.class_removal.calibration import seconds_to_fit
 from dng_models.class_removal.classifier import ClassifierConfig
-from dng_models.class_removal.config import TOWARD, Config
+from dng_models.class_removal.config import TOWARD, Config, RuleName
 from dng_models.class_removal.data import Dataset, held_out_rows
 from dng_models.class_removal.evaluation import Reference, evaluate
 from dng_models.class_removal.generation import piece_count
@@ -133,7 +134,8 @@ def of_calibrations(
     parts = []
     for config in configs:
         batches = -(-images * paths // config.batch_size)
-        guided = replace(config, rule="np", guidance_scale=1.0, forget=config.forget[:1])
+        rule: RuleName = "dng" if config.tracker == "path" else "np"
+        guided = replace(config, rule=rule, guidance_scale=1.0, forget=config.forget[:1])
         each = seconds_per_step(guided, materials, size)
         parts.append(
             Part(
@@ -156,7 +158,8 @@ def of_settings(
     groups: dict[str, list[float]] = {}
     for config in configs:
         calls = _calls(config)
-        key = config.networks, config.base, calls, config.batch_size, config.autocast
+        of_networks = config.networks, config.base, config.autocast
+        key = of_networks, calls, _probes(config), config.batch_size
         if key not in timed:
             timed[key] = seconds_per_step(config, materials, size)
         seconds = piece_count(config) * config.steps * timed[key]
@@ -181,15 +184,23 @@ def _calls(config: Config) -> int:
     return 1 + several + positive
 
 
+def _probes(config: Config) -> int:
+    """Number of forward derivatives per step."""
+    return config.probes if config.rule == "dng" and config.tracker == "path" else 0
+
+
 def seconds_per_step(
     config: Config, materials: Materials, size: networks.Size | None = None
 ) -> float:
-    """Measured time of one step for one batch, in seconds; all guidance rules cost about the same.
+    """Measured time of one step for one batch, in seconds.
 
-    With guidance, two networks are timed and the time is scaled to the number of predictions.
+    All guidance rules cost about the same, but for the derivatives of a path tracker.  With
+    guidance, two networks are timed and the time is scaled to the number of predictions.
     """
     calls = _calls(config)
     rule: Rule = Unguided() if calls == 1 else NegativePrompting(1.0)
+    if _probes(config):
+        rule = DynamicNegativeGuidance(1.0, PathTracker(0.1, probes=config.probes))
     net, labels = _network(config, materials, size)
     denoisers: list[Denoiser] = [net] * 2
     if labels is not None:

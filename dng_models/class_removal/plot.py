@@ -49,7 +49,6 @@ from dng_models.class_removal.compare import (
     tuning_table,
     weakest_safe,
 )
-from dng_models.class_removal.config import FITTED
 from dng_models.support import extras, foreign, style
 from dng_models.support.files import load_tensors, read_json, write_text
 from dng_models.support.printable import plain
@@ -674,7 +673,7 @@ def _calibrations(path: Path) -> dict[str, dict[str, Any]]:
     return {
         tracker: _calibration(tracker, fits, saved.report)
         | {"label": f"class {plain(unquote(path.stem))}, {tracker} tracker"}
-        for tracker in FITTED
+        for tracker in saved.kinds
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from dng_math.trackers import TrackerName
 from dng_models.class_removal.config import Config, Networks
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints"
@@ -50,12 +51,14 @@ class RunFolder:
         """Folder of the network that was trained on one class."""
         return self.networks / f"class-{_file_name(name)}"
 
-    def calibration(self, name: str, networks: Networks) -> Path:
-        """File of the calibration for a forgotten class and a kind of networks.
+    def calibration(self, name: str, networks: Networks, tracker: TrackerName = "paper") -> Path:
+        """File of the calibration for a forgotten class, a kind of networks and a tracker.
 
-        It is the run's own, unless only the shipped networks come with one.
+        It is the run's own, unless only the shipped networks come with one.  The paper's and the
+        log-odds tracker share a file.
         """
         suffix = "" if networks == "pair" else f"-{networks}"
+        suffix += "-path" if tracker == "path" else ""
         file = Path("calibration", f"{_file_name(name)}{suffix}.json")
         own = self.path / file
         if self.shipped is not None and not own.is_file() and (self.shipped / file).is_file():

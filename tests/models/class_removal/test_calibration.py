@@ -10,10 +10,20 @@ import pytest
 import torch
 from scipy import special
 
-from dng_math import GaussianMixture, LogOddsTracker, NoiseSchedule, PaperTracker, TimeProfile
+from dng_kernels import standard_normal
+from dng_math import (
+    GaussianMixture,
+    LogOddsTracker,
+    NoiseSchedule,
+    PaperTracker,
+    PathTracker,
+    TimeProfile,
+    path_ends,
+)
+from dng_math.trackers import at_steps
 from dng_models.class_removal import calibration
 from dng_models.class_removal.calibration import Calibration, fit, tracked
-from dng_models.class_removal.evidence import Evidence, collect
+from dng_models.class_removal.evidence import Evidence, PathEvidence, collect, collect_along_paths
 from tests.helpers import textbook
 from tests.helpers.tolerances import CHAIN, error
 
@@ -52,13 +62,56 @@ def evidence() -> Evidence:
     return evidence_of()
 
 
+LINE = GaussianMixture([0.2, 0.5, 0.3], [[-1.0], [0.0], [1.5]], [0.09, 0.2, 0.09])
+
+
+def on_a_line(components):
+    """As :func:`denoiser`, for one dimension, where a random sign gives the derivative itself."""
+    part = LINE if components is None else LINE.restrict(components)
+    live = part.weights > 0
+    weights, means, variances = (
+        torch.tensor(np.asarray(v)[live])
+        for v in (part.weights, part.means[:, 0], part.covariances)
+    )
+
+    def predict(x, t):
+        alpha, sigma = (float(v[int(t[0]) + 1]) for v in (LINEAR.alpha, LINEAR.sigma))
+        spread = alpha**2 * variances + sigma**2
+        now = x.double()
+        share = torch.softmax(
+            weights.log() - 0.5 * spread.log() - (now - alpha * means) ** 2 / (2 * spread), dim=1
+        )
+        eps = (share * sigma * (now - alpha * means) / spread).sum(1, keepdim=True)
+        return eps.to(x.dtype)
+
+    return predict
+
+
+def on_line(n: int):
+    """Points of the mixture, and whether they are of its first component."""
+    rng = np.random.default_rng(3)
+    component = rng.choice(3, size=n, p=LINE.weights)
+    spread = np.sqrt(LINE.covariances[component])[:, None]
+    points = LINE.means[component] + spread * rng.normal(size=(n, 1))
+    return torch.from_numpy(points).float(), component == 0
+
+
+def along_paths(n: int = 400, steps: int = 50, **options) -> PathEvidence:
+    points, forbidden = on_line(n)
+    options = {"steps": steps, "paths": 2, "batch_size": 2 * n, **options}
+    return collect_along_paths(on_a_line(None), on_a_line([0]), points, forbidden, **options)
+
+
+@pytest.fixture(scope="module")
+def path_evidence() -> PathEvidence:
+    return along_paths()
+
+
 # ---------------------------------------------------------------- evidence
 
 
 def test_tracked_along_a_noising_path_is_the_papers_update(evidence):
     """Paths made again here, and Eq. 12 written out by the textbook, in float64."""
-    from dng_kernels import standard_normal
-
     points, _ = draw(500, 3)
     c = evidence.coefficients
     x = points.repeat_interleave(2, dim=0)
@@ -89,6 +142,33 @@ def test_a_path_does_not_depend_on_the_batch():
     evidence, other = (evidence_of(n=40, steps=20, batch_size=size) for size in (80, 17))
     assert error(other.gap_sq, evidence.gap_sq) < 1e-12
     assert error(other.residual_gap, evidence.residual_gap) < 1e-12
+
+
+def test_evidence_along_a_path_is_the_exact_trackers():
+    """Points made again here, and dng_math's own ends and updates; a drift and a profile too."""
+    n, steps = 30, 20
+    evidence = along_paths(n, steps, paths=1, batch_size=12)
+    c = evidence.coefficients
+    clean = on_line(n)[0]
+    eps = standard_normal(0, clean.shape)
+    for compare in ("rest", "base"):
+        tracker = PathTracker(
+            0.3, TimeProfile((0.1, 0.6), (0.5, 0.9)), 0.4, p_max=0.95, compare=compare
+        )
+        state, previous, rows = tracker.init(np.full((1, n), 0.3)), None, []
+        for step, own in enumerate([at_steps(tracker, c)[0], *at_steps(tracker, c)[:-1]]):
+            alpha, sigma = float(c.alpha_t[step]), float(c.sigma_t[step])
+            x = (alpha * clean + sigma * eps).double().numpy()
+            ends = path_ends(LINE, x, alpha, sigma, forbidden=[0], previous=previous)
+            assert isinstance(own, PathTracker)
+            state = own.update(state, *ends, steps)
+            rows.append(special.logit(np.exp(tracker.log_posterior(state)))[0])
+            previous = x, alpha, sigma
+        got = tracked(evidence, tracker)
+        assert error(got[:-1], rows) < 1e-4  # x is float32
+        assert error(got[-1], got[-2]) == 0.0
+    exact = LINE.diffuse(alpha, sigma).log_posterior(x, [0]) - np.log(0.2)
+    assert error(evidence.gain()[-1], exact) < 0.1
 
 
 def test_clipping_and_kinds_of_prediction_are_the_same_step():
@@ -127,6 +207,21 @@ def test_exact_networks_want_temperature_one_and_no_offset():
     assert abs(np.log(fitted.temperature[0])) < spread + 0.1
     assert spread < 0.8  # or nothing would have been shown
     assert abs(fitted.offset_nats) < (fitted.offset_high - fitted.offset_low) / 2 * 5 / 1.96
+
+
+def test_exact_networks_want_temperature_one_along_paths(path_evidence):
+    """At 50 steps, where the tracker of transitions wants 0.7: no step is assumed to be short."""
+    fitted = fit(path_evidence, "path", prior=0.2, times=(0.0,))
+    spread = np.log(fitted.temperature_high[0] / fitted.temperature_low[0]) / 2 * 5 / 1.96
+    assert abs(np.log(fitted.temperature[0])) < spread + 0.05
+    assert spread < 0.8
+    assert abs(fitted.offset_nats) < (fitted.offset_high - fitted.offset_low) / 2 * 5 / 1.96
+    doubled = {
+        name: 2.0 * getattr(path_evidence, name)
+        for name in ("pull", "pull_before", "rate", "spread")
+    }
+    wrong = fit(replace(path_evidence, **doubled), "path", prior=0.2, times=(0.0,))
+    assert 2.0 * wrong.temperature[0] == pytest.approx(fitted.temperature[0], rel=0.05)
 
 
 @pytest.mark.parametrize("times", [(0.0,), (0.05, 0.5)])
@@ -169,19 +264,24 @@ def test_a_time_at_which_the_networks_are_noise_is_left_out(evidence):
     assert losses[0] < losses[1] - 0.005
 
 
-@pytest.mark.parametrize("kind", calibration.TRACKERS)
-def test_what_is_minimised_is_the_loss_of_the_tracker_itself(evidence, kind):
+@pytest.mark.parametrize("kind", [*calibration.OF_STEPS, *calibration.OF_POINTS])
+def test_what_is_minimised_is_the_loss_of_the_tracker_itself(request, kind):
+    path = kind in calibration.OF_POINTS
+    evidence = request.getfixturevalue("path_evidence" if path else "evidence")
     times = (0.05, 0.2, 0.6)
     problem = calibration._Problem(evidence, kind, 0.2, times)
     thetas = np.array([[-1.0, -0.5, 0.0, 0.7], [-2.0, -1.0, -1.5, -1.0]])
     for theta, got in zip(thetas, problem.per_image(thetas), strict=True):
         profile = TimeProfile(times, tuple(np.exp(theta[:-1])))
-        tracker = calibration.TRACKERS[kind](
-            prior=0.2, temperature=profile, offset_nats=theta[-1], p_max=calibration.P_MAX[kind]
+        tracker = replace(
+            calibration._unfitted(kind, 0.2, calibration.P_MAX[kind]),
+            temperature=profile,
+            offset_nats=theta[-1],
         )
-        log_odds = tracked(evidence, tracker)[1:][problem.judged]
-        losses = calibration.log_losses(log_odds, evidence.forbidden).mean(axis=0)
-        assert error(got, losses.reshape(500, 2).mean(axis=1)) < 1e-11
+        # A path tracker's state is that of a point, and not after the step from there.
+        rows = tracked(evidence, tracker)[:-1] if path else tracked(evidence, tracker)[1:]
+        losses = calibration.log_losses(rows[problem.judged], evidence.forbidden).mean(axis=0)
+        assert error(got, losses.reshape(-1, 2).mean(axis=1)) < 1e-11
 
 
 def test_log_losses_are_the_definition_and_stay_finite():
@@ -304,7 +404,29 @@ def test_a_calibration_is_saved_whole_and_read_back(tmp_path):
         Calibration.load(tmp_path / "1.json")
 
 
-def test_bad_input(evidence):
+def test_a_calibration_of_the_path_tracker_has_its_own_fits(tmp_path):
+    few = along_paths(120, 20)
+    before = {"path, uncalibrated": PathTracker(0.2)}
+    made = calibration.calibrate(few, prior=0.2, before=before, about={"forget": ["0"]})
+    assert set(made.fits) == {"path", "path, constant"} and made.kinds == ("path",)
+    made.save(tmp_path / "0-path.json")
+    again = Calibration.load(tmp_path / "0-path.json")
+    assert again.fits == made.fits
+    tracker = again.tracker("path")
+    assert isinstance(tracker, PathTracker) and tracker.compare == "base" and tracker.p_max == 0.9
+    assert (
+        again.report["prior alone"]["mean_log_loss"][0] > again.report["path"]["mean_log_loss"][0]
+    )
+    assert len(again.report["time"]) == len(again.report["path"]["log_loss"]) == 21
+    head, _, row = calibration.report_table({"0": again}).splitlines()
+    cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    for title, name in (("one temperature", "path, constant"), ("varying", "path")):
+        assert float(cells[title]) == pytest.approx(again.report[name]["mean_log_loss"][0], 5e-3)
+    with pytest.raises(ValueError, match="kind must be one of 'path'"):
+        again.tracker("paper")
+
+
+def test_bad_input(evidence, path_evidence):
     points, _ = draw(10, 0)
     with pytest.raises(ValueError, match="forbidden must say of every image.*0 of 10"):
         collect(denoiser(None), denoiser([0]), points, np.zeros(10, dtype=bool))
@@ -312,5 +434,11 @@ def test_bad_input(evidence):
         collect(denoiser(None), denoiser([0]), points, np.array([True, False]))
     with pytest.raises(ValueError, match="kind must be one of"):
         fit(evidence, "both", prior=0.2)
+    with pytest.raises(ValueError, match="kind must be one of 'paper', 'log-odds'"):
+        fit(evidence, "path", prior=0.2)
+    with pytest.raises(ValueError, match="kind must be one of 'path'"):
+        fit(path_evidence, "paper", prior=0.2)
+    with pytest.raises(ValueError, match="probes"):
+        collect_along_paths(denoiser(None), denoiser([0]), points, np.arange(10) < 3, probes=0)
     with pytest.raises(ValueError, match=r"prior must be in \(0, 1\), got 1.0"):
         fit(evidence, "paper", prior=1.0)

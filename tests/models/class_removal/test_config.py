@@ -12,9 +12,11 @@ import pytest
 from dng_math import (
     DDIM,
     DDPM,
+    CFGPlusPlus,
     ClassifierFreeGuidance,
     DynamicNegativeGuidance,
     FeedbackGuidance,
+    GeoGuide,
     LimitedInterval,
     LogOddsTracker,
     NegativePrompting,
@@ -86,7 +88,7 @@ def test_only_dng_forgets_several_classes_with_a_network_each(name):
     assert Config(rule="dng", forget=("0", "1")).forget == ("0", "1")
 
 
-@pytest.mark.parametrize("name", ["cfg", "cg", "fbg", "perp-neg"])
+@pytest.mark.parametrize("name", ["cfg", "cg", "fbg", "perp-neg", "cfg++"])
 def test_rules_that_lead_somewhere_need_to_know_where(name):
     with pytest.raises(ValueError, match=r"toward \(a class\) or positive \(a network\)"):
         Config(rule=name)
@@ -140,7 +142,8 @@ def test_fields_that_came_later_leave_the_keys_of_before():
     path = Config(tracker="path", hyperparameters="own")
     others = [dataclasses.replace(path, **{n: v}) for n, v in
               (("eta", 0.0), ("probes", 2), ("track_lo", 0.2))]  # fmt: skip
-    assert len({path.key, *(other.key for other in others)}) == 4
+    others.append(dataclasses.replace(others[0], solver="dpm++2m"))
+    assert len({path.key, *(other.key for other in others)}) == 5
 
 
 def test_images_are_the_same_however_many_and_whoever_judges_them():
@@ -164,6 +167,8 @@ def test_every_rule_is_built():
     assert built["cfg"] == ClassifierFreeGuidance(2.5)
     assert built["fbg"] == FeedbackGuidance()
     assert built["perp-neg"] == PerpNeg(2.5)
+    assert built["geoguide"] == GeoGuide(2.5)
+    assert built["cfg++"] == CFGPlusPlus(2.5)
     assert isinstance(built["dng"], DynamicNegativeGuidance)
 
 
@@ -192,8 +197,7 @@ def test_the_path_tracker_has_what_is_its_own():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tracker": "path"}, "hyperparameters must be 'own' with tracker='path'"),
-        ({"tracker": "path", "hyperparameters": "calibrated"}, "hyperparameters must be 'own'"),
+        ({"tracker": "path"}, "hyperparameters must be 'calibrated'.*or 'own' with tracker='path'"),
         ({"tracker": "path", "hyperparameters": "own", "offset": 1e-4}, "offset and tracker_var"),
         (
             {"tracker": "path", "hyperparameters": "own", "tracker_variance": "small"},
@@ -202,6 +206,13 @@ def test_the_path_tracker_has_what_is_its_own():
         ({"eta": 0.0}, "tracker must be 'path' with eta < 1, got 'paper'"),
         ({"eta": 0.5, "variance": "large", "rule": "np"}, "variance must be 'small' with eta < 1"),
         ({"eta": 1.5}, "eta must be in"),
+        ({"solver": "dpm++2m", "rule": "np"}, "eta must be 0.0 with solver='dpm.*, got 1.0"),
+        ({"solver": "dpm++2m", "rule": "np", "eta": 0.0, "clip": 1.0}, "clip must be None"),
+        ({"solver": "dpm++2m", "eta": 0.0}, "tracker must be 'path'"),
+        (
+            {"solver": "dpm++2m", "rule": "cfg", "toward": "1", "eta": 0.0},
+            "rule must lead away.*got 'cfg'",
+        ),
         ({"probes": 0}, "probes"),
         ({"track_lo": 1.0}, "track_lo"),
     ],

@@ -27,6 +27,10 @@ from tests.helpers.mixtures import KINDS, moderate
 from tests.models.pipelines.test_path import OTHER_PIPELINES, made, with_brownian_motion
 
 __all__ = ["with_brownian_motion"]  # an automatic fixture
+# diffusers' DEIS and KDPM2 give tensors to NumPy's functions.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array_wrap__ must accept context:DeprecationWarning"
+)
 IMAGES, STEPS, PROBES = 64, 20, 4
 SCHEDULERS = [name for name in _READERS if name not in OTHER_PIPELINES]
 # Of mixtures that may be far apart, with noise: one long step can carry the wrong half of them.
