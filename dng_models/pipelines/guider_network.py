@@ -58,7 +58,8 @@ class SeenNetwork:
         """Note the network's next call, until :meth:`unwatch`."""
 
         def seen(module: nn.Module, places: Any, named: dict[str, Any], output: Any) -> None:
-            inputs: dict[int | str, Any] = {**dict(enumerate(places)), **named}
+            inputs: dict[int | str, Any] = dict(enumerate(places))
+            inputs.update(named)
             self._calls.append(_Call(module, inputs, _tensor(output)))
 
         self.unwatch()
