@@ -13,7 +13,6 @@ from dng_math import checks
 from dng_models.support import files
 from dng_models.text_to_image import compare, priors, prompts, store
 from dng_models.text_to_image.config import (
-    LABORATORIES,
     THE_LABORATORY,
     TINY,
     Config,
@@ -47,7 +46,7 @@ def _config(given: argparse.Namespace) -> Config:
         told = QUICK | told
     if "dtype" not in told:
         # The exact model computes in float32 whatever its latents are.
-        exact = told.get("model", Config.model) in (TINY, *LABORATORIES)
+        exact = told.get("model", Config.model) in (TINY, THE_LABORATORY)
         on_gpu = not exact and _is_gpu(given.device)
         told["dtype"] = "float16" if on_gpu else "float32"
     if given.interval is not None:

@@ -42,8 +42,6 @@ KINDS: tuple[Kind, ...] = ("related", "unrelated")
 UNGUIDED = "none"
 IDEAL = "ideal"
 THE_LABORATORY = "laboratory"
-TRAINED = "laboratory-trained"  # on its world; shipped with the package
-LABORATORIES = (THE_LABORATORY, TRAINED)
 JUDGE = "judge"  # the laboratory's, in place of CLIP and of a detector
 PAPER_MODEL = "stabilityai/stable-diffusion-2"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -197,9 +195,9 @@ def defaults_of(model: str) -> dict[str, Any]:
     Parameters
     ----------
     model : str
-        "laboratory", "laboratory-trained", "tiny", a name or a folder.
+        "laboratory", "tiny", a name or a folder.
     """
-    if model in LABORATORIES:
+    if model == THE_LABORATORY:
         return {
             "prompts": LABORATORY,
             "rules": ("np", "dng", "dng-empty", "dng-bare", "dng-log-odds", "sld", IDEAL),
@@ -225,11 +223,10 @@ class Config:
     """Everything that the images of a folder share, and how they are measured.
 
     The model may be "laboratory", whose predictions are exact and whose judge knows what is in an
-    image, "laboratory-trained", networks that learned its world, and "tiny", random networks that
-    show that everything works.  They decide what some options mean if they are None: without a word
-    of the user's, the laboratory compares all methods with negatives that are composed with the
-    prompt, and other models do what the paper did.  The schedulers are those of
-    :func:`dng_models.text_to_image.pipelines.set_scheduler`.  Without
+    image, and "tiny", random networks that show that everything works.  Both decide what some
+    options mean if they are None: without a word of the user's, the laboratory compares all methods
+    with negatives that are composed with the prompt, and other models do what the paper did.  The
+    schedulers are those of :func:`dng_models.text_to_image.pipelines.set_scheduler`.  Without
     ``guidance_scales`` the scales are ``fractions`` of the prompt's own.
 
     "dng-log-odds" takes the hyperparameters of "dng", which the paper chose for its own tracker.
@@ -241,9 +238,9 @@ class Config:
 
     model: str = option(
         THE_LABORATORY,
-        "laboratory, whose predictions are exact; laboratory-trained, networks that learned its "
-        "world; or any text-to-image pipeline of diffusers: a name on the hub, or a folder. The "
-        f"paper's numbers are of Stable Diffusion 2, {PAPER_MODEL}",
+        "laboratory, whose predictions are exact, or any text-to-image pipeline of diffusers: a "
+        "name on the hub, or a folder. The paper's numbers are of Stable Diffusion 2, "
+        f"{PAPER_MODEL}",
         check=_model_name,
         metavar="NAME_OR_DIR",
     )

@@ -14,19 +14,17 @@ import dng_models.text_to_image.laboratory.cells_vae  # noqa: F401
 from dng_models.support import foreign
 
 INDEX = "model_index.json"
-SHIPPED = Path(__file__).with_name("checkpoints") / "trained"
 
 
 def load_trained(
-    folder: Path | str = SHIPPED, *, dtype: torch.dtype = torch.float32
+    folder: Path | str, *, dtype: torch.dtype = torch.float32
 ) -> StableDiffusionPipeline:
     """Load a pipeline that ``train-laboratory`` left, by diffusers' ``from_pretrained``.
 
     Parameters
     ----------
     folder : Path or str
-        Of a finished training.  Its weights are safetensors.  Default: the one that is shipped with
-        the package.
+        Of a finished training.  Its weights are safetensors.
     dtype : torch.dtype
         Of the networks and latents.
 
