@@ -103,6 +103,7 @@ CELL = (
 )
 
 
+@pytest.mark.slow
 def test_the_summary_prints_the_data():
     """Every number of every case, to the digits that are shown."""
     text = league.summary(data())
@@ -133,6 +134,7 @@ def test_the_summary_prints_the_data():
     assert cells > 0.8 * len(data().cases) * len(LEAGUE)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers():
     again = league._result(case("1D, inner mode", "ancestral"), data().n, 0)
     held = data().cases[case("1D, inner mode", "ancestral")]
@@ -144,6 +146,7 @@ def test_the_same_seed_gives_the_same_numbers():
 # ---------------------------------------------------------------------- who wins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", EASY)
 def test_exact_dng_at_one_is_nearer_than_all_that_read_no_posterior(name, sampler):
@@ -167,6 +170,7 @@ def test_exact_dng_at_one_is_nearer_than_all_that_read_no_posterior(name, sample
             assert dng.distance[i] + apart < curve.distance[best], other
 
 
+@pytest.mark.slow
 def test_without_noise_the_trackers_of_transitions_leak_and_the_path_tracker_does_not():
     """Clopper-Pearson at 1e-6 for each share."""
     result = data().cases[case("1D, inner mode", "deterministic")]
@@ -177,6 +181,7 @@ def test_without_noise_the_trackers_of_transitions_leak_and_the_path_tracker_doe
     assert binomial_interval(int(result.curves[k].leaked[i]), data().n, CERTAIN)[1] < 0.05
 
 
+@pytest.mark.slow
 def test_negative_prompting_as_published_leaves_the_data_and_exact_dng_does_not():
     """Clopper-Pearson at 1e-6 for each share."""
     for sampler in SAMPLERS:
@@ -187,6 +192,7 @@ def test_negative_prompting_as_published_leaves_the_data_and_exact_dng_does_not(
         assert binomial_interval(int(result.curves[k].left[i]), data().n, CERTAIN)[1] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_geoguide_touches_more_of_the_allowed_than_exact_dng_where_both_are_safe(sampler):
     """Counts of samples with the same random numbers; Clopper-Pearson at 1e-6 for each."""

@@ -34,8 +34,10 @@ from dng_math import (
     ImageReferenced,
     LimitedInterval,
     LogOddsTracker,
+    NegativeAwareSubtraction,
     NegativePrompting,
     NoiseSchedule,
+    NormalizedAttention,
     PaperTracker,
     PathTracker,
     PerpNeg,
@@ -44,6 +46,7 @@ from dng_math import (
     SignedNegative,
     StepCoefficients,
     TimeProfile,
+    ValueSignFlip,
     distances,
     divergence_correction,
     divergence_gap,
@@ -385,6 +388,24 @@ TABLE: list[Case] = [
     *bad(ContrastiveCFG.published, {}, guidance_scale=NO_REAL, temperature=[*NO_REAL, -1.0]),
     *bad(ContrastiveCFG, {}, positive_factor=NO_BOOLEAN),
     *bad(FeedbackGuidance.published, {}, hybrid=NO_BOOLEAN),
+    *(
+        case
+        for rule in (NormalizedAttention, ValueSignFlip, NegativeAwareSubtraction)
+        for case in bad(
+            rule,
+            {"scale": 1.0},
+            scale=NO_REAL,
+            end=[*NO_REAL, -0.1, 1.1],
+            gate=["dng", 3.0, NegativePrompting()],
+            gate_bound=[*NO_REAL, -0.1, 1.1],
+        )
+    ),
+    *bad(
+        NormalizedAttention,
+        {},
+        tau=[*without(NO_REAL, INF), 0.5],
+        alpha=[*NO_REAL, -0.1, 1.1],
+    ),
     *bad(CRG, {}, gain=[*NO_REAL, 0.0], threshold=NO_REAL),
     *bad(
         SPELL,
