@@ -329,8 +329,11 @@ def test_a_thousand_steps(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddim-0", "dpm-2", "flow-euler"])
 def test_more_steps_and_more_probes_average_the_estimate_of_the_divergence(name):
-    assert run(name, 200, probes=1).error < 0.85 * run(name, 50, probes=1).error
-    assert run(name, 50, probes=4).correlation > run(name, 50, probes=1).correlation
+    """What is left at 50 steps is the steps' own error, not that of the random directions."""
+    one, four, many = (run(name, 50, probes=probes) for probes in (1, 4, 8))
+    assert run(name, 200, probes=1).error < 0.85 * one.error
+    apart = [float((found.tracked - many.tracked).abs().mean()) for found in (one, four)]
+    assert apart[1] < 0.7 * apart[0] and apart[0] < 0.2 * many.error, apart
 
 
 LARGE = {"ddpm-large": lambda: DDPMScheduler(variance_type="fixed_large", **UNCLIPPED)}
