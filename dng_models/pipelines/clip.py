@@ -163,24 +163,53 @@ def _load_clip(name: str, device: torch.device | str, revision: str | None = Non
 
     if revision is None:
         foreign.check_size(lambda told: CLIPModel(CLIPConfig.from_dict(told)), name)
-    where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    model, processor = load_whole("CLIP model", CLIPModel, CLIPProcessor, name, revision or "main")
+    return Clip(model, processor, name, device)
+
+
+def load_whole(
+    what: str, model_class: Any, processor_class: Any, name: str, revision: str
+) -> tuple[Any, Any]:
+    """Load a model of transformers and its processor, if all of its weights are there and finite.
+
+    Parameters
+    ----------
+    what : str
+        What it should be, for messages.
+    model_class, processor_class : type
+        With ``from_pretrained``.
+    name, revision : str
+        A name on the hub and its revision, or a folder; its configurations have been checked.
+
+    Returns
+    -------
+    model, processor
+
+    Raises
+    ------
+    OSError
+        If it is not there.
+    ValueError
+        If it is damaged, something else, or has weights that are missing or not finite.
+    """
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        model, report = CLIPModel.from_pretrained(
+        model, report = model_class.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, **where
         )
-        processor = CLIPProcessor.from_pretrained(name, **where)
+        processor = processor_class.from_pretrained(name, **where)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # what a damaged folder raises depends on where it is damaged
         raise ValueError(
-            f"{name} does not hold a whole CLIP model ({foreign.reason(error)}): it was damaged, "
-            "or is another model; remove it and get it again"
+            f"{name} does not hold a whole {what} ({foreign.reason(error)}): it was damaged, or is "
+            "another model; remove it and get it again"
         ) from error
     if report["missing_keys"]:
         # Transformers fills them with random numbers and only warns.
         raise ValueError(
-            f"{name} must be a trained CLIP model, but lacks the weights "
+            f"{name} must be a trained {what}, but lacks the weights "
             f"{', '.join(sorted(report['missing_keys'])[:4])}"
         )
     foreign.require_finite_network(name, model)
-    return Clip(model, processor, name, device)
+    return model, processor

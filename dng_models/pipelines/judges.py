@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dng_math import checks
-from dng_models.pipelines.clip import Clip, ZeroShot, load_trained_clip
+from dng_models.pipelines.clip import Clip, ZeroShot, load_trained_clip, load_whole
 from dng_models.pipelines.dynamic_prompts import checked_names
 from dng_models.support import foreign
 
@@ -340,24 +340,5 @@ def _load(name: str, revision: str) -> tuple[Any, Any]:
     """Load a model whose configurations have been checked; its weights are checked here."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, **where
-        )
-        processor = AutoProcessor.from_pretrained(name, **where)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # what a damaged folder raises depends on where it is damaged
-        raise ValueError(
-            f"{name} does not hold a whole vision-language model that transformers generates text "
-            f"with ({foreign.reason(error)}): it was damaged, or is another model"
-        ) from error
-    if report["missing_keys"]:
-        # Transformers fills them with random numbers and only warns.
-        raise ValueError(
-            f"{name} must be a trained vision-language model, but lacks the weights "
-            f"{', '.join(sorted(report['missing_keys'])[:4])}"
-        )
-    foreign.require_finite_network(name, model)
-    return model, processor
+    what = "vision-language model"
+    return load_whole(what, AutoModelForImageTextToText, AutoProcessor, name, revision)

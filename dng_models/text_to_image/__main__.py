@@ -175,6 +175,19 @@ def _run_options(parser: argparse.ArgumentParser, *, networks: bool = True) -> N
     group.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
+def _table_options(parser: argparse.ArgumentParser, parts: Sequence[str], told: str) -> None:
+    """Options of a command that prints the tables of a page."""
+    parser.add_argument("--part", nargs="+", choices=parts, help=f"{told} (default: all)")
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images of each prompt and negative (default: %(default)s)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
 # ---------------------------------------------------------------------- the parser
 
 
@@ -247,21 +260,12 @@ def make_parser() -> argparse.ArgumentParser:
         "negative, prior, offset and number of steps are right. About 12 minutes on one core.",
         "\n--part needed\n--part priors --num-images 16",
     )
-    choices.add_argument(
-        "--part",
-        nargs="+",
-        choices=("needed", "forms", "priors", "steps"),
-        help="the priors that are needed, exactly; forms of a negative; wrong priors; steps and "
-        "trackers (default: all)",
+    _table_options(
+        choices,
+        ("needed", "forms", "priors", "steps"),
+        "the priors that are needed, exactly; forms of a negative; wrong priors; steps and "
+        "trackers",
     )
-    choices.add_argument(
-        "--num-images",
-        type=int,
-        default=32,
-        metavar="N",
-        help="images of each prompt and negative (default: %(default)s)",
-    )
-    choices.add_argument("--debug", action="store_true", help="show where an error comes from")
     oracle = command(
         "oracle",
         "Print the tables of docs/oracle.md: in the laboratory, how a judge of images on the way\n"
@@ -269,20 +273,9 @@ def make_parser() -> argparse.ArgumentParser:
         "costs beside DNG. About 6 minutes on one core.",
         "\n--part gate\n--part rules --num-images 16",
     )
-    oracle.add_argument(
-        "--part",
-        nargs="+",
-        choices=("gate", "rules"),
-        help="the judge's answers over time; rules beside each other (default: both)",
+    _table_options(
+        oracle, ("gate", "rules"), "the judge's answers over time; rules beside each other"
     )
-    oracle.add_argument(
-        "--num-images",
-        type=int,
-        default=32,
-        metavar="N",
-        help="images of each prompt and negative (default: %(default)s)",
-    )
-    oracle.add_argument("--debug", action="store_true", help="show where an error comes from")
     paper = command(
         "paper",
         "Print the table of docs/stable_diffusion.md: which command gives which table and figure\n"
