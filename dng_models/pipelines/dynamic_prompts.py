@@ -55,9 +55,9 @@ class DynamicPrompts:
         ``negative_prompts``, or numbers of classes).  None: ``ask.concepts``.
     guidance_scale : float
         g, finite; the published w_neg, from 7.5 to 15.
-    reference : {"positive", "unconditional"}
-        What the negatives are measured from where there is classifier-free guidance beneath;
-        published is "unconditional".
+    reference : {"positive", "unconditional"}, optional
+        What the negatives are measured from.  None: the unconditional prediction, as published,
+        where classifier-free guidance beneath makes it (``cfg_scale``), and else the positive one.
     at : sequence of int
         Steps at which ``ask`` is asked.
     of : int, optional
@@ -88,7 +88,7 @@ class DynamicPrompts:
     ask: Ask
     concepts: Sequence[str] | Mapping[str, Any] | None = None
     guidance_scale: float = 7.5
-    reference: Reference = "unconditional"
+    reference: Reference | None = None
     at: Sequence[int] = ASKED_AT
     of: int | None = ASKED_OF
     decode: Callable[[Tensor], Any] | None = None
@@ -102,7 +102,8 @@ class DynamicPrompts:
         concepts = getattr(self.ask, "concepts", None) if self.concepts is None else self.concepts
         object.__setattr__(self, "concepts", _checked_concepts(concepts))
         checks.finite("guidance_scale", self.guidance_scale)
-        checks.choice("reference", self.reference, REFERENCES)
+        if self.reference is not None:
+            checks.choice("reference", self.reference, REFERENCES)
         if self.of is not None:
             checks.integer("of", self.of, 1)
         object.__setattr__(self, "at", _checked_steps(self.at, self.of))

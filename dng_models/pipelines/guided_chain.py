@@ -202,7 +202,8 @@ class GuidedChain:
             getattr(inner, "posterior", None), PaperTracker | LogOddsTracker | PathTracker
         )
         self._check_reference()
-        self._from_uncond = cfg_scale is not None and _reference_of(rule, rules) == "unconditional"
+        self._measured_from = _reference_of(rule, rules)
+        self._from_uncond = cfg_scale is not None and self._measured_from == "unconditional"
         if self._from_uncond:
             self.reference = "unconditional"
         self._initial = self._first_log_posterior(initial_log_posterior)
@@ -224,6 +225,25 @@ class GuidedChain:
             raise ValueError(
                 "skip_below must be None with reference='unconditional', where a skipped "
                 f"prediction would be evidence, got {self.skip_below!r}"
+            )
+
+    def check_prompted(self) -> None:
+        """Refuse a rule that would silently measure its push from another prediction.
+
+        For pipelines with prompts, where the unconditional prediction is made for ``cfg_scale``
+        alone; without prompts it is the base.
+
+        Raises
+        ------
+        ValueError
+            If the rule's ``reference`` is "unconditional" and there is no ``cfg_scale``.
+        """
+        asked = self._measured_from if self.asking is None else self.asking.reference
+        if asked == "unconditional" and self.cfg_scale is None:
+            raise ValueError(
+                f"cfg_scale must be given for {self.rule!r}, whose push is measured from the "
+                "unconditional prediction (cfg_scale=1.0 where the positive prediction is to be "
+                "the base), or the rule's reference be 'positive'; got None"
             )
 
     def _first_log_posterior(self, given: Tensor | None) -> Tensor | None:
@@ -912,7 +932,7 @@ class GuidedChain:
         held = questions.holds(len(positive)).to(positive.device)
         strength = run.column("guidance_scale") * run.column("active")
         scale = strength * held.any(0).to(wide)
-        from_empty = unconditional is not None and self.asking.reference == "unconditional"
+        from_empty = unconditional is not None and self.asking.reference != "positive"
         measured_from = (unconditional if from_empty else positive).to(wide)  # type: ignore[union-attr]
         pushes = torch.zeros_like(measured_from)
         for own, other in zip(held, others, strict=True):

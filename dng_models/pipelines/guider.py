@@ -84,7 +84,8 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
     probes, reference
         As for :meth:`dng_math.DynamicNegativeGuidance.tracked`, as numbers.  ``tracker="path"``
         evaluates the network again at every step, with a forward derivative.  The reference says
-        what the negative is measured from, and its posterior relative to, with ``cfg_scale``.
+        what the negative is measured from, and its posterior relative to; "unconditional" needs
+        ``cfg_scale``.
     cfg_scale : float, optional
         Scale of classifier-free guidance beneath the rule.  It takes a third prediction per step;
         :meth:`encode_unconditional` gives the guider the prompt for it.
@@ -157,7 +158,9 @@ class DynamicNegativeGuider(BaseGuidance):  # type: ignore[misc]
         self._unconditional: dict[str, Any] | None = None
         self._captured: dict[str, tuple[Any, Any]] | None = None
         # Refuses an invalid cfg_scale.
-        self._follows = GuidedChain(self.rule, cfg_scale=cfg_scale).follows
+        chain = GuidedChain(self.rule, cfg_scale=cfg_scale)
+        chain.check_prompted()
+        self._follows = chain.follows
         self._network = SeenNetwork()
         self._chain: GuidedChain | None = None
 

@@ -102,8 +102,8 @@ def apply_guidance(
         What trackers compare the negative with.  "unconditional" is for a negative that says
         nothing of the positive prompt: its posterior among all images needs no offset, at the cost
         of a third prediction, which ``cfg_scale`` makes anyway.  What the push is measured from is
-        another matter, and the rule's own: ``rule.reference``, which needs ``cfg_scale`` to differ
-        from the positive.  A rule that pushes from the unconditional prediction compares with it.
+        another matter, and the rule's own: ``rule.reference``.  "unconditional" needs ``cfg_scale``
+        where there are prompts, and the rule's posterior compares with that prediction too.
     unwanted : callable or sequence of callable
         Unwanted network, for a pipeline without prompts; as for :func:`dng_models.sample`, called
         with the network's own latents and times.  A sequence has several, each with its own
@@ -310,6 +310,8 @@ def guided_calls(
             f"negative_classes must be given: a {type(pipe).__name__} has no negative prompt, only "
             "classes"
         )
+    if row.calls != "alone":
+        chain.check_prompted()
     denoisers = _denoisers(chain, unwanted, pipe) if row.calls == "alone" else []
     _check_inpainting(pipe, row, chain)
     return GuidedCalls(pipe, row, chain, concepts, denoisers, negative_template)

@@ -673,6 +673,7 @@ def test_two_guiders_of_one_chain_must_be_one() -> None:
         ({"variance": "huge"}, ValueError, "variance must be one of"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be finite"),
         ({"cfg_scale": "much"}, TypeError, "cfg_scale must be a real number"),
+        ({"reference": "unconditional"}, ValueError, "cfg_scale must be given for DynamicNeg"),
         ({"start": 1.0}, ValueError, r"start must be in \[0, 1\), got 1.0"),
         ({"start": 0.5, "stop": 0.4}, ValueError, r"stop must be in \[start, 1\] = \[0.5, 1\]"),
         ({"enabled": 1}, TypeError, "enabled must be True or False, got 1"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from dng_math import (
@@ -28,6 +28,7 @@ from dng_math import (
     Unguided,
 )
 from dng_models.pipelines import tiny
+from dng_models.pipelines.dynamic_prompts import DynamicPrompts
 from dng_models.pipelines.guided_chain import GuidedChain
 from dng_models.pipelines.hook import apply_guidance
 from dng_models.pipelines.image_points import points_of
@@ -311,6 +312,32 @@ def test_pixels_of_a_pipeline_without_a_vae():
 def test_what_cannot_be_is_refused_by_name(rule, options, message):
     with pytest.raises(ValueError, match=message):
         GuidedChain(rule, **options)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SignedNegative(0.8),
+        GeoGuide(0.5, "unconditional"),
+        SafeLatentDiffusion(reference="unconditional"),
+        LimitedInterval(NegativePrompting(1.0, "unconditional"), 0.2),
+        tracked(1.0, 0.1, reference="unconditional"),
+        DynamicPrompts(lambda images, step: [()], ["egg"], reference="unconditional"),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_what_is_measured_from_a_prediction_that_nobody_makes_is_refused(pipe, rule):
+    """It was measured from the positive prediction, and nothing said so."""
+    with pytest.raises(ValueError, match="cfg_scale must be given for .*'positive'; got None"):
+        apply_guidance(pipe, rule)
+    with apply_guidance(pipe, rule, cfg_scale=1.0):
+        pass
+
+
+def test_without_prompts_the_base_is_the_unconditional_prediction():
+    alone = DDPMPipeline(tiny.tiny_unet(), DDPMScheduler(**BETAS))
+    with apply_guidance(alone, SignedNegative(0.8), unwanted=tiny.tiny_unet(1)):
+        pass
 
 
 @pytest.mark.parametrize(
