@@ -3,8 +3,9 @@
 Philox 4x32-10 (Salmon et al., SC 2011) turns the key ``seed`` and the counter
 ``(sample, element // 4, step, stream)`` into four random words, and Box-Muller turns those into
 four normals, the elements 4 j to 4 j + 3 of a sample in C order.  They depend neither on the batch
-nor on how it is cut.  The words have the same bits on every device; the normals differ by rounding
-at most, because logarithm, sine and cosine are polynomials that are written here once.
+nor on how it is cut.  The words have the same bits on every device; the normals have on every CPU,
+and elsewhere differ by rounding at most, because logarithm, sine and cosine are polynomials that
+are written here once.
 
 :mod:`dng_math.noise` makes a double of two words; it uses the streams 0 to 2 and this module 3 and
 4, so that no number is drawn twice from one seed.
@@ -87,7 +88,12 @@ def normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     bits = u.view(torch.int32)
     power = (bits - HALF_ROOT) & -0x800000
     f = (bits - power).view(torch.float32) - 1.0
-    radius = torch.sqrt(minus_two_log(power.to(torch.float32), f))
+    squared = minus_two_log(power.to(torch.float32), f)
+    if squared.device.type == "cpu":
+        # torch's root in float32 is not rounded correctly there: it depends on the CPU's maker.
+        radius = torch.sqrt(squared.double()).float()
+    else:
+        radius = torch.sqrt(squared)
     # The nearest quarter turn, and the rest of the angle.
     quarter = (angle_word + 0x20000000) >> 30
     rest = (angle_word - (quarter << 30) << 2).to(torch.float32) * TO_ANGLE
