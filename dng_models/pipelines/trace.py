@@ -125,7 +125,7 @@ class RunTrace:
 
     @property
     def log_posterior(self) -> Tensor | None:
-        """log p(c | x_t) that each step used, float32 on the CPU; for FBG the log ratio L.
+        """log p(c | x_t) that each step used, float32 on the CPU; FBG: log ratio L, CRG: evidence.
 
         Shape (S, B), or (S, M, B) for several concepts; None for rules that track nothing.
         """
@@ -133,7 +133,7 @@ class RunTrace:
 
     @property
     def final_log_posterior(self) -> Tensor | None:
-        """log p(c | x) after the last step, float32 on the CPU; for FBG the log ratio L.
+        """log p(c | x) after the last step, float32 on the CPU; FBG: log ratio L, CRG: evidence.
 
         Shape (B,), or (M, B) for several concepts; None for rules that track nothing.  A run that
         continues with these latents takes it as its ``initial_log_posterior``.

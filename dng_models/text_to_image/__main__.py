@@ -133,7 +133,7 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
     options.add(group, Config, "num_images", "seed", "height", "width")
 
     group = parser.add_argument_group("how it is drawn")
-    options.add(group, Config, "steps", "scheduler", "cfg_scale")
+    options.add(group, Config, "steps", "scheduler", "cfg_scale", "reference")
     options.add_interval(group, "--guidance-interval")
     group.add_argument(
         "--negative-prompts",

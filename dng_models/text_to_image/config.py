@@ -12,13 +12,17 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from dng_math import checks
 from dng_math.rules import (
+    SAFETY_LEVELS,
+    ContrastiveCFG,
     DynamicNegativeGuidance,
     NormalizedAttention,
     Rule,
+    SafeLatentDiffusion,
+    SafetyLevel,
     Unguided,
     ValueSignFlip,
     limited,
@@ -73,6 +77,11 @@ class Method:
         Whether something looks at the images and chooses among the negative's concepts.
     attends : bool
         Whether it acts on the attention to the prompt, so that the network must have some.
+    measured : bool
+        Whether it can be chosen what the push is measured from.
+    from_empty : bool
+        Whether the push is measured from the unconditional prediction, or compares with it, so that
+        there must be classifier-free guidance beneath.
     """
 
     label: str
@@ -83,21 +92,31 @@ class Method:
     times: float = 1.0
     asks: bool = False
     attends: bool = False
+    measured: bool = False
+    from_empty: bool = False
+
+
+def _dng(label: str, tracker: Literal["paper", "log-odds", "path"], **how: Any) -> Method:
+    return Method(label, "dng", several=True, tracker=tracker, measured=True, **how)
 
 
 METHODS: dict[str, Method] = {
-    "np": Method("NP", "np"),
-    "dng": Method("DNG", "dng", several=True, tracker="paper"),
-    "dng-empty": Method("DNG vs empty", "dng", several=True, tracker="paper", negative="empty"),
-    "dng-bare": Method("DNG bare", "dng", several=True, tracker="paper", negative="alone"),
-    "dng-log-odds": Method("DNG log-odds", "dng", several=True, tracker="log-odds"),
-    "dng-path": Method("DNG path", "dng", several=True, tracker="path"),
-    "sld": Method("SLD", "np"),
+    "np": Method("NP", "np", measured=True),
+    "dng": _dng("DNG", "paper"),
+    "dng-empty": _dng("DNG vs empty", "paper", negative="empty"),
+    "dng-bare": _dng("DNG bare", "paper", negative="alone"),
+    "dng-log-odds": _dng("DNG log-odds", "log-odds"),
+    "dng-path": _dng("DNG path", "path"),
+    "sld": Method("SLD", "np", measured=True),
+    **{f"sld-{level}": Method(f"SLD {level}", "np", from_empty=True) for level in SAFETY_LEVELS},
     "perp-neg": Method("Perp-Neg", "np"),
-    "ccfg": Method("CCFG", "np"),
+    "ccfg": Method("CCFG", "np", measured=True),
+    "ccfg-published": Method("CCFG, published", "np", from_empty=True),
+    "geoguide": Method("GeoGuide", "np", measured=True),
+    "crg": Method("CRG", "np", from_empty=True),
     # Four times the paper's scales of negative prompting are the 7.5 to 15 that it was published
     # with: it pushes only while something is seen.
-    "ask": Method("VL-DNP", "np", several=True, times=4.0, asks=True),
+    "ask": Method("VL-DNP", "np", several=True, times=4.0, asks=True, measured=True),
     "nag": Method("NAG", "np", negative="alone", times=1.5, attends=True),
     "nag-gated": Method(
         "NAG gated", "np", tracker="paper", negative="alone", times=1.5, attends=True
@@ -255,7 +274,9 @@ class Config:
         f"rules to compare, of {', '.join(RULES)}; dng-empty and dng-bare show the negative alone, "
         "and dng-empty compares it with the empty prompt; ask pushes away what is seen in the "
         "images on their way; nag, nag-gated and vsf act on the attention to the prompt, which the "
-        "laboratory's exact network has none of; ideal is for captions of the laboratory",
+        "laboratory's exact network has none of; ideal is for captions of the laboratory; the four "
+        "levels of SLD, ccfg-published and crg are measured from the unconditional prediction, and "
+        "need a cfg_scale",
         check=_rules,
         metavar="RULE",
         shown="np dng, and in the laboratory most",
@@ -310,6 +331,13 @@ class Config:
         "classifier-free guidance of the positive prompt, guided and unguided",
         metavar="W",
         shown="its plain prediction",
+    )
+    reference: Literal["positive", "unconditional"] | None = option(
+        None,
+        "what the push of "
+        f"{', '.join(name for name, method in METHODS.items() if method.measured)} is measured "
+        "from; unconditional, with which np is the composable NOT, needs a cfg_scale",
+        shown="each rule's own: unconditional for ask where there is a cfg_scale, else positive",
     )
     t_lo: float = option(0.0, "least diffusion time that is guided, in [0, t_hi]")
     t_hi: float = option(
@@ -374,12 +402,21 @@ class Config:
                     f"rules must be of {several} where split_negatives is True: {rule!r} takes one "
                     "concept"
                 )
+            if METHODS[rule].from_empty and self.cfg_scale is None:
+                raise ValueError(
+                    f"cfg_scale must be given for the rule {rule!r}, which is measured from the "
+                    "unconditional prediction, got None"
+                )
             if METHODS[rule].attends and self.model == THE_LABORATORY:
                 raise ValueError(
                     f"rules must be without {rule!r} for the laboratory, whose exact network has "
                     "no attention: train one on its world (train-laboratory), and give its folder "
                     "as the model"
                 )
+        if self.reference == "unconditional" and self.cfg_scale is None:
+            raise ValueError(
+                "cfg_scale must be given with reference='unconditional', whose prediction it makes"
+            )
         if self.prior == "measured" and self.detector == "none":
             raise ValueError("detector must not be 'none' where prior is 'measured'")
         for prompt in self.prompts:
@@ -527,7 +564,7 @@ class Config:
                 }
                 if prompt.offset_nats:
                     found["offset_nats"] = prompt.offset_nats
-        elif point.rule == "ccfg":
+        elif point.rule in ("ccfg", "ccfg-published"):
             found = {"temperature": self.contrast}
         elif point.rule == "sld":
             # Those of the paper (arXiv 2410.14398, Eq. 21), from Schramowski et al. (2023).
@@ -542,6 +579,8 @@ class Config:
             found = {"positive_scale": 1.0 if self.cfg_scale is None else self.cfg_scale}
         elif point.rule == "ask":
             found = {"asked": self.ask}
+        if self.reference is not None and point.rule in METHODS and METHODS[point.rule].measured:
+            found["reference"] = self.reference
         return found
 
     def rule(self, point: Point, ask: Any = None) -> Rule:
@@ -568,10 +607,16 @@ class Config:
             gate = DynamicNegativeGuidance.tracked(1.0, **given) if given else None
             kind = ValueSignFlip if point.rule == "vsf" else NormalizedAttention
             return limited(kind(scale=point.guidance_scale, gate=gate), self.t_lo, self.t_hi)
+        scale = point.guidance_scale
+        name, _, level = point.rule.partition("-")
         if METHODS[point.rule].tracker is not None:
-            rule: Rule = DynamicNegativeGuidance.tracked(point.guidance_scale, **given)
+            rule: Rule = DynamicNegativeGuidance.tracked(scale, **given)
+        elif name == "sld" and level:
+            rule = SafeLatentDiffusion.preset(cast(SafetyLevel, level), scale)
+        elif point.rule == "ccfg-published":
+            rule = ContrastiveCFG.published(scale, **given)
         else:
-            rule = rule_named(point.rule, point.guidance_scale, **given)
+            rule = rule_named(point.rule, scale, **given)
         return limited(rule, self.t_lo, self.t_hi)
 
     def _asking(self, point: Point, ask: Any) -> Rule:
@@ -585,6 +630,7 @@ class Config:
             ask,
             dict(named),
             point.guidance_scale,
+            self.reference,
             # A model that talks may answer with anything, and would end the run at the same image
             # whenever it is started again.
             on_error="keep" if getattr(ask, "may_ramble", False) else "raise",
@@ -595,10 +641,10 @@ class Config:
 # each measurement instead.
 SHARED = (
     *("model", "seed", "steps", "scheduler", "cfg_scale", "t_lo", "t_hi", "height", "width"),
-    *("dtype", "split_negatives", "contrast", "negative_template", "prior"),
+    *("dtype", "split_negatives", "contrast", "negative_template", "prior", "reference"),
 )
 # Of folders that were made before there was a choice.
-BEFORE = {"negative_template": ALONE, "prior": "given"}
+BEFORE = {"negative_template": ALONE, "prior": "given", "reference": None}
 
 
 def check_same(config: Config, before: Mapping[str, Any], where: Path) -> None:

@@ -35,6 +35,7 @@ from dng_models.support import foreign
 from dng_models.text_to_image.config import (
     DEFAULT_CLIP,
     JUDGE,
+    METHODS,
     PAPER_MODEL,
     THE_LABORATORY,
     TINY,
@@ -355,7 +356,9 @@ def draw(
     time, scale = trace.time, trace.scale.double().numpy()
     made = trace.last.evaluations_of_images or [0] * len(images)
     every = (trace.evaluations + trace.evaluations_saved) // len(images)
-    log_posterior = trace.log_posterior
+    method = METHODS.get(point.rule)
+    # CRG's evidence is none.
+    log_posterior = trace.log_posterior if method is not None and method.tracker else None
     finite = torch.isfinite(found).flatten(1).all(dim=1).tolist()
     pixels = _pixels(found)
     strips: dict[int, Pixels] = {}

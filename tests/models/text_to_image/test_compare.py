@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 from dng_math.rules import (
+    CRG,
     ContrastiveCFG,
+    GeoGuide,
     LimitedInterval,
     NegativePrompting,
     PerpNeg,
@@ -170,7 +172,8 @@ def test_scales_are_absolute_or_relative_and_have_short_names():
 
 def test_every_rule_is_built_with_the_prompts_hyperparameters():
     feast = PAPER[0]
-    rules = tuple(rule for rule in RULES if rule not in ("dng-empty", "dng-path", "ideal"))
+    without = [*("dng-empty", "dng-path", "ideal"), *(r for r in RULES if METHODS[r].from_empty)]
+    rules = tuple(rule for rule in RULES if rule not in without)
     config = paper_config(rules=rules, contrast=0.5, cfg_scale=4.0)
 
     def built(rule, **fields):
@@ -183,12 +186,32 @@ def test_every_rule_is_built_with_the_prompts_hyperparameters():
     assert built("perp-neg") == PerpNeg(2.0, 4.0)
     assert built("perp-neg", cfg_scale=None) == PerpNeg(2.0, 1.0)
     assert built("ccfg") == ContrastiveCFG(2.0, 0.5)
+    for level in ("weak", "medium", "strong", "max"):
+        assert built(f"sld-{level}") == SafeLatentDiffusion.preset(level, 2.0)
+    assert built("ccfg-published") == ContrastiveCFG.published(2.0, 0.5)
+    assert (built("geoguide"), built("crg")) == (GeoGuide(2.0), CRG(2.0))
     assert built("np", t_lo=0.2) == LimitedInterval(NegativePrompting(2.0), 0.2, 1.0)
     kinds = {"dng": PaperTracker, "dng-bare": PaperTracker, "dng-log-odds": LogOddsTracker}
     for rule, kind in kinds.items():
         assert built(rule).guidance_scale == 2.0
         assert built(rule).posterior == kind(prior=0.01, temperature=0.2, offset=0.004)
     assert METHODS.keys() == set(RULES)
+
+
+def test_a_push_is_measured_from_what_is_told():
+    rules = tuple(rule for rule in RULES if rule not in ("dng-empty", "dng-path", "ideal"))
+    config = paper_config(rules=rules, cfg_scale=4.0, reference="unconditional")
+    for rule, method in METHODS.items():
+        if rule not in rules or method.attends:
+            continue
+        built = config.rule(Point(PAPER[0], rule, "related", 2.0), ask=lambda images, step: [()])
+        measured_from = getattr(built, "reference", None)
+        assert (measured_from == "unconditional") == (method.measured or method.from_empty), rule
+    with pytest.raises(ValueError, match="cfg_scale must be given with reference='unconditional'"):
+        paper_config(reference="unconditional")
+    for rule in ("sld-weak", "ccfg-published", "crg"):
+        with pytest.raises(ValueError, match=f"cfg_scale must be given for the rule '{rule}'"):
+            paper_config(rules=(rule,))
 
 
 def test_split_negatives_are_several_concepts():

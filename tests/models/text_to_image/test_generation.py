@@ -33,7 +33,7 @@ from dng_models.pipelines.tiny import (
 from dng_models.support import files
 from dng_models.text_to_image import generation as generating
 from dng_models.text_to_image import pipelines, scores, store
-from dng_models.text_to_image.config import PAPER_MODEL, RULES, TINY, Config, Point
+from dng_models.text_to_image.config import METHODS, PAPER_MODEL, RULES, TINY, Config, Point
 from dng_models.text_to_image.generation import Materials, generate, measure
 from dng_models.text_to_image.prompts import PAPER
 from dng_models.text_to_image.store import RunFolder
@@ -278,7 +278,7 @@ def test_negative_prompting_is_the_pipelines_own_with_one_more(pipe):
 @pytest.mark.parametrize(
     ("rule", "cfg_scale"),
     [
-        *((rule, None) for rule in RULES if rule != "ideal"),
+        *((rule, 3.0 if METHODS[rule].from_empty else None) for rule in RULES if rule != "ideal"),
         *(("dng", 3.0), ("dng-empty", 3.0), ("perp-neg", 3.0), ("nag", 3.0)),
     ],
 )
@@ -298,7 +298,9 @@ def test_every_rule_draws(pipe, rule, cfg_scale):
     # Not much where the posterior is small, but something.
     strong = dataclasses.replace(point, guidance_scale=400.0)
     (pushed,) = pipelines.draw(pipe, config, strong, [0], ask=ask)
-    assert np.abs(pushed.pixels.astype(float) - unguided).max() > 0
+    # Three steps are within the warm-up of the lower levels of SLD.
+    waits = rule in ("sld-weak", "sld-medium", "sld-strong")
+    assert (np.abs(pushed.pixels.astype(float) - unguided).max() > 0) != waits
 
 
 def test_perp_neg_without_a_push_is_the_unguided_image(pipe):

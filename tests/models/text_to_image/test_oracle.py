@@ -38,7 +38,7 @@ def test_each_concept_is_asked_for_and_pushed_on_its_own():
     assert config.texts(ASK) == ("an english breakfast", prompts)
     rule: Any = config.rule(ASK, lambda images, step: [])
     assert rule.concepts == dict(zip(("egg", "sausage"), prompts, strict=True))
-    assert (rule.guidance_scale, rule.reference, rule.on_error) == (4.0, "unconditional", "raise")
+    assert (rule.guidance_scale, rule.reference, rule.on_error) == (4.0, None, "raise")
     assert dry_run.rows(config, ASK) == 3
     with pytest.raises(ValueError, match="ask must be given for the rule 'ask', got None"):
         config.rule(ASK)
