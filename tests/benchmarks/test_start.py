@@ -73,7 +73,12 @@ LIGHT = [line for line, packages in start.IMPORTS.items() if not packages]
 
 
 @pytest.mark.parametrize(
-    "code", [pytest.param(start.SAMPLE, marks=pytest.mark.slow), start.STEP, *LIGHT]
+    "code",
+    [
+        pytest.param(start.SAMPLE, marks=pytest.mark.slow),
+        pytest.param(start.STEP, marks=pytest.mark.slow),
+        *LIGHT,
+    ],
 )
 def test_what_is_timed_runs(code):
     assert fresh.said_by(code + start.RETURNED) == "returned\n"

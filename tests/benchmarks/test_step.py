@@ -101,6 +101,7 @@ def fake_gpu(**changes):
 # ---------------------------------------------------------------------- both commands
 
 
+@pytest.mark.slow
 def test_the_step_leaves_a_row_for_every_contender(quick_step):
     said, rows, _ = quick_step
     timed = [row for row in rows if row["median_s"]]
@@ -131,6 +132,7 @@ def test_the_step_leaves_a_row_for_every_contender(quick_step):
     assert {row["met"] for row in rows} == {"", "not judged"}
 
 
+@pytest.mark.slow
 def test_a_table_is_told_again_without_measuring(quick_step, tmp_path, monkeypatch, capsys):
     said, _, out = quick_step
     monkeypatch.setattr(step, "PARTS", {"cpu": None})
@@ -152,12 +154,14 @@ def test_another_file_is_not_told(text, tmp_path, capsys):
     assert "other.csv must be a table that this benchmark wrote" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_plot_is_drawn(quick_step):
     said, _, out = quick_step
     assert (out / "step_quick.png").stat().st_size > 10_000
     assert f"drawn to {out / 'step_quick.png'}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_every_contender_of_it_is_skipped_by_name(quick_step):
     said, rows, _ = quick_step

@@ -18,6 +18,7 @@ from figures.class_removal_tuned import FAMILIES
 from tests.figures.test_figures import assert_logarithmic_axes_are_readable
 from tests.helpers.statistical import assert_proportion
 
+pytestmark = pytest.mark.slow
 STEMS = {"class_removal", "class_histogram", "sld_threshold", "dynamic_scale", "sample_grid"}
 
 

@@ -229,6 +229,7 @@ def test_the_summary_has_every_number(data):
     assert "negative prompting in its best interval" in text
 
 
+@pytest.mark.slow
 def test_exact_dng_is_nearer_than_negative_prompting_at_equal_safety(monkeypatch):
     """Over seeds the distances differ by a factor of 20 to 30, the bar is 5."""
     families = {name: tuned.FAMILIES[name] for name in ("np", "dng-paper", "dng-exact")}

@@ -67,6 +67,7 @@ def test_a_graph_keeps_what_it_reads_of_a_plan_until_it_is_released(take, monkey
     assert StepPlan.release_captured() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("take", TAKES)
 def test_nothing_is_kept_where_nothing_is_captured(take):
     left = taken_by(take)

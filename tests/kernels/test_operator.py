@@ -390,6 +390,7 @@ def test_a_bad_argument_is_refused_under_compilation_too(fresh):
         fast()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["jvp", "vmap"])
 def test_a_transform_is_refused_under_compilation_too(transform, fresh):
     plan = PLANS["dng"]
@@ -455,6 +456,7 @@ def test_a_step_has_the_same_bits_in_autocast(plan, dtype):
         assert (arguments[0][0, 0] @ arguments[1][0, 0]).dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compiler",
     ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])],

@@ -41,6 +41,7 @@ def test_images_of_the_data_are_good(digits, judge):
     assert abs(told["forbidden"] - told["forbidden_held_out"]) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["blank", "noise", "one image"])
 def test_blanks_are_not_taken_for_the_forbidden_class_in_silence(digits, judge, kind):
     noise = torch.randn((64, 1, 8, 8), generator=torch.Generator().manual_seed(0))

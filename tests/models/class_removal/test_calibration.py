@@ -244,6 +244,7 @@ def test_a_drift_of_the_networks_becomes_the_offset(evidence):
     assert moved == pytest.approx(2.0 * wrong.temperature[0] * 0.99, abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_time_at_which_the_networks_are_noise_is_left_out(evidence):
     """Ratios that say nothing below t = 0.15 get a weight near 0 there, and only there."""
     rng = np.random.default_rng(0)
@@ -404,6 +405,7 @@ def test_a_calibration_is_saved_whole_and_read_back(tmp_path):
         Calibration.load(tmp_path / "1.json")
 
 
+@pytest.mark.slow
 def test_a_calibration_of_the_path_tracker_has_its_own_fits(tmp_path):
     few = along_paths(120, 20)
     before = {"path, uncalibrated": PathTracker(0.2)}

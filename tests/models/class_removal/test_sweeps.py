@@ -118,7 +118,7 @@ def test_nothing_is_drawn_twice(materials, undisturbed, monkeypatch):
     [
         # Three pieces a setting, then its samples.
         pytest.param("files", "save_tensors", 1, False, marks=pytest.mark.slow),
-        ("files", "save_tensors", 6, True),
+        pytest.param("files", "save_tensors", 6, True, marks=pytest.mark.slow),
         pytest.param("files", "save_tensors", 8, False, marks=pytest.mark.slow),
         ("sweeping", "append_row", 2, False),
         pytest.param("sweeping", "append_row", 2, True, marks=pytest.mark.slow),
@@ -178,7 +178,9 @@ main({arguments!r})
     assert materials.folder.table.read_bytes() == undisturbed
 
 
-@pytest.mark.parametrize("cut", [1, 40, 500])
+@pytest.mark.parametrize(
+    "cut", [40, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 500))]
+)
 def test_a_torn_last_line_is_made_again(materials, undisturbed, cut):
     materials.folder.table.write_bytes(undisturbed[:-cut])
     assert len(read_table(materials.folder.table)) == len(CONFIGS) - 1
@@ -454,7 +456,16 @@ def test_what_a_killed_sweep_left_goes_and_a_classifier_is_what_is_loaded(
     assert not any(path.exists() for path in left)
 
 
-@pytest.mark.parametrize("damage", ["images.safetensors", "config.json", "grid.png", "all", "cut"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "all",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("images.safetensors", "config.json", "grid.png", "cut")
+        ),
+    ],
+)
 def test_kept_images_that_are_lost_are_drawn_again(materials, undisturbed, damage, monkeypatch):
     sweep(CONFIGS, materials, progress=False)
     samples = materials.folder.samples(CONFIGS[2])

@@ -276,6 +276,7 @@ train_diffusion(load_dataset(), sys.argv[1], {config!r}, device="cpu")
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_in_the_middle_of_a_write(digits, finished, tmp_path):
     code = KILLED.format(config=TINY, threads=torch.get_num_threads())
     run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True)

@@ -72,7 +72,11 @@ TRACKERS = {
 
 
 @pytest.mark.parametrize("sampler", [DDIM(0.0), DDPM()], ids=["ddim", "ddpm"])
-@pytest.mark.parametrize("forbidden", [[1], [[1], [0, 3]]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "forbidden",
+    [pytest.param([1], marks=pytest.mark.slow), [[1], [0, 3]]],
+    ids=["one", "two"],
+)
 @pytest.mark.parametrize("name", TRACKERS)
 def test_in_one_dimension_the_chain_is_the_exact_one(name, forbidden, sampler):
     """There a random sign gives the derivative itself, so nothing is estimated."""

@@ -484,8 +484,8 @@ def test_networks_in_half_precision(pipe: Any) -> None:
 @pytest.mark.parametrize(
     "how",
     [
-        "in place",
-        *(pytest.param(how, marks=pytest.mark.slow) for how in ("wrapped", "in place, later")),
+        pytest.param(how, marks=pytest.mark.slow)
+        for how in ("in place", "wrapped", "in place, later")
     ],
 )
 def test_compiled_networks(pipe: Any, how: str) -> None:

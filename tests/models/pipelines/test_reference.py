@@ -110,6 +110,7 @@ def drawn(rule: Any, negative: str = NEGATIVE, *, prompt: str = PROMPT, n: int =
     return pipe, latents, trace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tracker", "kind", "most"),
     [

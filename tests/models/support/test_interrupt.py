@@ -169,6 +169,7 @@ runpy.run_module("figures", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_ctrl_c_ends_a_figure_in_compiled_code(tmp_path, whole_group):
     code = SLOW_FIGURE.format(out=str(tmp_path))

@@ -65,6 +65,7 @@ def test_an_empty_class_is_infinite_until_it_is_smoothed():
     assert low <= value <= high
 
 
+@pytest.mark.slow
 def test_kl_interval_covers_the_mean_of_repeated_experiments():
     """Skewed classes, n = 1000: each of 100 intervals fails with probability about 0.05."""
     shares = np.array([0.02, 0.28, 0.3, 0.22, 0.18])
@@ -130,6 +131,7 @@ def test_bootstrap_resamples_images():
     assert other.value == found.value and other.low != found.low
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 0.4])
 def test_frechet_interval_is_as_wide_as_repetitions_spread(shift):
     """At the floor of equal distributions too, where plain percentiles miss the value itself."""

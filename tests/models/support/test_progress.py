@@ -158,7 +158,14 @@ assert again() == 3
 
 
 @pytest.mark.parametrize(
-    ("patience", "shown", "times"), [(0.1, True, 1), (60.0, True, 0), (0.1, False, 0)]
+    ("patience", "shown", "times"),
+    [
+        (0.1, True, 1),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in ((60.0, True, 0), (0.1, False, 0))
+        ),
+    ],
 )
 def test_a_long_compilation_is_said_once(patience, shown, times):
     code = COMPILES.format(patience=patience, shown=shown)

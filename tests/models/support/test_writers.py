@@ -197,6 +197,7 @@ def _counting(folder: str, turns: int) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_writers_that_come_and_go_are_never_two(tmp_path):
     """The lock file is removed and made anew each time, which must not make room for two."""
     (tmp_path / "count").write_text("0")

@@ -527,7 +527,17 @@ def test_only_what_is_missing_is_written_again(materials, undisturbed, monkeypat
     assert folder.image(point, 1).stat().st_mtime_ns == untouched
 
 
-@pytest.mark.parametrize("lost", ["guided", "unguided", "strip", "cut", "unguided line"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "guided",
+        "strip",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("unguided", "cut", "unguided line")
+        ),
+    ],
+)
 def test_an_image_that_is_lost_is_said_and_drawn_again_by_what_is_said(
     materials, undisturbed, lost
 ):

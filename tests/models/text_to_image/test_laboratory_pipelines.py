@@ -330,6 +330,7 @@ def unguided_share(prompts: Any, n: int) -> float:
     return float(np.mean(found))
 
 
+@pytest.mark.slow
 def test_unguided_shares_are_about_the_worlds():
     share = unguided_share([BREAKFAST, "a dinner table"], 128)
     assert abs(share - 0.70) < BIAS + mean_bound(256, value_range=1.0)

@@ -189,6 +189,7 @@ def found() -> list[Gate]:
     return gate(OracleLaboratory(24, (BREAKFAST,)))
 
 
+@pytest.mark.slow
 def test_the_gate_and_the_posterior_agree_at_the_end(found):
     """And not at the beginning, where x0 is a mean of all pictures: the posterior is the share."""
     first, last = found[0], found[-1]
@@ -203,6 +204,7 @@ def test_the_gate_and_the_posterior_agree_at_the_end(found):
     assert errors[-1] < errors[-4] < errors[0]
 
 
+@pytest.mark.slow
 def test_the_table_of_rules_has_what_each_leaves_and_costs():
     laboratory = OracleLaboratory(8, (BREAKFAST,))
     settings = {setting.names: setting for setting in oracle.compared(laboratory)}

@@ -282,6 +282,7 @@ def test_every_rule_has_its_own_look():
 # ---------------------------------------------------------------------- all of them
 
 
+@pytest.mark.slow
 def test_all_figures_of_a_folder(folder, coarse):
     written = plot.draw_all(folder.path)
     assert [path.name for path in written] == [
