@@ -115,10 +115,13 @@ def _rule_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
             nargs="+",
             type=float,
             metavar="G",
-            help=f"guidance scales of every method (default: {ladders})",
+            help=f"guidance scales of every method, of spell its radii (default: {ladders})",
         )
     else:
-        options.add(group, Config, "rule", "guidance_scale")
+        # Not choices: the configuration says why a rule cannot run.
+        options.add(group, Config, "rule", choices=None, metavar=f"{{{','.join(RULES)}}}")
+        options.add(group, Config, "guidance_scale", "radius")
+    options.add(group, Config, "negative", "bandwidth")
     options.add(group, Config, "tracker", "hyperparameters", "calibration")
     options.add(group, Config, "prior", "temperature", "offset", "offset_nats", "p_min", "p_max")
     options.add(group, Config, "probes", "track_lo")
@@ -425,8 +428,10 @@ def make_parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--data",
         type=Path,
+        nargs="+",
         metavar="DIR",
-        help="folder of the run that is drawn, if --out is only for the figures (default: --out)",
+        help="folders of the runs that are drawn together, if --out is only for the figures "
+        "(default: --out)",
     )
     plot.add_argument(
         "--shipped", action="store_true", help="draw the calibrations that come with the package"

@@ -377,7 +377,7 @@ def _calibrate(
 ) -> Path:
     """Calibrate one class and one kind of networks, on at most ``most`` images; return the file."""
     (name,) = config.forget
-    path = materials.folder.calibration(name, config.networks, config.tracker)
+    path = materials.folder.own_calibration(name, config.networks, config.tracker)
     if materials.processes.is_main_process:
         follows = config.tracker == "path"
         config = dataclasses.replace(
@@ -614,12 +614,12 @@ def plot_command(given: argparse.Namespace) -> None:
     folder = _folder(given, dataset)
     files.clean(folder, below=False)
     files.clean(RunFolder(folder).figures)
-    data = folder if given.data is None else given.data
+    data = [folder] if given.data is None else given.data
     calibrations = None
     if given.shipped:
         calibrations = _shipped(Config(dataset=dataset), "--shipped") / "calibration"
     written = plot.draw_all(folder, safety=given.safety, data=data, calibrations=calibrations)
-    print(compare.comparison(compare.read_rows(data / "sweep.jsonl"), given.safety))
+    print(compare.comparison(compare.read_tables(data, "sweep.jsonl"), given.safety))
     for path in written:
         print(path)
 

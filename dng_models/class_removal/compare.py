@@ -36,6 +36,7 @@ __all__ = [
     "lead_table",
     "leads",
     "read_rows",
+    "read_tables",
     "safety_table",
     "table",
     "tuning_table",
@@ -58,10 +59,11 @@ NAMES = {
     "fbg": "FBG",
     "geoguide": "GeoGuide",
     "cfg++": "CFG++",
+    "spell": "SPELL",
 }
-# Fields of a configuration: AMOUNT is not part of the method, only DNG reads TRACKER, and NUMBERS
-# override the values of the paper, of a calibration or of the tracker itself.
-AMOUNT = {"guidance_scale", "forget", "seed", "num_images", "batch_size"}
+# Fields of a configuration: AMOUNT and the scale are not part of the method, only DNG reads
+# TRACKER, and NUMBERS override the values of the paper, of a calibration or of the tracker itself.
+AMOUNT = {"forget", "seed", "num_images", "batch_size"}
 NUMBERS = ("prior", "temperature", "offset", "offset_nats", "p_min", "p_max", "track_lo")
 TRACKER = {"tracker", "tracker_variance", "hyperparameters", "calibration", "probes", *NUMBERS}
 SETTINGS = {
@@ -137,14 +139,20 @@ def forgotten_by(row: Row) -> str:
 
 
 def scale_of(row: Row) -> float:
-    """The guidance scale, 0 for a rule without one."""
+    """The guidance scale, 0 for a rule without one; of SPELL the radius."""
     config = row["config"]
-    return 0.0 if config["rule"] in UNSCALED else float(config["guidance_scale"])
+    return 0.0 if config["rule"] in UNSCALED else float(config[_scale_field(config)])
+
+
+def _scale_field(config: Mapping[str, Any]) -> str:
+    return "radius" if config["rule"] == "spell" else "guidance_scale"
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration that belong to its method."""
-    skipped = AMOUNT if config["rule"] == "dng" else AMOUNT | TRACKER
+    skipped = AMOUNT | {_scale_field(config)}
+    if config["rule"] != "dng":
+        skipped |= TRACKER
     return {name: value for name, value in config.items() if name not in skipped}
 
 
@@ -166,6 +174,8 @@ def _base_name(config: Mapping[str, Any]) -> str:
         parts += given
         if config.get("calibration") is not None:
             parts.append(f"as fitted for {config['calibration']}")
+    if _given(config, "negative") and rule not in UNSCALED:
+        parts[0] += " from images"
     if config.get("networks") == "conditional":
         parts.append("conditional network")
     if _given(config, "solver"):
@@ -184,9 +194,11 @@ def chosen_settings(config: Mapping[str, Any]) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     changed = {
         name: config[name]
-        for name in ("gate", "threshold", "slope", "contrast")
+        for name in ("gate", "threshold", "slope", "contrast", "bandwidth")
         if name in config and config[name] != defaults[name]
     }
+    if config["rule"] == "spell":
+        changed["g"] = config["guidance_scale"]
     parts = [f"{name} {_plain(value)}" for name, value in changed.items()]
     low, high = config.get("t_lo", 0.0), config.get("t_hi", 1.0)
     if (low, high) != (0.0, 1.0):
@@ -213,7 +225,8 @@ class Method:
     def at(self, row: Row) -> str:
         """The name with the guidance scale of a row, for a figure."""
         name = plain(self.name)
-        return name if self.rule in UNSCALED else f"{name}, $g={scale_of(row):g}$"
+        letter = "r" if self.rule == "spell" else "g"
+        return name if self.rule in UNSCALED else f"{name}, ${letter}={scale_of(row):g}$"
 
 
 def methods_of(rows: Sequence[Row]) -> list[Method]:
@@ -332,6 +345,28 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} must hold at least one row, got an empty table")
+    return rows
+
+
+def read_tables(folders: Sequence[Path | str], name: str) -> list[dict[str, Any]]:
+    """Read the rows of one table of several runs, of which each setting counts once.
+
+    Parameters
+    ----------
+    folders : sequence of Path or str
+        The runs; of a setting that several have, the row of the first is kept.
+    name : str
+        Name of the table in each folder.
+
+    Raises
+    ------
+    OSError, ValueError
+        As for :func:`read_rows`.
+    """
+    rows: list[dict[str, Any]] = []
+    for folder in folders:
+        known = {row.get("key") for row in rows} - {None}
+        rows += [r for r in read_rows(Path(folder) / name) if r.get("key") not in known]
     return rows
 
 
@@ -541,8 +576,8 @@ def table(rows: Sequence[Row]) -> str:
     Returns
     -------
     str
-        Ordered by class, method and scale, with a line feed at the end.  After an infinite
-        divergence stands the finite one with half a count added to every class.
+        Ordered by class, method and scale (g; of SPELL the radius), with a line feed at the end.
+        After an infinite divergence stands the finite one with half a count added to every class.
 
     Raises
     ------
@@ -600,6 +635,7 @@ def csv_table(rows: Sequence[Row]) -> str:
                 own = {name: config.get(name) for name in names}
                 own |= {"forget": forget, "method": method.name}
                 own |= {"setting": chosen_settings(config)}
+                own |= {"guidance_scale": config.get(_scale_field(config))}
                 shares = metrics.get("histogram") or ()
                 cells = [*own.values(), *(metrics.get(name) for name in numbers), *shares]
                 writer.writerow([f"{c:.6g}" if isinstance(c, float) else c for c in cells])

@@ -14,6 +14,8 @@ import json
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+
 from dng_math import DDIM, DDPM, checks
 from dng_math.rules import Rule, limited, rule_named
 from dng_math.schedules import Sampler, TrackerVariance
@@ -29,13 +31,27 @@ from dng_models.support import foreign
 from dng_models.support.options import between, check, integer, option, settings
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from dng_models.class_removal.calibration import Calibration
 
 Networks = Literal["pair", "conditional"]
 RuleName = Literal[
-    "none", "np", "sld", "dng", "ccfg", "cfg", "cg", "fbg", "perp-neg", "geoguide", "cfg++"
+    "none", "np", "sld", "dng", "ccfg", "cfg", "cg", "fbg", "perp-neg", "geoguide", "cfg++", "spell"
 ]
 RULES: tuple[RuleName, ...] = get_args(RuleName)
+# Rules of dng_math that cannot run here, with the reason.
+_ATTENTION = "acts on a network's attention to a prompt, and these networks have none"
+REFUSED = {
+    "crg": "compares the prediction of a prompt with the unconditional one; without a prompt these "
+    "are the same, its evidence is never above its threshold, and it does nothing",
+    "signed": "is 'np' where there is no prompt, beneath which it would differ",
+    "images": "needs the density of x, which networks do not give; 'dng' with negative='images' "
+    "tracks its posterior",
+    "nag": _ATTENTION,
+    "nasa": _ATTENTION,
+    "vsf": _ATTENTION,
+}
 TOWARD = ("cfg", "cg", "fbg", "cfg++")  # rules that use no prediction of what is forbidden
 NEED_POSITIVE = (*TOWARD, "perp-neg")
 AnyTracker = PaperTracker | LogOddsTracker | PathTracker
@@ -63,7 +79,17 @@ TrainingPrecision = Literal["no", "bf16"]
 TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
 OWN = ("prior", "temperature", "offset", "offset_nats")
 # Fields that came later: a setting that has their defaults keeps the key that it had.
-LATER: dict[str, Any] = {"eta": 1.0, "probes": 1, "track_lo": 0.0, "solver": "first-order"}
+LATER: dict[str, Any] = {
+    **{"eta": 1.0, "probes": 1, "track_lo": 0.0, "solver": "first-order"},
+    **{"negative": "network", "bandwidth": None, "radius": None},
+}
+
+
+def _rule_name(name: str, value: object) -> str:
+    """Check of a rule that can run here."""
+    if isinstance(value, str) and value in REFUSED:
+        raise ValueError(f"{name} must not be {value!r}, which {REFUSED[value]}")
+    return checks.choice(name, value, RULES)
 
 
 def _class_names(name: str, value: object) -> tuple[str, ...]:
@@ -146,9 +172,25 @@ class Config:
     toward: str | None = option(
         None, "class to guide towards, for rules cfg, cg, fbg, perp-neg and cfg++", metavar="CLASS"
     )
-    rule: RuleName = option("dng", "how predictions are combined")
+    rule: RuleName = option("dng", "how predictions are combined", check=_rule_name)
     guidance_scale: float = option(
         1.0, "guidance scale g, which the rules none and fbg do not read", metavar="G"
+    )
+    negative: Literal["network", "images"] = option(
+        "network",
+        "what predicts the forbidden: a network, or a kernel on each of its training images",
+    )
+    bandwidth: float | None = option(
+        None,
+        "standard deviation of that kernel; values of images are from -1 to 1",
+        check=checks.non_negative,
+        shown="under which each image is likeliest beside the others",
+    )
+    radius: float | None = option(
+        None,
+        "radius of SPELL's balls around the training images of the forbidden, from which it "
+        "pushes; its strength",
+        check=checks.positive,
     )
     tracker: TrackerName = option("paper", "how DNG tracks the posterior")
     hyperparameters: Literal["paper", "calibrated", "calibrated-constant", "own"] = option(
@@ -239,17 +281,42 @@ class Config:
     def __post_init__(self) -> None:
         check(self)
         self._check_classes()
+        self._check_images()
         self._check_own()
         self._check_path()
         # The rule and the tracker check their own hyperparameters.  0.5 is any allowed prior: the
         # one that the data or a calibration gives is not known here.
         self.guidance_rule(self.with_own(TRACKERS[self.tracker](prior=0.5)))
 
+    def _check_images(self) -> None:
+        if self.rule == "spell" and self.radius is None:
+            raise ValueError(
+                "radius must be given for rule 'spell', the distance that it keeps from every "
+                "training image of what is forbidden (values of images are from -1 to 1); got None"
+            )
+        if self.negative == "network":
+            if self.bandwidth is not None:
+                raise ValueError(
+                    "bandwidth must be None with negative='network', which has no kernel, got "
+                    f"{self.bandwidth:g}"
+                )
+            return
+        if self.unwanted:
+            raise ValueError(
+                "unwanted must not be given with negative='images', which takes no network of "
+                f"what is forbidden, got {self.unwanted}"
+            )
+        if self.needs_calibration:
+            raise ValueError(
+                "hyperparameters must be 'paper' or 'own' with negative='images', got "
+                f"{self.hyperparameters!r}: calibrations are of networks"
+            )
+
     def _check_classes(self) -> None:
         if not self.forget or len(set(self.forget)) < len(self.forget):
             raise ValueError(f"forget must name at least one class, each once; got {self.forget}")
         several = len(self.forget) > 1 and len(self.unwanted) != 1
-        if several and self.rule not in ("dng", "none"):
+        if several and self.rule not in ("dng", "none", "spell"):
             raise ValueError(
                 f"forget must be one class with rule {self.rule!r}, got {self.forget}: only 'dng' "
                 "takes one network for each class (one unwanted network that was trained on all "
@@ -384,8 +451,39 @@ class Config:
         """Whether DNG's tracker comes from a calibration."""
         return self.rule == "dng" and self.hyperparameters in CALIBRATED
 
-    def guidance_rule(self, tracker: AnyTracker) -> Rule:
-        """Return the guidance rule; only DNG reads the tracker."""
+    @property
+    def reads_images(self) -> bool:
+        """Whether the forbidden is given by its training images instead of a network."""
+        if self.negative == "images":
+            return self.rule not in ("none", *TOWARD)
+        return self.rule == "spell"
+
+    @property
+    def strength_field(self) -> Literal["guidance_scale", "radius"]:
+        """Which field a sweep of strengths varies: SPELL's is its radius."""
+        return "radius" if self.rule == "spell" else "guidance_scale"
+
+    @property
+    def strength(self) -> float:
+        """The guidance scale, or SPELL's radius."""
+        return float(getattr(self, self.strength_field))
+
+    def at(self, strength: float) -> Config:
+        """The same setting with another guidance scale, or another radius of SPELL."""
+        changed: dict[str, Any] = {self.strength_field: strength}
+        return dataclasses.replace(self, **changed)
+
+    def guidance_rule(self, tracker: AnyTracker, points: NDArray[np.float64] | None = None) -> Rule:
+        """Return the guidance rule.
+
+        Parameters
+        ----------
+        tracker : PaperTracker, LogOddsTracker or PathTracker
+            Of DNG; other rules do not read it.
+        points : ndarray, shape (K, D), optional
+            Training images of what is forbidden, around which SPELL has its balls; other rules do
+            not read them.  Default: one of a single number, for a rule that is only to be checked.
+        """
         parameters: dict[str, object] = {}
         match self.rule:
             case "sld":
@@ -405,6 +503,9 @@ class Config:
                 parameters = {"pi": self.pi, "lambda_max": self.lambda_max}
             case "perp-neg":
                 parameters = {"positive_scale": self.positive_scale}
+            case "spell":
+                balls = np.zeros((1, 1)) if points is None else points
+                parameters = {"points": balls, "radius": self.radius}
         rule = rule_named(self.rule, self.guidance_scale, **parameters)
         return limited(rule, self.t_lo, self.t_hi)
 

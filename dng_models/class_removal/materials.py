@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
-from torch import nn
+from torch import Tensor, nn
 
 from dng_math import NoiseSchedule
 from dng_math.rules import Rule
@@ -23,9 +23,11 @@ from dng_models.class_removal.config import TOWARD, AnyTracker, Config, tracker_
 from dng_models.class_removal.data import Dataset, load_dataset
 from dng_models.class_removal.evaluation import Reference
 from dng_models.class_removal.judge import Judge, classifier_files, load_classifier
+from dng_models.class_removal.kernel_width import likeliest_bandwidth
 from dng_models.class_removal.pretrained import Pretrained, load_denoiser
 from dng_models.class_removal.run_folder import RunFolder
 from dng_models.pairs.denoisers import Denoiser, Labelled
+from dng_models.pairs.points import PointsDenoiser
 from dng_models.support.inception import FrechetInception
 from dng_models.support.processes import Place
 from dng_models.support.threads import torch_threads
@@ -43,13 +45,14 @@ class Models:
     base, positive : callable
         Map (x, t) to a prediction; ``positive`` is None if the rule needs none.
     unwanted : tuple of callable
-        One network for every forgotten class, or one for all of them; empty if the rule needs none.
+        One network for every forgotten class, or one for all of them, or the kernel mixture on the
+        training images of each; empty if the rule needs none.
     schedule : NoiseSchedule
         The schedule that they were trained on.
     prediction_type : {"epsilon", "v_prediction", "sample"}
         What they predict.
     sources : dict of str to str
-        A digest of the weights of each network, by its role.
+        A digest of the weights of each network, or of the images in its place, by its role.
     """
 
     base: Denoiser
@@ -174,14 +177,7 @@ class Materials(Place):
         return found
 
     def _digest(self, net: nn.Module) -> str:
-        def digest() -> str:
-            sha = hashlib.sha256()
-            for name, value in sorted(net.state_dict().items()):
-                sha.update(name.encode())
-                sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            return sha.hexdigest()[:12]
-
-        return str(self._once(("digest", id(net)), digest))
+        return str(self._once(("digest", id(net)), lambda: _digest_of(net.state_dict())))
 
     def models(self, config: Config) -> Models:
         """The networks of a setting.
@@ -194,6 +190,8 @@ class Materials(Place):
             If one is damaged or does not fit the data.
         """
         folder, dataset = self.folder, self.dataset(config)
+        if config.reads_images:
+            return self._by_images(config)
         needs_unwanted = config.rule not in ("none", *TOWARD)
         if config.networks == "conditional":
             where = config.base or folder.networks / "conditional"
@@ -240,6 +238,25 @@ class Materials(Place):
             sources={part: self._digest(net.net) for part, net in nets.items()},
         )
 
+    def _by_images(self, config: Config) -> Models:
+        """The models of a setting whose negatives are training images."""
+        models = self.models(replace(config, rule="none", negative="network", bandwidth=None))
+        parts = [self.forbidden_images(config, name) for name in config.forget]
+        unwanted: list[Denoiser] = []
+        if config.rule != "spell":
+            for images in parts:
+                width = config.bandwidth
+                width = likeliest_bandwidth(images) if width is None else width
+                kernels = PointsDenoiser(images, models.schedule, width, models.prediction_type)
+                unwanted.append(kernels)
+        digests = {f"images-{i}": _digest_of({"images": images}) for i, images in enumerate(parts)}
+        return replace(models, unwanted=tuple(unwanted), sources=models.sources | digests)
+
+    def forbidden_images(self, config: Config, name: str) -> Tensor:
+        """Training images of a class, (K, C, H, W), in [-1, 1]."""
+        train = self.dataset(config).train
+        return train.images[train.labels == train.index_of(name)]
+
     def share(self, config: Config) -> float:
         """Share of the forgotten classes in the data, divided by the number of unwanted networks.
 
@@ -252,7 +269,11 @@ class Materials(Place):
 
     def rule(self, config: Config) -> Rule:
         """The guidance rule of a setting; its tracker follows from the data and calibration."""
-        return config.guidance_rule(self.tracker(config))
+        points = None
+        if config.rule == "spell":
+            images = [self.forbidden_images(config, name) for name in config.forget]
+            points = torch.cat(images).flatten(1).double().numpy()
+        return config.guidance_rule(self.tracker(config), points)
 
     def tracker(self, config: Config) -> AnyTracker:
         """DNG's tracker of a setting."""
@@ -341,6 +362,15 @@ class Materials(Place):
             ),
         )
         return loaded
+
+
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of tensors and their names."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:12]
 
 
 def same_schedule(one: NoiseSchedule, other: NoiseSchedule) -> bool:

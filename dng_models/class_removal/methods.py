@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dng_math import checks
-from dng_models.class_removal.config import RULES, Config
+from dng_models.class_removal.config import REFUSED, RULES, Config
 
 # The name of each method in a sweep, and the configuration fields that define it.
-METHODS: dict[str, dict[str, str]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "none": {"rule": "none"},
     "np": {"rule": "np"},
     "sld": {"rule": "sld"},
@@ -25,6 +25,12 @@ METHODS: dict[str, dict[str, str]] = {
     "dng-log-odds": {"rule": "dng", "tracker": "log-odds", "hyperparameters": "calibrated"},
     "dng-path": {"rule": "dng", "tracker": "path", "hyperparameters": "own"},
     "dng-path-calibrated": {"rule": "dng", "tracker": "path", "hyperparameters": "calibrated"},
+    "dng-images": {
+        **{"rule": "dng", "tracker": "paper", "hyperparameters": "paper"},
+        "negative": "images",
+    },
+    "geoguide": {"rule": "geoguide"},
+    "spell": {"rule": "spell", "guidance_scale": 1.6},  # its authors' scale
 }
 
 
@@ -45,7 +51,10 @@ LADDERS: dict[str, tuple[float, ...]] = {
     "dng-log-odds": (3.0, 6.0, 12.0),
     "dng-path": (1.0, 2.0, 4.0),
     "dng-path-calibrated": (2.0, 5.0, 10.0),
+    "dng-images": (1.0, 2.0, 4.0),
     "dng": (1.0, 2.0, 4.0),
+    "geoguide": (0.5, 1.0, 2.0),
+    "spell": (1.5, 2.5, 4.0),  # radii
 }
 
 
@@ -77,6 +86,8 @@ ALTERNATIVES: dict[str, tuple[tuple[dict[str, Any], ...], ...]] = {
         *_INTERVALS,
     ),
     "ccfg": (({"contrast": 0.2}, {"contrast": 5.0}), *_INTERVALS),
+    "geoguide": _INTERVALS,
+    "spell": (({"guidance_scale": 1.0},), *_INTERVALS),
 }
 
 
@@ -92,7 +103,7 @@ def settings(
     methods : sequence of str
         Names in :data:`METHODS`, or names of rules, which take their hyperparameters from ``base``.
     scales : sequence of float, optional
-        Guidance scales for every method; default: those of :data:`LADDERS`.
+        Guidance scales for every method, of SPELL radii; default: those of :data:`LADDERS`.
 
     Returns
     -------
@@ -106,11 +117,14 @@ def settings(
     """
     configs = []
     for method in methods:
+        if method in REFUSED:
+            raise ValueError(f"rules must not have {method!r}, which {REFUSED[method]}")
         if method not in METHODS and method not in RULES:
             checks.choice("rules", method, tuple(dict.fromkeys([*METHODS, *RULES])))
         fields: dict[str, Any] = METHODS.get(method, {"rule": method})
         ladder = LADDERS.get(method, LADDERS["np"]) if scales is None else tuple(scales)
         if method == "none":
             ladder = (0.0,)
-        configs += [dataclasses.replace(base, guidance_scale=scale, **fields) for scale in ladder]
+        strength = "radius" if fields["rule"] == "spell" else "guidance_scale"
+        configs += [dataclasses.replace(base, **(fields | {strength: s})) for s in ladder]
     return list(dict.fromkeys(configs))

@@ -179,7 +179,8 @@ def _calls(config: Config) -> int:
     """Number of network predictions per step."""
     if config.rule == "none":
         return 1
-    several = 0 if config.rule in TOWARD else len(config.unwanted) or len(config.forget)
+    networks_away = config.rule not in TOWARD and not config.reads_images
+    several = (len(config.unwanted) or len(config.forget)) if networks_away else 0
     positive = config.toward is not None or config.positive is not None
     return 1 + several + positive
 

@@ -44,6 +44,7 @@ from dng_models.class_removal.compare import (
     methods_of,
     none_forbidden,
     read_rows,
+    read_tables,
     scale_of,
     table,
     tuning_table,
@@ -142,7 +143,9 @@ LABELS: dict[Quantity, str] = {
 def _look(config: Mapping[str, Any]) -> _Look | None:
     rule = config["rule"]
     key: tuple[str, ...] = (rule,)
-    if rule == "dng":
+    if config.get("negative") == "images":
+        key = (rule, "images")
+    elif rule == "dng":
         key = (rule, config.get("tracker", "paper"), config.get("hyperparameters", "paper"))
     look = LOOKS.get(key)
     if look is not None and config.get("networks") == "conditional":
@@ -556,7 +559,7 @@ def draw_all(
     *,
     classes: Sequence[str] | None = None,
     safety: float = 0.005,
-    data: Path | str | None = None,
+    data: Path | str | Sequence[Path | str] | None = None,
     calibrations: Path | str | None = None,
 ) -> list[Path]:
     """Draw all figures and tables for which a run's folder has the data.
@@ -571,15 +574,15 @@ def draw_all(
         there is no histogram and no image is framed.
     safety : float
         Forbidden share at which the methods are compared, in (0, 1).
-    data : Path or str, optional
+    data : Path or str, or a sequence of them, optional
         Folder with ``sweep.jsonl``, and optionally ``tuning.jsonl``,
         ``samples/KEY/images.safetensors`` with ``images`` and ``labels``, and
         ``samples/KEY/trajectories.safetensors`` with the arguments of :func:`trajectories`;
-        default: ``out``.
+        default: ``out``.  Several are drawn as one run.
     calibrations : Path or str, optional
         Folder of files NAME.json as
         :class:`dng_models.class_removal.calibration.Calibration` saves them; default:
-        ``calibration`` in ``data``.
+        ``calibration`` in the first of ``data``.
 
     Returns
     -------
@@ -594,9 +597,12 @@ def draw_all(
         If a file is damaged; the message names it, and the line of a table.
     """
     out = Path(out)
-    data = out if data is None else Path(data)
-    calibrations = data / "calibration" if calibrations is None else Path(calibrations)
-    rows = read_rows(data / "sweep.jsonl")
+    data = out if data is None else data
+    folders = [Path(data)] if isinstance(data, Path | str) else [Path(each) for each in data]
+    if not folders:
+        raise ValueError("data must name at least one folder, got none")
+    calibrations = folders[0] / "calibration" if calibrations is None else Path(calibrations)
+    rows = read_tables(folders, "sweep.jsonl")
     written: list[Path] = []
 
     def keep(stem: str, figure: Figure) -> None:
@@ -608,7 +614,9 @@ def draw_all(
     if len(networks) > 1:
         for name in networks:
             keep(f"curves_{name}", curves([r for r in rows if r["config"].get("networks") == name]))
-    names = classes if classes is not None else _class_names(data)
+    names = classes
+    for folder in folders if classes is None else ():
+        names = _class_names(folder) if names is None else names
     safest = weakest_safe(rows, safety)
     for forget in classes_forgotten(rows):
         chosen = [row for row in safest if forgotten_by(row) == forget]
@@ -618,19 +626,22 @@ def draw_all(
         known = names is not None and set(chosen[0]["config"]["forget"]) <= set(names)
         if counted and known:
             keep(f"histogram_{forget}", histogram(chosen, names))
-        pictures, marks = _samples(data, chosen, names if known else None)
+        pictures, marks = _samples(folders, chosen, names if known else None)
         if pictures:
             keep(f"grid_{forget}", grid(pictures, marks, negative=all(map(is_ink, chosen))))
     settings = _setting_names(rows)
-    for path in sorted(data.glob("samples/*/trajectories.safetensors")):
+    for path in sorted(
+        path for each in folders for path in each.glob("samples/*/trajectories.safetensors")
+    ):
         key = path.parent.name
         keep(f"trajectories_{settings.get(key, key)}", _trajectories(path))
     for path in sorted(calibrations.glob("*.json")):
         for tracker, calibration in _calibrations(path).items():
             keep(f"reliability_{path.stem}_{tracker}", reliability(calibration))
     text = comparison(rows, safety)
-    if (data / "tuning.jsonl").is_file():
-        tuning = tuning_table(read_rows(data / "tuning.jsonl"), safety)
+    tuned = [each for each in folders if (each / "tuning.jsonl").is_file()]
+    if tuned:
+        tuning = tuning_table(read_tables(tuned, "tuning.jsonl"), safety)
         text += f"\nWhat the settings were chosen from, by other images:\n\n{tuning}"
     text += f"\nEvery row, with 95% intervals:\n\n{table(rows)}"
     tables = {"table.md": text, "table.csv": csv_table(rows)}
@@ -714,15 +725,19 @@ def _class_names(out: Path) -> list[str] | None:
 
 
 def _samples(
-    out: Path, rows: Sequence[Row], classes: Sequence[str] | None, columns: int = 16
+    folders: Sequence[Path],
+    rows: Sequence[Row],
+    classes: Sequence[str] | None,
+    columns: int = 16,
 ) -> tuple[dict[str, Array], dict[str, NDArray[np.bool_]]]:
     """The first images of the rows that kept some, and masks of those judged forbidden."""
     pictures: dict[str, Array] = {}
     marks: dict[str, NDArray[np.bool_]] = {}
     of = {id(row): method for method in methods_of(rows) for row in method.rows}
     for row in rows:
-        path = out / "samples" / str(row.get("key")) / "images.safetensors"
-        if not path.is_file():
+        kept = Path("samples", str(row.get("key")), "images.safetensors")
+        path = next((each / kept for each in folders if (each / kept).is_file()), None)
+        if path is None:
             continue
         tensors = load_tensors(path)[0]
         if "images" not in tensors:

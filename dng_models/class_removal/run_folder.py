@@ -52,18 +52,26 @@ class RunFolder:
         return self.networks / f"class-{_file_name(name)}"
 
     def calibration(self, name: str, networks: Networks, tracker: TrackerName = "paper") -> Path:
-        """File of the calibration for a forgotten class, a kind of networks and a tracker.
+        """File of the calibration for a forgotten class, a kind of networks and a tracker, to read.
 
-        It is the run's own, unless only the shipped networks come with one.  The paper's and the
-        log-odds tracker share a file.
+        It is the run's own, unless only the shipped networks come with one.
+        """
+        own = self.own_calibration(name, networks, tracker)
+        if self.shipped is not None and not own.is_file():
+            shipped = self.shipped / own.relative_to(self.path)
+            return shipped if shipped.is_file() else own
+        return own
+
+    def own_calibration(
+        self, name: str, networks: Networks, tracker: TrackerName = "paper"
+    ) -> Path:
+        """File that a calibration of this run is written to.
+
+        The paper's and the log-odds tracker share a file.
         """
         suffix = "" if networks == "pair" else f"-{networks}"
         suffix += "-path" if tracker == "path" else ""
-        file = Path("calibration", f"{_file_name(name)}{suffix}.json")
-        own = self.path / file
-        if self.shipped is not None and not own.is_file() and (self.shipped / file).is_file():
-            return self.shipped / file
-        return own
+        return self.path / "calibration" / f"{_file_name(name)}{suffix}.json"
 
     def samples(self, config: Config) -> Path:
         """Folder of the kept images of a setting."""

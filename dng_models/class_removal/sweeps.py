@@ -196,9 +196,13 @@ def label(config: Config) -> str:
     name: str = config.rule
     if config.rule == "dng":
         name = f"dng {config.tracker} {config.hyperparameters}"
+    if config.negative == "images" and config.reads_images:
+        name += " from images"
     if config.networks == "conditional":
         name += " conditional"
-    return name if config.rule in ("none", "fbg") else f"{name} g={config.guidance_scale:g}"
+    if config.rule in ("none", "fbg"):
+        return name
+    return f"{name} {'r' if config.rule == 'spell' else 'g'}={config.strength:g}"
 
 
 def _told(config: Config, row: Row) -> str:

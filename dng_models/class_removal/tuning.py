@@ -21,6 +21,7 @@ from dng_models.class_removal.compare import (
     badness,
     chosen_settings,
     forbidden_share,
+    scale_of,
 )
 from dng_models.class_removal.config import Config
 from dng_models.class_removal.materials import Materials
@@ -167,10 +168,7 @@ def choose(
             rows = enclosing(config, safety, measure, give_up_above=least)
             (at,) = at_equal_safety(rows, safety)
             if at["guidance_scale"] is not None and badness(at) < least:
-                best, least = (
-                    replace(config, guidance_scale=_rounded(at["guidance_scale"])),
-                    badness(at),
-                )
+                best, least = config.at(_rounded(at["guidance_scale"])), badness(at)
     return best
 
 
@@ -187,15 +185,15 @@ def enclosing(
     rows = [measure(config)]
     while at_equal_safety(rows, safety)[0]["guidance_scale"] is None and len(rows) < MOST_SCALES:
         shares = [forbidden_share(row).value for row in rows]
-        scales = [row["config"]["guidance_scale"] for row in rows]
+        scales = [scale_of(row) for row in rows]
         if min(shares) <= safety:
-            rows.insert(0, measure(replace(config, guidance_scale=_rounded(scales[0] / FACTOR))))
+            rows.insert(0, measure(config.at(_rounded(scales[0] / FACTOR))))
             continue
         if len(rows) > 1:
             before, last = (badness(row["metrics"]) for row in rows[-2:])
             if last > max(before, give_up_above):
                 break
-        rows.append(measure(replace(config, guidance_scale=_rounded(scales[-1] * FACTOR))))
+        rows.append(measure(config.at(_rounded(scales[-1] * FACTOR))))
     return rows
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dng_math import (
@@ -45,6 +46,18 @@ SHARE = 0.1
         ("forget", "0", "forget must be a sequence of names, got '0'"),
         ("forget", (0,), r"forget must be a sequence of names, got \(0,\)"),
         ("rule", "dong", "rule must be one of 'none', 'np', .*; got 'dong'"),
+        ("rule", "crg", "rule must not be 'crg', which compares .* it does nothing"),
+        (
+            "rule",
+            "images",
+            "rule must not be 'images', which needs the density .*negative='images'",
+        ),
+        ("rule", "signed", "rule must not be 'signed', which is 'np'"),
+        ("rule", "nag", "rule must not be 'nag', which acts on a network's attention"),
+        ("rule", "spell", "radius must be given for rule 'spell', .*; got None"),
+        ("radius", 0.0, "radius must be finite and > 0, got 0.0"),
+        ("bandwidth", 0.1, "bandwidth must be None with negative='network', .* got 0.1"),
+        ("negative", "points", "negative must be one of 'network', 'images'; got 'points'"),
         ("networks", "three", "networks must be one of 'pair', 'conditional'; got 'three'"),
         ("tracker", "exact", "tracker must be one of 'paper', 'log-odds', 'path'; got 'exact'"),
         ("hyperparameters", "best", "hyperparameters must be one of .*; got 'best'"),
@@ -95,6 +108,26 @@ def test_rules_that_lead_somewhere_need_to_know_where(name):
     assert Config(rule=name, toward="3").toward == "3"
 
 
+def test_images_of_the_forbidden_take_the_place_of_its_network():
+    assert Config(negative="images", bandwidth=0.2).reads_images
+    assert Config(rule="spell", radius=1.0, forget=("0", "1")).reads_images
+    assert not Config().reads_images and not Config(rule="none", negative="images").reads_images
+    with pytest.raises(ValueError, match="unwanted must not be given with negative='images'"):
+        Config(negative="images", unwanted=("a",))
+    with pytest.raises(ValueError, match="hyperparameters must be 'paper' or 'own' with negative"):
+        Config(negative="images", hyperparameters="calibrated")
+
+
+def test_the_strength_of_spell_is_its_radius():
+    spell = Config(rule="spell", radius=2.0, guidance_scale=1.6)
+    assert spell.strength == 2.0 and spell.at(3.0) == dataclasses.replace(spell, radius=3.0)
+    assert Config().at(3.0) == Config(guidance_scale=3.0)
+    of_sweep = settings(Config(rule="none"), ["spell"], [1.0, 2.0])
+    assert [(c.radius, c.guidance_scale) for c in of_sweep] == [(1.0, 1.6), (2.0, 1.6)]
+    with pytest.raises(ValueError, match="rules must not have 'crg', which compares"):
+        settings(Config(), ["np", "crg"])
+
+
 def test_a_conditional_network_makes_every_prediction():
     with pytest.raises(ValueError, match="must not be given with networks='conditional'"):
         Config(networks="conditional", unwanted=("somewhere",))
@@ -141,9 +174,11 @@ def test_fields_that_came_later_leave_the_keys_of_before():
     assert Config().key == "e5d46c222d59"
     path = Config(tracker="path", hyperparameters="own")
     others = [dataclasses.replace(path, **{n: v}) for n, v in
-              (("eta", 0.0), ("probes", 2), ("track_lo", 0.2))]  # fmt: skip
+              (("eta", 0.0), ("probes", 2), ("track_lo", 0.2), ("negative", "images"),
+               ("radius", 1.0))]  # fmt: skip
     others.append(dataclasses.replace(others[0], solver="dpm++2m"))
-    assert len({path.key, *(other.key for other in others)}) == 5
+    others.append(dataclasses.replace(others[3], bandwidth=0.1))
+    assert len({path.key, *(other.key for other in others)}) == 8
 
 
 def test_images_are_the_same_however_many_and_whoever_judges_them():
@@ -159,7 +194,8 @@ def test_images_are_the_same_however_many_and_whoever_judges_them():
 
 def test_every_rule_is_built():
     built = {
-        name: rule(Config(rule=name, guidance_scale=2.5, toward="3"), share=SHARE) for name in RULES
+        name: rule(Config(rule=name, guidance_scale=2.5, toward="3", radius=1.5), share=SHARE)
+        for name in RULES
     }
     assert built["none"] == Unguided()
     assert built["np"] == NegativePrompting(2.5)
@@ -169,6 +205,10 @@ def test_every_rule_is_built():
     assert built["perp-neg"] == PerpNeg(2.5)
     assert built["geoguide"] == GeoGuide(2.5)
     assert built["cfg++"] == CFGPlusPlus(2.5)
+    assert (built["spell"].radius, built["spell"].guidance_scale) == (1.5, 2.5)
+    points = np.ones((2, 4))
+    spell = Config(rule="spell", radius=1.5, t_lo=0.2).guidance_rule(PaperTracker(0.1), points)
+    np.testing.assert_array_equal(spell.rule.points, points)
     assert isinstance(built["dng"], DynamicNegativeGuidance)
 
 
@@ -308,6 +348,18 @@ def test_no_class_name_leaves_the_folder():
         assert folder.class_network(name).parent == folder.networks
         assert folder.calibration(name, "pair").parent == Path("run", "calibration")
     assert folder.calibration("0", "pair") != folder.calibration("0", "conditional")
+
+
+def test_a_calibration_that_comes_with_the_package_is_read_and_never_written_over(tmp_path):
+    folder = RunFolder(tmp_path / "run", shipped=tmp_path / "shipped")
+    own = tmp_path / "run" / "calibration" / "0-path.json"
+    assert folder.calibration("0", "pair", "path") == own
+    shipped = tmp_path / "shipped" / "calibration" / "0-path.json"
+    for written in (shipped, own):
+        written.parent.mkdir(parents=True)
+        written.touch()
+        assert folder.calibration("0", "pair", "path") == written
+        assert folder.own_calibration("0", "pair", "path") == own
 
 
 def test_the_papers_settings_are_those_of_the_paper():

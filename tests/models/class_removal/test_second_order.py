@@ -72,6 +72,7 @@ def test_several_classes_and_what_is_refused():
     sample_second_order(on_a_line(None), unwanted[:1], NegativePrompting(0.1), **RUN)
 
 
+@pytest.mark.slow
 def test_what_calibrates_the_path_tracker_is_what_draws_with_it(materials):
     """Two points of a path each, so that the fit is soon done."""
     config = materials.resolved(
@@ -82,7 +83,15 @@ def test_what_calibrates_the_path_tracker_is_what_draws_with_it(materials):
     )  # fmt: skip
     with pytest.raises(FileNotFoundError, match="make it with: .* --tracker path"):
         materials.rule(config)
+    shipped = materials.folder.path / "shipped" / "calibration" / "0-path.json"
+    shipped.parent.mkdir(parents=True)
+    shipped.touch()
+    networks = materials.folder.networks
+    for each in networks.iterdir():
+        (shipped.parents[1] / each.name).symlink_to(each)
+    materials.folder = replace(materials.folder, shipped=shipped.parents[1])
     path = _calibrate(config, materials, 1, 2, progress=False, most=64)
+    assert shipped.read_bytes() == b""
     assert path == materials.folder.path / "calibration" / "0-path.json"
     fitted = Calibration.load(path)
     assert fitted.kinds == ("path",) and fitted.about["num_images"] == 64
