@@ -45,6 +45,7 @@ from dng_math.rules import (
     CRG,
     ROUNDING_SQ,
     SPELL,
+    AskedNegative,
     AttentionRule,
     CFGPlusPlus,
     FeedbackGuidance,
@@ -197,6 +198,12 @@ def _coded(rule: Rule) -> RuleCode:
         raise ValueError(
             "rule must act on predictions, and this one acts on a network's attention: "
             f"dng_models.apply_guidance puts it into a pipeline's; got {inner!r}"
+        )
+    if isinstance(inner, AskedNegative):
+        raise ValueError(
+            "rule must be one that needs predictions only, and AskedNegative asks about samples: "
+            "dng_models.DynamicPrompts is this rule for dng_models.apply_guidance, and "
+            f"dng_math.sample runs it with engine='reference'; got {inner!r}"
         )
     if coded is None:
         raise TypeError(f"rule must be one of dng_math.rules, got {rule!r}")

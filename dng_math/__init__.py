@@ -15,6 +15,7 @@ __all__ = [
     "DDIM",
     "DDPM",
     "SPELL",
+    "AskedNegative",
     "CFGPlusPlus",
     "ChainResult",
     "ClassifierFreeGuidance",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from dng_math.rules import (
         CRG,
         SPELL,
+        AskedNegative,
         CFGPlusPlus,
         ClassifierFreeGuidance,
         ClassifierGuidance,
@@ -112,6 +114,7 @@ else:
         "guided_log_density": "density",
         "CRG": "rules",
         "SPELL": "rules",
+        "AskedNegative": "rules",
         "CFGPlusPlus": "rules",
         "ClassifierFreeGuidance": "rules",
         "ClassifierGuidance": "rules",

@@ -20,13 +20,20 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from dng_math import checks
-from dng_math.rules import REFERENCES, LimitedInterval, NegativePrompting, Reference, Rule
+from dng_math import checks, rules
+from dng_math.rules import (
+    REFERENCES,
+    LimitedInterval,
+    NegativePrompting,
+    Reference,
+    Rule,
+    asked_steps,
+    checked_steps,
+)
 from dng_models.pipelines.decoding import ImageDecoder
 from dng_models.pipelines.trace import Question, RunTrace
 
-# Steps at which the published method asks, of a run of 50.
-ASKED_AT, ASKED_OF = (5, 6, 7, 9, 12, 16, 21, 27, 34, 42), 50
+ASKED_AT, ASKED_OF = rules.ASKED_AT, rules.ASKED_OF
 
 Ask = Callable[[Any, int], Sequence[Iterable[str]]]
 OnError = Literal["raise", "keep"]
@@ -40,6 +47,7 @@ class DynamicPrompts:
     ``guided = base - g mean_k (eps_k - reference)`` over the concepts k that the image showed when
     it was last looked at (VL-DNP, arXiv 2510.26052); base is the prediction without a negative.
     An image that shows none of them has the base, and no negative is evaluated for it.
+    :class:`dng_math.AskedNegative` is this rule on exact mixtures, for one concept.
 
     Parameters
     ----------
@@ -106,7 +114,7 @@ class DynamicPrompts:
             checks.choice("reference", self.reference, REFERENCES)
         if self.of is not None:
             checks.integer("of", self.of, 1)
-        object.__setattr__(self, "at", _checked_steps(self.at, self.of))
+        object.__setattr__(self, "at", checked_steps(self.at, self.of))
         if self.decode is not None and not callable(self.decode):
             raise TypeError(
                 f"decode must be a callable from latents to images, or None, got {self.decode!r}"
@@ -132,9 +140,7 @@ class DynamicPrompts:
 
     def asked_at(self, steps: int) -> frozenset[int]:
         """The steps of a run of so many steps at which ``ask`` is asked."""
-        if self.of is None:
-            return frozenset(self.at)
-        return frozenset(step * steps // self.of for step in self.at)
+        return asked_steps(self.at, self.of, steps)
 
     def init(self, n: int, dimensions: int) -> None:
         """None: what is held belongs to a run of a pipeline."""
@@ -218,14 +224,6 @@ def _checked_concepts(given: Any) -> tuple[str, ...] | dict[str, Any]:
         raise ValueError("concepts must be given where ask has no concepts of its own, got None")
     names = checked_names(given)
     return dict(given) if isinstance(given, Mapping) else names
-
-
-def _checked_steps(at: Any, of: int | None) -> tuple[int, ...]:
-    if isinstance(at, str) or not isinstance(at, Sequence) or not at:
-        raise TypeError(f"at must be a sequence of one or more steps, got {checks.shown(at)}")
-    return tuple(
-        checks.integer("at", step, 0, None if of is None else of - 1) for step in sorted(set(at))
-    )
 
 
 def asking_rule(rule: Rule | Sequence[Rule]) -> DynamicPrompts | None:

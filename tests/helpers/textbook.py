@@ -18,6 +18,7 @@ everything is float64.
     SPELL  arXiv 2410.06025
     CRG    arXiv 2606.29801
     Safe Denoiser   arXiv 2502.08011
+    VL-DNP   arXiv 2510.26052
 """
 
 from __future__ import annotations
@@ -372,6 +373,22 @@ def spell(x0: np.ndarray, points: np.ndarray, radius: float, scale: float) -> np
             x0 - point
         )
     return moved
+
+
+def vl_dnp(
+    eps_null: np.ndarray,
+    eps_pos: np.ndarray,
+    eps_neg: np.ndarray,
+    w: float,
+    w_neg: float,
+    shown: np.ndarray,
+) -> np.ndarray:
+    """u + w (c - u) - w_neg (n - u) for the samples that showed it, u + w (c - u) for others."""
+    guided = eps_null + w * (eps_pos - eps_null)
+    for i in range(len(guided)):
+        if shown[i]:
+            guided[i] = guided[i] - w_neg * (eps_neg[i] - eps_null[i])
+    return guided
 
 
 def image_referenced(

@@ -10,6 +10,7 @@ from dng_math import (
     CRG,
     DDIM,
     SPELL,
+    AskedNegative,
     ContrastiveCFG,
     DynamicNegativeGuidance,
     ImageReferenced,
@@ -47,6 +48,13 @@ def test_a_rule_that_the_step_has_not_is_refused_by_name(rule, cure):
 def test_rules_of_attention_act_elsewhere():
     with pytest.raises(ValueError, match="rule must act on predictions.*NormalizedAttention"):
         StepPlan(C, NormalizedAttention())
+
+
+def test_a_rule_that_asks_is_another_one_in_pipelines():
+    rule = AskedNegative(lambda x0, step: [True] * len(x0))
+    for asked in (rule, LimitedInterval(rule, 0.1, 0.9)):
+        with pytest.raises(ValueError, match="needs predictions only.*DynamicPrompts.*got Ask"):
+            StepPlan(C, asked)
 
 
 @pytest.mark.parametrize("rule", [CRG(), ContrastiveCFG(1.0, 1.0, True)], ids=repr)

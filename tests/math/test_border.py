@@ -20,6 +20,7 @@ from dng_math import (
     DDIM,
     DDPM,
     SPELL,
+    AskedNegative,
     CFGPlusPlus,
     ClassifierFreeGuidance,
     ClassifierGuidance,
@@ -407,6 +408,15 @@ TABLE: list[Case] = [
         alpha=[*NO_REAL, -0.1, 1.1],
     ),
     *bad(CRG, {}, gain=[*NO_REAL, 0.0], threshold=NO_REAL),
+    *bad(
+        AskedNegative,
+        {"ask": lambda x0, step: [True] * len(x0)},
+        ask=["it", None, NegativePrompting, [True, False]],
+        guidance_scale=NO_REAL,
+        reference=[*NO_CHOICE, "null"],
+        at=[3, "5", (), None, [1.5], [-1], [50], {}, [[1]], [True]],
+        of=[*OPTIONAL_INTEGER, 0],
+    ),
     *bad(
         SPELL,
         {"points": [[0.0], [1.0]], "radius": 1.0},

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from dng_math import (
+    DDIM,
+    AskedNegative,
     DynamicNegativeGuidance,
     GaussianMixture,
     LimitedInterval,
@@ -419,6 +421,53 @@ def test_an_outer_mode_is_seen_late_and_a_middle_one_at_once():
             # Of the images that end in the outer mode, none was seen in the first tenth.
             ends = exact[-1] > 0.5
             assert ends.sum() > 40 and not seen[:5, ends].any() and seen[-1, ends].all()
+
+
+@pytest.mark.parametrize("cfg_scale", [None, 1.5])
+def test_a_pipeline_is_the_rule_of_dng_math(cfg_scale):
+    """Float64 and no noise: the answers are the same, and the latents to rounding."""
+    mixture, steps, images, led = _mixture((-2.0, 0.0, 2.0)), 20, 64, [0, 1]
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()  # of float32, as the steps would be
+    pipe = mixture_pipeline(mixture, [[0], led], (4, 1, 1), scheduler, dtype=torch.float64)
+    answers: list[np.ndarray] = []
+
+    def shows(x0: np.ndarray, step: int) -> np.ndarray:
+        answers.append(mixture.posterior(x0, [0]) > 0.5)
+        return answers[-1]
+
+    def ask(x0, step):
+        return [["it"] if one else [] for one in shows(x0.flatten(1).numpy(), step)]
+
+    asking = DynamicPrompts(
+        ask, {"it": pipe.unet.embeddings(1, 0).double()}, 3.0, decode=lambda x0: x0
+    )
+    inputs: list[Any] = []
+    with apply_guidance(pipe, asking, cfg_scale=cfg_scale) as trace:
+        found = draw_mixture(pipe, images, steps, inputs, prompt=1 if cfg_scale else None)
+    in_pipeline, answers = np.array(answers), []
+    beneath = {} if cfg_scale is None else {"cfg_scale": cfg_scale, "positive": led}
+    schedule = NoiseSchedule.from_alpha_bar(
+        scheduler.alphas_cumprod[scheduler.timesteps.flip(0)].numpy()
+    )
+    expected = sample_mixture(
+        mixture,
+        schedule,
+        AskedNegative(shows, 3.0),
+        n=images,
+        forbidden=[0],
+        sampler=DDIM(0.0),
+        initial=inputs[0][0].flatten(1).double().numpy(),
+        engine="reference",
+        record=["scale"],
+        **beneath,
+    )
+    np.testing.assert_array_equal(in_pipeline, np.array(answers))
+    np.testing.assert_array_equal(trace.scale.numpy(), expected.scale[:, 0])
+    np.testing.assert_allclose(found.flatten(1).numpy(), expected.x, rtol=0, atol=1e-9)
+    held = expected.scale[:, 0] > 0
+    assert 0 < held.mean() < 0.9 and (held[1:] != held[:-1]).any()
+    assert trace.evaluations == held.sum()
 
 
 def test_on_an_exact_mixture_it_removes_for_less_than_dng():
