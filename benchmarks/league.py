@@ -22,7 +22,7 @@ from dng_math._jit import available_threads
 from dng_math.distances import binomial_interval
 from dng_models.league.entries import LEAGUE, MORE, Entry
 from dng_models.league.experiments import EASY, HARD, experiment
-from dng_models.league.measures import SAMPLERS, Case, Curve, Stage, runs
+from dng_models.league.measures import SAMPLERS, Case, Curve, Stage, evaluations, runs
 from dng_models.support import extras
 from dng_models.support.progress import Progress, say
 
@@ -62,7 +62,7 @@ class LeagueRow:
     kl: float
     collateral: float | None
     outside: float
-    evaluations: int
+    evaluations: float
     state: int
     best: str = ""
     published: str = ""
@@ -118,7 +118,7 @@ def _rows(
                 kl=float(curve.kl[i]),
                 collateral=None if curve.hurt is None else int(curve.hurt[i]) / stage.kept,
                 outside=int(curve.left[i]) / n,
-                evaluations=1 if entry is None else entry.evaluations,
+                evaluations=1 if entry is None else evaluations(entry, curve, i),
                 state=0 if entry is None else entry.state(stage.experiment.mixture.dim),
                 best="yes" if entry is not None and i == best else "",
                 published="yes" if entry is not None and strength == entry.published else "",

@@ -8,8 +8,8 @@ The bounds are DNG with the exact posterior and samples of the target itself, th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from matplotlib.patches import Patch
 from dng_math.distances import binomial_interval
 from dng_models.league.entries import LEAGUE, Entry
 from dng_models.league.experiments import EASY, LEAK, experiment
-from dng_models.league.measures import SAMPLERS, Case, Curve, Stage, published
+from dng_models.league.gate import Gate, gate
+from dng_models.league.measures import SAMPLERS, Case, Curve, Stage, evaluations, published
 from dng_models.support.progress import progress_bar
 from figures import style
 
@@ -48,6 +49,8 @@ LOOKS = {
     "GeoGuide": style.Method("GeoGuide", style.BLUE, "--", "<"),
     "CRG": style.Method("CRG", "#E377C2", "--", "h"),
     "SPELL": style.Method("SPELL", "#7F7F00", "-", ">"),
+    "VL-DNP": style.Method("VL-DNP, 10 questions", "#332288", "-", "d"),
+    "VL-DNP, 50 questions": style.Method("VL-DNP, 50 questions", "#9467BD", "-", "s"),
 }
 
 
@@ -65,10 +68,11 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """All results, and the samples of each chain."""
+    """All results, the samples of each chain, and when the oracle sees the forbidden."""
 
     cases: dict[Case, Result]
     n: int
+    gates: dict[str, Gate] = field(default_factory=dict)  # by experiment
 
 
 def compute(quick: bool, seed: int) -> Data:
@@ -81,15 +85,27 @@ def compute(quick: bool, seed: int) -> Data:
         if steps < MANY_STEPS or experiment(name).mixture.dim == 1
     ]
     done = progress_bar(cases, "league", unit="case", leave=False)
-    return Data({case: _result(case, n, seed) for case in done}, n)
+    results = {case: _result(case, n, seed) for case in done}
+    return Data(results, n, gates_of(EASY, n, seed))
+
+
+def gates_of(names: Iterable[str], n: int, seed: int) -> dict[str, Gate]:
+    """When the oracle sees the forbidden in unguided chains with noise, by experiment."""
+    return {name: gate(Case(name, "ancestral", SHOWN_STEPS), n, seed) for name in names}
 
 
 def _result(case: Case, n: int, seed: int) -> Result:
     stage = Stage(case, n, seed)
     curves = [
-        stage.curve(entry, entry.strengths, every_error=False, limit=LEAK) for entry in LEAGUE
+        stage.curve(entry, _strengths(entry, case), every_error=False, limit=LEAK)
+        for entry in LEAGUE
     ]
     return Result(tuple(curves), stage.kept, stage.unguided, stage.ideal, n, LEAK)
+
+
+def _strengths(entry: Entry, case: Case) -> tuple[float, ...]:
+    """All of a rule's; none where the chain that is not compiled would take a thousand steps."""
+    return entry.strengths if entry.engine == "fused" or case.steps < MANY_STEPS else ()
 
 
 def best(data: Data, case: Case, k: int) -> int | None:
@@ -175,7 +191,11 @@ def cell(result: Result, entry: Entry, curve: Curve, i: int) -> str:
     if curve.hurt is not None:
         told += f", collateral {curve.hurt[i] / result.kept:.3f}"
     told += f", outside {curve.left[i] / n:.3f}, KL {curve.kl[i]:.4f}"
-    return told if curve.frechet is None else f"{told}, Frechet {curve.frechet[i]:.2f}"
+    if curve.frechet is not None:
+        told += f", Frechet {curve.frechet[i]:.2f}"
+    if curve.evaluations is not None:
+        told += f", {curve.evaluations[i]:.3f} evaluations a step"
+    return told
 
 
 def case_lines(case: Case, result: Result, entries: Sequence[Entry]) -> list[str]:
@@ -198,6 +218,19 @@ def case_lines(case: Case, result: Result, entries: Sequence[Entry]) -> list[str
             told_best += f" | published {cell(result, entry, curve, as_published)}"
         lines.append(f"  {entry.name}: {told_best}")
     return lines
+
+
+def cost(data: Data, entry: Entry, k: int, sampler: str, steps: int) -> str:
+    """Evaluations a step; the median at the best strengths where the samples decide."""
+    if entry.evaluations is not None:
+        return f"{entry.evaluations} a step"
+    found = [
+        evaluations(entry, result.curves[k], i)
+        for case, result in data.cases.items()
+        if (case.sampler, case.steps) == (sampler, steps)
+        and (i := result.curves[k].best(result.n, result.limit)) is not None
+    ]
+    return f"{np.median(found):.2f} a step" if found else "1 to 2 a step"
 
 
 def overall(data: Data, k: int, sampler: str, steps: int) -> str:
@@ -223,6 +256,33 @@ def overall(data: Data, k: int, sampler: str, steps: int) -> str:
     return f"{len(found)} of {len(chosen)}, {ratio:.1f} x, KL {kl:.4f}{collateral}"
 
 
+def gate_lines(gates: Mapping[str, Gate]) -> list[str]:
+    """Two tables, as Markdown: when the oracle is right, and how far the answer is from p."""
+    if not gates:
+        return []
+    times = next(iter(gates.values())).time
+    heading = [
+        f"| time | {' | '.join(f'{time:.2f}' for time in times)} |",
+        f"|---|{'---:|' * len(times)}",
+    ]
+    lines = [
+        "the oracle's answer along unguided chains with noise: agreement with the exact posterior "
+        "> 1/2 (of those that end forbidden, seen)",
+        *heading,
+    ]
+    for name, of in gates.items():
+        cells = [f"{a:.3f} ({f:.3f})" for a, f in zip(of.agrees, of.found, strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "mean distance from the exact posterior: of the answer, of the log-odds tracker's",
+        *heading,
+    ]
+    for name, of in gates.items():
+        cells = [f"{e:.3f}, {t:.3f}" for e, t in zip(of.error, of.tracked, strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def summary(data: Data) -> str:
     """First the medians, then every case at a leak of 1 % and as published."""
     lines = [
@@ -234,9 +294,10 @@ def summary(data: Data) -> str:
         for sampler in SAMPLERS:
             lines.append(f"{steps} steps, {sampler}")
             lines += [
-                f"  {entry.name} ({entry.evaluations} a step): {overall(data, k, sampler, steps)}"
+                f"  {entry.name} ({cost(data, entry, k, sampler, steps)}): "
+                f"{overall(data, k, sampler, steps)}"
                 for k, entry in enumerate(LEAGUE)
             ]
     for case, result in data.cases.items():
         lines += case_lines(case, result, LEAGUE)
-    return "\n".join(lines)
+    return "\n".join([*lines, *gate_lines(data.gates)])

@@ -20,7 +20,18 @@ from dng_models.league.experiments import HARD, experiment
 from dng_models.league.measures import SAMPLERS, Case, Stage, runs
 from dng_models.support.progress import progress_bar
 from figures import style
-from figures.league import IDEAL, LOOKS, SHOWN_STEPS, Data, Result, case_lines, overall
+from figures.league import (
+    IDEAL,
+    LOOKS,
+    SHOWN_STEPS,
+    Data,
+    Result,
+    case_lines,
+    cost,
+    gate_lines,
+    gates_of,
+    overall,
+)
 
 PAPER = "beyond it"
 TITLE = "The league where it is hard: rare, frequent and overlapping classes, and exact digits"
@@ -44,7 +55,8 @@ def compute(quick: bool, seed: int) -> Data:
     n = 250 if quick else 1000
     cases = [Case(name, sampler, SHOWN_STEPS) for name in HARD for sampler in SAMPLERS]
     done = progress_bar(cases, "league_hard", unit="case", leave=False)
-    return Data({case: result_of(case, n, seed) for case in done}, n)
+    results = {case: result_of(case, n, seed) for case in done}
+    return Data(results, n, gates_of(HARD, n, seed))
 
 
 def result_of(case: Case, n: int, seed: int) -> Result:
@@ -169,7 +181,8 @@ def summary(data: Data) -> str:
     for sampler in SAMPLERS:
         lines.append(f"{SHOWN_STEPS} steps, {sampler}")
         lines += [
-            f"  {entry.name} ({entry.evaluations} a step): {overall(data, k, sampler, SHOWN_STEPS)}"
+            f"  {entry.name} ({cost(data, entry, k, sampler, SHOWN_STEPS)}): "
+            f"{overall(data, k, sampler, SHOWN_STEPS)}"
             for k, entry in enumerate(ENTRIES)
         ]
     for case, result in data.cases.items():
@@ -178,4 +191,4 @@ def summary(data: Data) -> str:
     lines.append("every strength: leak, distance (Frechet's for digits), outside")
     for case, result in data.cases.items():
         lines += _every_strength(case, result)
-    return "\n".join(lines)
+    return "\n".join([*lines, *gate_lines(data.gates)])

@@ -11,6 +11,7 @@ import numpy as np
 from dng_math import (
     CRG,
     SPELL,
+    AskedNegative,
     ContrastiveCFG,
     DynamicNegativeGuidance,
     ExactPosterior,
@@ -25,7 +26,7 @@ from dng_math import (
     SafeLatentDiffusion,
     ValueSignFlip,
 )
-from dng_math.rules import Rule
+from dng_math.rules import ASKED_OF, Rule
 from dng_math.weights import FeynmanKac
 from dng_models.league.experiments import Experiment
 
@@ -45,9 +46,9 @@ class Entry:
         The rule of an experiment and a strength.
     published : float, optional
         The strength that its authors use, one of ``strengths``.
-    evaluations : int
+    evaluations : int, optional
         Of networks in a step, with no classifier-free guidance beneath; a derivative of one
-        counts as one.
+        counts as one.  None: as many as the samples take, which is measured.
     state : callable
         Numbers that a sample of D dimensions keeps from step to step.
     cfg_scale : float, optional
@@ -55,7 +56,7 @@ class Entry:
     weights : FeynmanKac, optional
         Weights of the samples, which a sampler without noise cannot have.
     engine : {"fused", "reference"}
-        Of :func:`dng_math.sample`; the compiled chain has no rules of attention.
+        Of :func:`dng_math.sample`; the compiled chain has no rules of attention, nor any that ask.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Entry:
     strengths: tuple[float, ...]
     make: Callable[[Experiment, float], Rule]
     published: float | None
-    evaluations: int
+    evaluations: int | None
     state: Callable[[int], int] = lambda _: 0
     cfg_scale: float | None = None
     weights: FeynmanKac | None = None
@@ -112,12 +113,25 @@ def _attention(
     return Entry(name, knob, strengths, make, published, 1, engine="reference")
 
 
+def _asked(name: str, **when: Any) -> Entry:
+    """VL-DNP with the exact classifier as the judge of E[x0 | x_t]; it keeps one answer.
+
+    Where nothing is held no negative is evaluated, so its cost depends on the samples.
+    """
+
+    def make(experiment: Experiment, g: float) -> Rule:
+        return AskedNegative(lambda x0, _: experiment.shows(x0), g, **when)
+
+    return Entry(name, "scale", ASKED_SCALES, make, 7.5, None, _one, engine="reference")
+
+
 def _one(_: int) -> int:
     return 1
 
 
 PUSHES = (0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 7.5)
 SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+ASKED_SCALES = (0.5, 1.0, 2.0, 4.0, 7.5, 15.0)
 LEAGUE: tuple[Entry, ...] = (
     Entry("DNG, exact", "g", SCALES, _dng(ExactPosterior()), 1.0, 2),
     Entry("DNG, paper's", "g", SCALES, _dng(PaperTracker()), 1.0, 2, _one),
@@ -154,6 +168,8 @@ LEAGUE: tuple[Entry, ...] = (
         None,
         1,
     ),
+    _asked("VL-DNP"),
+    _asked("VL-DNP, 50 questions", at=range(ASKED_OF)),
 )
 MORE: tuple[Entry, ...] = (
     Entry(

@@ -131,6 +131,10 @@ class Experiment:
         leaks: NDArray[np.bool_] = posterior[:, self.unwanted] > 0.5
         return leaks
 
+    def shows(self, x0: Array) -> NDArray[np.bool_]:
+        """What a judge says that is right of every finished sample: p(c|x0) > 1/2, (N,)."""
+        return self.leaks(self.posterior(x0))
+
     def outside(self, x: Array) -> NDArray[np.bool_]:
         """Whether x is farther from every component than all but ``FAR`` of its samples."""
         within = self._squares(x).min(axis=1)

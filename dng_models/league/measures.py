@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -54,6 +54,8 @@ class Curve:
     frechet : ndarray, shape (S,), or None
     error : dict
         Standard error of the distance, at the strengths (their indices) where it is asked for.
+    evaluations : ndarray, shape (S,), or None
+        Of networks in a step, the mean over samples and steps, where the samples decide.
     """
 
     strengths: tuple[float, ...]
@@ -64,6 +66,7 @@ class Curve:
     kl: Array
     frechet: Array | None
     error: dict[int, float] = field(default_factory=dict)
+    evaluations: Array | None = None
 
     @property
     def nearness(self) -> Array:
@@ -155,7 +158,7 @@ class Stage:
         self.experiment = experiment(case.experiment)
         self.judge = Judge(self.experiment, n, seed)
         self.schedule = NoiseSchedule.linear(1000).respace(case.steps)
-        self._x = self._run(None, None)
+        self._x, _ = self._run(None, None)
         posterior = self.experiment.posterior(self._x)
         self._classes, leaks = posterior.argmax(axis=1), self.experiment.leaks(posterior)
         self._fine = ~leaks & ~self.experiment.outside(self._x)
@@ -190,18 +193,23 @@ class Stage:
             nearest one that leaks no more than ``limit`` alone.
         limit : float
         """
-        ends = [self._run(entry, entry.make(self.experiment, value)) for value in strengths]
+        runs = [self._run(entry, entry.make(self.experiment, value)) for value in strengths]
+        ends, pushed = [x for x, _ in runs], [share for _, share in runs if share is not None]
         hurt = None
         if entry.weights is None:
             hurt = np.array([self._hurt(x) for x in ends], dtype=np.intp)
         curve = self._measured(strengths, ends, hurt)
+        if entry.evaluations is None:
+            curve = replace(curve, evaluations=1.0 + np.array(pushed))
         wanted = {curve.best(self.n, limit), published(entry, strengths)} - {None}
         for i in range(len(strengths)) if every_error else wanted:
             assert i is not None
             curve.error[i] = self.judge.error(self._allowed(ends[i]))
         return curve
 
-    def _run(self, entry: Entry | None, rule: Rule | None) -> Array:
+    def _run(self, entry: Entry | None, rule: Rule | None) -> tuple[Array, float | None]:
+        """The samples, and of an entry whose cost is measured the share of steps that push."""
+        measured = entry is not None and entry.evaluations is None
         everything = list(range(len(self.experiment.classes)))
         cfg_scale = None if entry is None else entry.cfg_scale
         # The warning says that trackers of transitions are wrong for eta < 1: the league shows it.
@@ -220,12 +228,14 @@ class Stage:
                 threads=self.threads,
                 engine="fused" if entry is None else entry.engine,
                 weights=None if entry is None else entry.weights,
+                record=("scale",) if measured else (),
             )
         x = np.nan_to_num(result.x, nan=BEYOND, posinf=BEYOND, neginf=-BEYOND)
         if result.log_weights is not None:
             u = np.random.default_rng([self.seed, 2]).random()
             x = x[systematic(result.log_weights, u)]
-        return np.clip(x, -BEYOND, BEYOND)
+        pushes = None if result.scale is None else float(np.mean(result.scale != 0))
+        return np.clip(x, -BEYOND, BEYOND), pushes
 
     def _allowed(self, x: Array) -> Array:
         allowed: Array = x[~self.experiment.leaks(self.experiment.posterior(x))]
@@ -262,6 +272,14 @@ def runs(entry: Entry, case: Case) -> bool:
     if entry.weights is not None and SAMPLERS[case.sampler] == 0:
         return False
     return entry.engine == "fused" or not experiment(case.experiment).pixels
+
+
+def evaluations(entry: Entry, curve: Curve, i: int) -> float:
+    """Of networks in a step of a rule at strength i: what it takes, or what its samples took."""
+    if entry.evaluations is not None:
+        return entry.evaluations
+    assert curve.evaluations is not None
+    return float(curve.evaluations[i])
 
 
 def published(entry: Entry, strengths: tuple[float, ...]) -> int | None:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dng_math import GaussianMixture, GeoGuide, NoiseSchedule, sample
+from dng_math import DDIM, AskedNegative, GaussianMixture, GeoGuide, NoiseSchedule, sample
 from dng_math.distances import binomial_interval
+from dng_math.rules import ASKED_AT
 from dng_models.league import experiments, measures
 from dng_models.league.entries import LEAGUE
 from dng_models.league.experiments import EASY, LEAK, experiment
+from dng_models.league.gate import gate
 from dng_models.league.measures import SAMPLERS, Case
 from figures import league, style
 from figures.__main__ import FIGURES
@@ -80,6 +82,53 @@ def test_the_best_strength_is_the_nearest_of_the_safe_ones():
     leak, distance = np.array([0.2, 0.01, 0.0, 0.0]), np.array([0.1, 0.5, 0.3, 0.4])
     assert measures.nearest(leak, distance, LEAK) == 2
     assert measures.nearest(leak + 0.1, distance, LEAK) is None
+
+
+# ---------------------------------------------------------------------- the oracle that looks
+
+
+def test_the_oracles_cost_is_what_its_samples_took():
+    """Where nothing is held no negative is evaluated: counted by the judge's own answers."""
+    entry, of = LEAGUE[NAMED["VL-DNP, 50 questions"]], experiment("1D, outer mode")
+    where, n, g = case("1D, outer mode", "ancestral"), 40, 4.0
+    found = measures.Stage(where, n, 3).curve(entry, (g,), every_error=False, limit=1.0)
+    seen: list[int] = []
+
+    def ask(x0: np.ndarray, step: int) -> np.ndarray:
+        shown = of.posterior(x0)[:, of.unwanted] > 0.5
+        seen.append(int(shown.sum()))
+        return shown
+
+    rule = AskedNegative(ask, g, at=range(SHOWN_STEPS), of=None)
+    schedule = NoiseSchedule.linear(1000).respace(SHOWN_STEPS)
+    x = sample(
+        of.mixture, schedule, rule, n=n, forbidden=of.forbidden, sampler=DDIM(1.0), seed=3,
+        engine="reference",
+    ).x  # fmt: skip
+    assert len(seen) == SHOWN_STEPS and 0 < sum(seen) < 0.5 * n * SHOWN_STEPS
+    cost = measures.evaluations(entry, found, 0)
+    assert cost == pytest.approx(1 + sum(seen) / (n * SHOWN_STEPS), rel=1e-12)
+    assert found.leaked[0] == of.leaks(of.posterior(x)).sum()
+    assert measures.evaluations(LEAGUE[NAMED["NP"]], found, 0) == 2
+
+
+def test_when_the_oracle_sees_is_what_its_judge_says_of_unguided_chains():
+    """An outer mode of four: never at the start, always at the end; DNG knows its share at once."""
+    where, n = case("1D, outer mode", "ancestral"), 300
+    found = gate(where, n, 0)
+    assert found.steps == (0, *ASKED_AT, SHOWN_STEPS - 1)
+    assert (found.found[0], found.found[-1], found.agrees[-1]) == (0.0, 1.0, 1.0)
+    assert found.seen[0] == 0.0 and found.error[0] == pytest.approx(0.25, abs=0.02)
+    assert found.error[-1] < 0.01 < found.tracked[-1] and found.tracked[0] < 0.01
+    of, step = experiment("1D, outer mode"), 27
+    schedule = NoiseSchedule.linear(1000).respace(SHOWN_STEPS)
+    x = sample(of.mixture, schedule, n=n, sampler=DDIM(1.0), record=["trajectory"]).trajectory[step]
+    level = float(schedule.alpha[-1 - step]), float(schedule.sigma[-1 - step])
+    exact = of.mixture.diffuse(*level).posterior(x, of.forbidden)
+    seen = of.mixture.posterior(of.mixture.posterior_mean(x, *level), of.forbidden) > 0.5
+    at = found.steps.index(step)
+    assert found.agrees[at] == (seen == (exact > 0.5)).mean() and found.seen[at] == seen.mean()
+    np.testing.assert_allclose(found.posterior[at], exact.mean(), rtol=1e-9)
 
 
 # ---------------------------------------------------------------------- what is printed and drawn

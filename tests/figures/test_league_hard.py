@@ -202,7 +202,7 @@ def made_up(case: Case, entries: tuple[Entry, ...]) -> Result:
     rng = np.random.default_rng(len(case.experiment))
     of, n = experiment(case.experiment), N
 
-    def numbers(strengths: tuple[float, ...], weighted: bool) -> Curve:
+    def numbers(strengths: tuple[float, ...], weighted: bool, measured: bool = False) -> Curve:
         size = len(strengths)
         return Curve(
             strengths,
@@ -213,12 +213,14 @@ def made_up(case: Case, entries: tuple[Entry, ...]) -> Result:
             rng.uniform(0, 2, size),
             rng.uniform(0, 9, size) if of.pixels else None,
             dict.fromkeys(range(size), 0.01),
+            rng.uniform(1, 2, size) if measured else None,
         )
 
     curves = [
         numbers(
             e.strengths if runs(e, case) else (),
             e.weights is not None,
+            measured=e.evaluations is None,
         )
         for e in entries
     ]
