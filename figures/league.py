@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from dng_math.distances import binomial_interval
 from dng_models.league.entries import LEAGUE, Entry
 from dng_models.league.experiments import EASY, LEAK, experiment
-from dng_models.league.gate import Gate, gate
+from dng_models.league.looking import Gate, gate
 from dng_models.league.measures import SAMPLERS, Case, Curve, Stage, evaluations, published
 from dng_models.support.progress import progress_bar
 from figures import style

@@ -16,7 +16,7 @@ from dng_math.rules import ASKED_AT
 from dng_models.league import experiments, measures
 from dng_models.league.entries import LEAGUE
 from dng_models.league.experiments import EASY, LEAK, experiment
-from dng_models.league.gate import gate
+from dng_models.league.looking import gate
 from dng_models.league.measures import SAMPLERS, Case
 from figures import league, style
 from figures.__main__ import FIGURES
