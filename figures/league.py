@@ -22,7 +22,7 @@ from dng_math.distances import binomial_interval
 from dng_models.league.entries import LEAGUE, Entry
 from dng_models.league.experiments import EASY, LEAK, experiment
 from dng_models.league.looking import Gate, gate
-from dng_models.league.measures import SAMPLERS, Case, Curve, Stage, evaluations, published
+from dng_models.league.measures import SAMPLERS, Case, Curve, Stage, evaluations, published, runs
 from dng_models.support.progress import progress_bar
 from figures import style
 
@@ -97,15 +97,12 @@ def gates_of(names: Iterable[str], n: int, seed: int) -> dict[str, Gate]:
 def _result(case: Case, n: int, seed: int) -> Result:
     stage = Stage(case, n, seed)
     curves = [
-        stage.curve(entry, _strengths(entry, case), every_error=False, limit=LEAK)
+        stage.curve(
+            entry, entry.strengths if runs(entry, case) else (), every_error=False, limit=LEAK
+        )
         for entry in LEAGUE
     ]
     return Result(tuple(curves), stage.kept, stage.unguided, stage.ideal, n, LEAK)
-
-
-def _strengths(entry: Entry, case: Case) -> tuple[float, ...]:
-    """All of a rule's; none where the chain that is not compiled would take a thousand steps."""
-    return entry.strengths if entry.engine == "fused" or case.steps < MANY_STEPS else ()
 
 
 def best(data: Data, case: Case, k: int) -> int | None:

@@ -2,7 +2,8 @@
 
 The pipeline, its scheduler and its loop are those of diffusers.  Only the network is a mixture on
 scikit-learn's digits, which answers the prompt "a digit" and the negative prompt "a 0" without
-error.  All differences between the images are therefore effects of guidance.
+error.  All differences between the images are therefore effects of guidance.  An oracle that looks
+(VL-DNP) is printed beside DNG, in the same pipeline and not in the picture.
 """
 
 from __future__ import annotations
@@ -19,43 +20,51 @@ from dng_math import DynamicNegativeGuidance, NegativePrompting, Unguided
 from dng_math.rules import Rule
 from dng_models.support.progress import progress_bar
 from dng_models.support.threads import torch_threads
-from figures import digits, style
+from figures import digits, digits_oracle, style
 
 Array = NDArray[np.float64]
 
 PAPER = "Figs. 5, 12"
 TITLE = "Guidance in a diffusers pipeline, image by image (needs torch and diffusers)"
 NEEDS = ("torch", "diffusers", "transformers")
+MINUTES = 1
 
 FORBIDDEN = 0
 STEPS = 50
 SCALE, PRIOR = 1.0, 0.1
 CONSTANT = 0.5  # scale of negative prompting: half of one that leaves no 0
 SHOWN = {True: 3, False: 7}  # number of images that are a 0 without guidance, and that are not
+ORACLE_IMAGES = {False: 256, True: 32}  # by quick
 CHANGED = 0.3  # smallest visible root mean square difference of pixels in [-1, 1]
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """N images by M methods; the first method is unguided, the last DNG."""
+    """N images by M methods; the first method is unguided, the last DNG; the oracle is apart."""
 
     labels: tuple[str, ...]
     images: Array  # (M, N, 64)
     forbidden: NDArray[np.bool_]  # (M, N): whether it is a 0, by the exact posterior
     time: Array  # (S,)
     scale: Array  # (S, N), of DNG
+    oracle: digits_oracle.Oracle
 
     @property
     def changed(self) -> NDArray[np.bool_]:
         """Which images of each method differ visibly from the unguided ones, (M, N)."""
-        distance = np.sqrt(np.mean((self.images - self.images[:1]) ** 2, axis=-1))
-        return distance > CHANGED
+        return differ(self.images, self.images[:1])
 
     @property
     def columns(self) -> NDArray[np.int64]:
         """Images to show, first those that are a 0 without guidance."""
         kinds = [np.flatnonzero(self.forbidden[0] == kind)[:n] for kind, n in SHOWN.items()]
         return np.concatenate(kinds)
+
+
+def differ(images: Array, others: Array) -> NDArray[np.bool_]:
+    """Whether images (..., 64) differ visibly."""
+    visible: NDArray[np.bool_] = np.sqrt(np.mean((images - others) ** 2, axis=-1)) > CHANGED
+    return visible
 
 
 def compute(quick: bool = False, seed: int = 0) -> Data:
@@ -77,6 +86,11 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
         style.NP.label: NegativePrompting(CONSTANT),
         "DNG": DynamicNegativeGuidance.tracked(SCALE, PRIOR, tracker="log-odds"),
     }
+
+    def shows(found: Array) -> NDArray[np.bool_]:
+        zero: NDArray[np.bool_] = mixture.log_posterior(found, zeros) > np.log(0.5)
+        return zero
+
     images, forbidden, traces = [], [], []
     for rule in progress_bar(rules.values(), "pipeline_digits", unit="run", leave=False):
         generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(n)]
@@ -89,11 +103,26 @@ def compute(quick: bool = False, seed: int = 0) -> Data:
                 output_type="latent",
             ).images
         images.append(found.flatten(1).double().numpy())
-        forbidden.append(mixture.log_posterior(images[-1], zeros) > np.log(0.5))
+        forbidden.append(shows(images[-1]))
         traces.append(trace)
     dynamic = traces[-1]
+    oracle = digits_oracle.ask_and_guide(
+        pipe,
+        shows,
+        differ,
+        n=ORACLE_IMAGES[quick],
+        steps=STEPS,
+        seed=seed,
+        prior=PRIOR,
+        constant=CONSTANT,
+    )
     return Data(
-        tuple(rules), np.stack(images), np.stack(forbidden), dynamic.time, dynamic.scale.numpy()
+        tuple(rules),
+        np.stack(images),
+        np.stack(forbidden),
+        dynamic.time,
+        dynamic.scale.numpy(),
+        oracle,
     )
 
 
@@ -160,4 +189,4 @@ def summary(data: Data) -> str:
         f"  strongest scale of DNG, median: where a 0 appears "
         f"{np.median(strongest[~others]):.2f}, elsewhere {np.median(strongest[others]):.2f}"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *digits_oracle.lines(data.oracle)])

@@ -57,6 +57,8 @@ class Entry:
         Weights of the samples, which a sampler without noise cannot have.
     engine : {"fused", "reference"}
         Of :func:`dng_math.sample`; the compiled chain has no rules of attention, nor any that ask.
+    most_steps : int, optional
+        Of the chains that it takes part in; default any number.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Entry:
     cfg_scale: float | None = None
     weights: FeynmanKac | None = None
     engine: Literal["fused", "reference"] = "fused"
+    most_steps: int | None = None
 
     @property
     def few(self) -> tuple[float, ...]:
@@ -122,7 +125,9 @@ def _asked(name: str, **when: Any) -> Entry:
     def make(experiment: Experiment, g: float) -> Rule:
         return AskedNegative(lambda x0, _: experiment.shows(x0), g, **when)
 
-    return Entry(name, "scale", ASKED_SCALES, make, 7.5, None, _one, engine="reference")
+    return Entry(
+        name, "scale", ASKED_SCALES, make, 7.5, None, _one, engine="reference", most_steps=100
+    )
 
 
 def _one(_: int) -> int:

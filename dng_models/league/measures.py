@@ -267,8 +267,11 @@ class Stage:
 def runs(entry: Entry, case: Case) -> bool:
     """Whether a rule takes part in a case.
 
-    Weights need noise, and the plain chain takes minutes on the components of the digits.
+    Weights need noise, and the plain chain takes minutes on the components of the digits, and for
+    rules that ask in a thousand steps.
     """
+    if entry.most_steps is not None and case.steps > entry.most_steps:
+        return False
     if entry.weights is not None and SAMPLERS[case.sampler] == 0:
         return False
     return entry.engine == "fused" or not experiment(case.experiment).pixels

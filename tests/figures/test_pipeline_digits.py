@@ -40,6 +40,31 @@ def test_what_is_judged_a_zero_is_one(data):
         assert (nearest == data.forbidden[row]).all()
 
 
+def test_the_oracle_is_asked_and_paid_for_by_what_it_sees(data):
+    oracle, n = data.oracle, 32
+    unguided = data.forbidden[0]
+    np.testing.assert_array_equal(oracle.there, unguided)  # the same seeds, and g = 0
+    assert oracle.step[0] == 0 and oracle.step[-1] == pipeline_digits.STEPS - 1
+    assert not oracle.seen[0].any() and np.array_equal(oracle.seen[-1], unguided)
+    assert np.abs(oracle.exact[0] - 0.1).max() < 0.05
+    np.testing.assert_allclose(oracle.exact[-1], unguided, atol=1e-3)
+    rows = {(row.name, row.questions, row.scale): row for row in oracle.rows}
+    np_, dng = rows["NP", "", 0.5], rows["DNG", "", 1.0]
+    assert np_.evaluations == dng.evaluations == n * pipeline_digits.STEPS
+    assert (np_.left, dng.left) == (data.forbidden[1].sum(), data.forbidden[2].sum())
+    assert dng.changed == data.changed[2, ~unguided].sum()
+    asked = [row for row in oracle.rows if row.name == "VL-DNP"]
+    assert len(asked) == 4 and all(0 < row.evaluations < 5 * n for row in asked)
+    assert all(row.left <= unguided.sum() and row.changed < np_.changed for row in asked)
+    text = pipeline_digits.summary(data)
+    for row in oracle.rows:
+        assert (
+            f"| {row.name} | {row.questions} | {row.scale:g} | {row.left} of {unguided.sum()} "
+            f"| {row.changed} of {n - unguided.sum()} | {row.evaluations / n:.1f} |"
+        ) in text
+    assert text.count("\n| ") == len(oracle.step) + len(oracle.rows) + 2
+
+
 def test_the_figure(data, tmp_path):
     columns = data.columns
     assert len(set(columns)) == len(columns) <= 10
