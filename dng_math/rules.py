@@ -358,7 +358,9 @@ class AskedNegative(_Memoryless):
     --------
     >>> from dng_math import GaussianMixture, NoiseSchedule, sample
     >>> mixture = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [0.1, 0.1])
-    >>> rule = AskedNegative(lambda x0, step: mixture.posterior(x0, [0]) > 0.5, 2.0)
+    >>> rule = AskedNegative(
+    ...     lambda x0, step: mixture.posterior(x0, [0]) > 0.5, 4.0, at=range(50)
+    ... )
     >>> schedule = NoiseSchedule.linear().respace(50)
     >>> x = sample(mixture, schedule, rule, forbidden=[0], n=100, engine="reference").x
     >>> bool((x < 0).mean() < 0.05)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import math
+import textwrap
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dng_math import (
@@ -86,6 +88,7 @@ def test_a_chain_is_the_papers_program(w):
 
 
 @given(seeds, st.floats(-2.0, 15.0), st.sampled_from(["positive", "unconditional"]))
+@settings(max_examples=20)
 def test_it_reads_the_same_for_every_prediction(seed, g, reference):
     """Noise, x0, v, flow and score; x0 is what is asked about, and the guided x0 the same."""
     mixture, (alpha, sigma) = moderate(4, "full", 4, 2), (0.7, 0.6)
@@ -124,7 +127,7 @@ def test_it_reads_the_same_for_every_prediction(seed, g, reference):
 
 
 def test_what_is_never_seen_is_the_unguided_chain_and_always_is_negative_prompting():
-    """Bit for bit, with noise; also an infinite prediction of what is not held changes nothing."""
+    """Bit for bit, with noise."""
     plain = chain(Unguided())
     assert np.array_equal(chain(AskedNegative(never, 5.0)).trajectory, plain.trajectory)
     pushed = chain(NegativePrompting(2.0))
@@ -165,6 +168,14 @@ def test_inside_an_interval_it_is_asked_at_all_times_and_pushes_there_only():
     inside = (0.2 <= time) & (time <= 0.5)
     assert asked == [2] and not inside[2] and 0 < inside.sum() < STEPS
     assert np.array_equal(found.scale[:, 0].min(axis=1), 2.0 * inside)
+
+
+def test_the_example_in_the_docstring():
+    _, example = AskedNegative.__doc__.split("Examples")
+    found = doctest.DocTestParser().get_doctest(
+        textwrap.dedent(example), {"AskedNegative": AskedNegative}, "example", None, None
+    )
+    assert doctest.DocTestRunner().run(found).failed == 0 and len(found.examples) == 6
 
 
 # ---------------------------------------------------------------------- mean and judge
