@@ -177,7 +177,7 @@ class Materials(Place):
         return found
 
     def _digest(self, net: nn.Module) -> str:
-        return str(self._once(("digest", id(net)), lambda: _digest_of(net.state_dict())))
+        return str(self._once(("digest", id(net)), lambda: digest_of(net.state_dict())))
 
     def models(self, config: Config) -> Models:
         """The networks of a setting.
@@ -249,7 +249,7 @@ class Materials(Place):
                 width = likeliest_bandwidth(images) if width is None else width
                 kernels = PointsDenoiser(images, models.schedule, width, models.prediction_type)
                 unwanted.append(kernels)
-        digests = {f"images-{i}": _digest_of({"images": images}) for i, images in enumerate(parts)}
+        digests = {f"images-{i}": digest_of({"images": images}) for i, images in enumerate(parts)}
         return replace(models, unwanted=tuple(unwanted), sources=models.sources | digests)
 
     def forbidden_images(self, config: Config, name: str) -> Tensor:
@@ -364,7 +364,7 @@ class Materials(Place):
         return loaded
 
 
-def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Digest of tensors and their names."""
     sha = hashlib.sha256()
     for name, value in sorted(tensors.items()):
