@@ -172,4 +172,5 @@ def test_every_field_of_an_experiment_is_described(cls):
     for field in fields(cls):
         (place,) = (i for i, line in enumerate(lines) if line.startswith(f"{field.name} : "))
         assert lines[place + 1].startswith("    ")
-    assert all(len(line) <= 100 for line in lines)
+    # A type is one line, however many choices it has.
+    assert all(len(line) <= 100 for line in lines if line.startswith("    "))
