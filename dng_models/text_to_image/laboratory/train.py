@@ -41,6 +41,7 @@ from dng_models.support.threads import torch_threads
 from dng_models.text_to_image.laboratory import networks
 from dng_models.text_to_image.laboratory.captions import parse
 from dng_models.text_to_image.laboratory.exact_model import ExactModel
+from dng_models.text_to_image.laboratory.muon import Muon
 from dng_models.text_to_image.laboratory.phrases import phrased
 from dng_models.text_to_image.laboratory.pipelines import BETAS
 from dng_models.text_to_image.laboratory.standard import laboratory_world
@@ -54,7 +55,7 @@ STATE = "state.safetensors"
 LOSS = "loss.jsonl"
 METADATA = "training.json"
 PICTURES = 4096  # from which variance and principal components are computed
-_KINDS = ("weights", "average", "exp_avg", "exp_avg_sq")
+_KINDS = ("weights", "average")
 # "One of two" is what negatives say.
 MIX = CaptionMix(
     empty=0.08, scene=0.12, bare=0.12, one=0.18, two=0.10, either=0.22, without=0.14, mixed=0.04
@@ -163,7 +164,7 @@ class _Batch:
 
 
 class _Run:
-    """One training: the networks, their average, AdamW and the current step."""
+    """One training: the networks, their average, the optimizer and the current step."""
 
     def __init__(
         self,
@@ -205,7 +206,7 @@ class _Run:
         self.names = [name for name, _ in self.net.named_parameters()]
         self.parameters = list(self.net.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
-        self.adam = torch.optim.AdamW(self.parameters, lr=config.learning_rate, fused=True)
+        self.optimizer = Muon(self.net.named_parameters(), config.learning_rate)
         # It sets the number of its threads itself: torch's setting is of the thread that calls it.
         self._worker = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self._prepared: tuple[int, Future[_Batch]] | None = None
@@ -221,12 +222,10 @@ class _Run:
         tensors = {"losses": self.losses}
         tensors |= {f"text.{name}": value for name, value in self.text.state_dict().items()}
         tensors |= {f"chains.{name}": value for name, value in self._chains().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         for name, p, average in zip(self.names, self.parameters, self.average, strict=True):
-            moments = self.adam.state.get(p, {})
             tensors[f"weights.{name}"] = p
             tensors[f"average.{name}"] = average
-            for kind in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{kind}.{name}"] = moments.get(kind, torch.zeros_like(p))
         told = {
             "step": self.step,
             "loss_count": self.loss_count,
@@ -274,6 +273,8 @@ class _Run:
         wanted = {"losses", *(f"text.{name}" for name in text)}
         wanted |= {f"{kind}.{name}" for kind in _KINDS for name in self.names}
         wanted |= {f"chains.{name}" for name in self._chains()}
+        moments = self.optimizer.state()
+        wanted |= {f"optimizer.{name}" for name in moments}
         if tensors.keys() != wanted:
             raise ValueError(refused)
         if self.chains is not None:
@@ -283,16 +284,7 @@ class _Run:
             for name, p, average in zip(self.names, self.parameters, self.average, strict=True):
                 p.copy_(tensors[f"weights.{name}"])
                 average.copy_(tensors[f"average.{name}"])
-        moments = {
-            i: {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"exp_avg.{name}"],
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
-            }
-            for i, name in enumerate(self.names)
-        }
-        groups = self.adam.state_dict()["param_groups"]
-        self.adam.load_state_dict({"state": moments, "param_groups": groups})
+        self.optimizer.load({name: tensors[f"optimizer.{name}"] for name in moments}, step)
         self.step, self.loss_count, self.losses = step, count, tensors["losses"]
 
     # The steps
@@ -317,13 +309,9 @@ class _Run:
     def rate(self) -> float:
         """Learning rate of the next step."""
         config = self.config
-        restart = round(config.restart_from * config.steps)
-        first, last = (restart, config.steps) if self.step >= restart else (0, restart)
-        step, steps = self.step - first, last - first
-        rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
-        past = (step / steps - config.decay_from) / (1.0 - config.decay_from)
-        largest = config.learning_rate * (0.5 if first else 1.0)
-        return largest * rise * (1.0 - 0.99 * max(0.0, past))
+        rise = min(1.0, (self.step + 1) / (config.warmup_steps + 1))
+        past = (self.step / config.steps - config.decay_from) / (1.0 - config.decay_from)
+        return config.learning_rate * rise * (1.0 - 0.99 * max(0.0, past))
 
     def _next(self) -> _Batch:
         """The batch of this step, while another thread prepares that of the next one."""
@@ -385,10 +373,9 @@ class _Run:
             difference = _mean(wrong / (exact + config.difference_floor**2), batch.weights)
         torch.autograd.backward(loss + config.difference_weight * difference)
         torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
-        for group in self.adam.param_groups:
-            group["lr"] = self.rate()
-        self.adam.step()
-        self.adam.zero_grad()
+        self.optimizer.learning_rate = self.rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         # Averaging over a share of the steps so far forgets the random initial weights.
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():

@@ -14,11 +14,12 @@ from dng_models.text_to_image.laboratory.phrases import phrased
 from dng_models.text_to_image.laboratory.training_batches import TrainingBatches
 from dng_models.text_to_image.laboratory.worlds import World
 
-ROLES = 4  # of an object in a caption: not named, needed, one of a list, excluded
-
 
 class Contents(nn.Module):
     """Reads what a caption says from the mean of its embeddings.
+
+    An object of a list is read as one that is needed is, and that it is a list, apart: what a UNet
+    learns of the one serves the other.
 
     Parameters
     ----------
@@ -29,28 +30,40 @@ class Contents(nn.Module):
 
     def __init__(self, world: World, width: int) -> None:
         super().__init__()
-        self._shape = (len(world.objects), ROLES)
         self.scene = nn.Linear(width, 1 + len(world.scenes))
-        self.roles = nn.Linear(width, len(world.objects) * ROLES)
+        self.objects = nn.Linear(width, 2 * len(world.objects) + 1)
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the scene, (B, 1 + S), and of each object's role, (B, K, 4)."""
+        """Logits of the scene, (B, 1 + S), and of :func:`contents_of`, (B, 2 K + 1)."""
         mean = embeddings.mean(1)
-        return self.scene(mean), self.roles(mean).reshape(-1, *self._shape)
+        return self.scene(mean), self.objects(mean)
 
 
 def contents_of(events: list[Event], world: World) -> tuple[Tensor, Tensor]:
-    """Number of the scene of each event, 0 for none, (B,), and role of each object, (B, K)."""
+    """What events say.
+
+    Parameters
+    ----------
+    events : list of Event
+        In which a list, of which one is needed, is alone.
+    world : World
+
+    Returns
+    -------
+    scenes : Tensor, shape (B,), int64
+        Number of the scene, 0 for none.
+    objects : Tensor, shape (B, 2 K + 1)
+        1 for each object that is named as there, for each that is excluded, and for a list.
+    """
     names = [scene.name for scene in world.scenes]
     scenes = [0 if each.scene is None else 1 + names.index(each.scene) for each in events]
-    roles = torch.zeros(len(events), len(world.objects), dtype=torch.int64)
-    for row, event in zip(roles, events, strict=True):
+    objects = torch.zeros(len(events), 2 * len(world.objects) + 1)
+    for row, event in zip(objects, events, strict=True):
         for group in event.required:
-            for name in group:
-                row[world.objects.index(name)] = 1 if len(group) == 1 else 2
-        for name in event.excluded:
-            row[world.objects.index(name)] = 3
-    return torch.tensor(scenes), roles
+            row[[world.objects.index(name) for name in group]] = 1.0
+            row[-1] = max(float(row[-1]), float(len(group) > 1))
+        row[[len(world.objects) + world.objects.index(name) for name in event.excluded]] = 1.0
+    return torch.tensor(scenes), objects
 
 
 def tokens_of(captions: list[str], tokenizer: CLIPTokenizer) -> Tensor:
@@ -104,13 +117,12 @@ def train_text_encoder(
             events = batches.events(step)
             rng = np.random.default_rng([seed, 1, step])
             captions = [phrased(event, world, rng) for event in events]
-            wanted_scene, wanted_roles = (each.to(device) for each in contents_of(events, world))
+            wanted_scene, wanted = (each.to(device) for each in contents_of(events, world))
             embeddings = encoder(tokens_of(captions, tokenizer).to(device))[0]
-            scene, roles = contents(embeddings)
+            scene, objects = contents(embeddings)
             loss = functional.cross_entropy(scene, wanted_scene)
-            loss = loss + len(world.objects) / 4 * functional.cross_entropy(
-                roles.flatten(0, 1), wanted_roles.flatten()
-            )
+            each = functional.binary_cross_entropy_with_logits(objects, wanted, reduction="none")
+            loss = loss + each.sum(1).mean() / 4
             torch.autograd.backward(loss)
             for group in adam.param_groups:
                 rise = min(1.0, (step + 1) / (0.05 * steps + 1))
@@ -118,7 +130,7 @@ def train_text_encoder(
             adam.step()
             adam.zero_grad()
             with torch.no_grad():
-                same = (roles.argmax(-1) == wanted_roles).all(-1)
+                same = ((objects > 0) == (wanted > 0)).all(-1)
                 same &= scene.argmax(-1) == wanted_scene
             right.append(float(same.double().mean()))
             bar.update()

@@ -62,7 +62,7 @@ class TrainingChains:
         *,
         stride: int = 20,
         first: tuple[int, int] = (800, 950),
-        last: int = 400,
+        last: int = 240,
     ) -> None:
         self._batches = batches
         count = len(batches.alphas_cumprod)

@@ -13,21 +13,16 @@ from dng_models.support.options import between, check, integer, option, settings
 class LaboratoryTraining:
     """The hyperparameters of a training, which determine the pipeline."""
 
-    steps: int = option(12_000, "updates of the UNet's weights", check=integer(1))
-    batch_size: int = option(104, "captions an update with pictures of the world", check=integer(1))
+    steps: int = option(9_000, "updates of the UNet's weights", check=integer(1))
+    batch_size: int = option(96, "captions an update with pictures of the world", check=integer(1))
     chains: int = option(
-        32, "captions an update with pictures that the network is drawing", check=integer(0)
+        40, "captions an update with pictures that the network is drawing", check=integer(0)
     )
-    learning_rate: float = option(1.2e-3, "largest learning rate of AdamW", check=checks.positive)
+    learning_rate: float = option(1.2e-3, "largest learning rate", check=checks.positive)
     warmup_steps: int = option(100, "updates in which it rises", check=integer(0))
     decay_from: float = option(
         0.25,
         "share of its updates after which it falls, linearly to a hundredth",
-        check=between(0.0, 1.0, "[)"),
-    )
-    restart_from: float = option(
-        0.5,
-        "share of the updates after which it starts again, at half its height; 0: it does not",
         check=between(0.0, 1.0, "[)"),
     )
     ema_decay: float = option(
