@@ -1,11 +1,11 @@
-"""``python -m figures.laboratory_trained DIR``: trained networks beside exact predictions.
+"""``python -m figures.laboratory_trained [DIR]``: trained networks beside exact predictions.
 
-DIR is a pipeline that ``train-laboratory`` trained on the laboratory's world.  None ships with the
-package, so this is not among the figures that ``python -m figures`` draws.  Its predictions can be
-compared with the exact ones at the same noisy pictures, the posterior that is tracked with them
-with the one that exact predictions give along the same chains, and its guided images with those of
-the exact model.  The calibration of its tracker is fitted on pictures of the other prompts, so what
-it mends is what carries over.
+DIR is a pipeline that ``train-laboratory`` trained on the laboratory's world; default: the one that
+ships with the package.  It takes minutes and can be of one's own, so this is not among the figures
+that ``python -m figures`` draws.  Its predictions can be compared with the exact ones at the same
+noisy pictures, the posterior that is tracked with them with the one that exact predictions give
+along the same chains, and its guided images with those of the exact model.  The calibration of its
+tracker is fitted on pictures of the other prompts, so what it mends is what carries over.
 """
 
 from __future__ import annotations
@@ -414,10 +414,17 @@ def summary(data: Data) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the figure of the pipeline in a folder, and print its tables."""
-    from dng_models.text_to_image.laboratory.trained import load_trained
+    from dng_models.text_to_image.laboratory.trained import SHIPPED, load_trained
 
     parser = argparse.ArgumentParser(prog="python -m figures.laboratory_trained")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="that train-laboratory left")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=SHIPPED,
+        metavar="DIR",
+        help="that train-laboratory left (default: the one that ships)",
+    )
     parser.add_argument("--out", type=Path, default=Path("figures", "out"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="two prompts, and 16 images of each")
     given = parser.parse_args(arguments)

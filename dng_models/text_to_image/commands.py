@@ -13,6 +13,7 @@ from dng_math import checks
 from dng_models.support import files
 from dng_models.text_to_image import compare, priors, prompts, store
 from dng_models.text_to_image.config import (
+    LABORATORIES,
     THE_LABORATORY,
     TINY,
     Config,
@@ -45,9 +46,9 @@ def _config(given: argparse.Namespace) -> Config:
     if given.quick:
         told = QUICK | told
     if "dtype" not in told:
-        # The exact model computes in float32 whatever its latents are.
-        exact = told.get("model", Config.model) in (TINY, THE_LABORATORY)
-        on_gpu = not exact and _is_gpu(given.device)
+        # The exact model computes in float32 whatever its latents are, and the others are small.
+        small = told.get("model", Config.model) in (TINY, *LABORATORIES)
+        on_gpu = not small and _is_gpu(given.device)
         told["dtype"] = "float16" if on_gpu else "float32"
     if given.interval is not None:
         told["t_lo"], told["t_hi"] = given.interval

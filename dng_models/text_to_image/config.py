@@ -46,6 +46,8 @@ KINDS: tuple[Kind, ...] = ("related", "unrelated")
 UNGUIDED = "none"
 IDEAL = "ideal"
 THE_LABORATORY = "laboratory"
+TRAINED = "laboratory-trained"  # a network that was trained on its world, and ships
+LABORATORIES = (THE_LABORATORY, TRAINED)
 JUDGE = "judge"  # the laboratory's, in place of CLIP and of a detector
 PAPER_MODEL = "stabilityai/stable-diffusion-2"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -214,9 +216,9 @@ def defaults_of(model: str) -> dict[str, Any]:
     Parameters
     ----------
     model : str
-        "laboratory", "tiny", a name or a folder.
+        "laboratory", "laboratory-trained", "tiny", a name or a folder.
     """
-    if model == THE_LABORATORY:
+    if model in LABORATORIES:
         return {
             "prompts": LABORATORY,
             "rules": ("np", "dng", "dng-empty", "dng-bare", "dng-log-odds", "sld", IDEAL),
@@ -257,9 +259,9 @@ class Config:
 
     model: str = option(
         THE_LABORATORY,
-        "laboratory, whose predictions are exact, or any text-to-image pipeline of diffusers: a "
-        "name on the hub, or a folder. The paper's numbers are of Stable Diffusion 2, "
-        f"{PAPER_MODEL}",
+        "laboratory, whose predictions are exact; laboratory-trained, a network that learned its "
+        "world; or any text-to-image pipeline of diffusers: a name on the hub, or a folder. The "
+        f"paper's numbers are of Stable Diffusion 2, {PAPER_MODEL}",
         check=_model_name,
         metavar="NAME_OR_DIR",
     )
@@ -410,8 +412,7 @@ class Config:
             if METHODS[rule].attends and self.model == THE_LABORATORY:
                 raise ValueError(
                     f"rules must be without {rule!r} for the laboratory, whose exact network has "
-                    "no attention: train one on its world (train-laboratory), and give its folder "
-                    "as the model"
+                    f"no attention: {TRAINED!r} has some"
                 )
         if self.reference == "unconditional" and self.cfg_scale is None:
             raise ValueError(

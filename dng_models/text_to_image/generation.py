@@ -27,9 +27,9 @@ from dng_models.text_to_image import compare, pipelines, priors, scores, store
 from dng_models.text_to_image.config import (
     JUDGE,
     KINDS,
+    LABORATORIES,
     METHODS,
     PAPER_MODEL,
-    THE_LABORATORY,
     TINY,
     UNGUIDED,
     Config,
@@ -91,7 +91,7 @@ class Materials(Place):
         """Images per network call of a model."""
         if self.batch_size is not None:
             return self.batch_size
-        return LABORATORY_BATCH if model == THE_LABORATORY else BATCH
+        return LABORATORY_BATCH if model in LABORATORIES else BATCH
 
     def clip(self, config: Config) -> scores.Similarity:
         """CLIP; raises as :func:`dng_models.text_to_image.scores.load_similarity`."""
@@ -138,11 +138,11 @@ class Materials(Place):
 
 @contextmanager
 def threads(config: Config) -> Iterator[None]:
-    """Use one thread for the tiny networks and the laboratory's model.
+    """Use one thread for the tiny networks and the laboratory's models.
 
     The bits depend on the number of threads, which are no faster there.
     """
-    one = 1 if config.model in (TINY, THE_LABORATORY) else None
+    one = 1 if config.model in (TINY, *LABORATORIES) else None
     with threadpool_limits(1, user_api="blas"), torch_threads(count=one):
         yield
 

@@ -39,10 +39,12 @@ from dng_models.text_to_image.config import (
     PAPER_MODEL,
     THE_LABORATORY,
     TINY,
+    TRAINED,
     Config,
     Point,
 )
 from dng_models.text_to_image.laboratory.pipelines import laboratory_pipeline
+from dng_models.text_to_image.laboratory.trained import load_trained
 
 Pixels = NDArray[np.uint8]
 SNAPSHOTS = 8  # decoded latents per followed image
@@ -120,6 +122,8 @@ def load_pipeline(config: Config, device: torch.device) -> Any:
         pipe: Any = _attentive(tiny_stable_diffusion())
     elif config.model == THE_LABORATORY:
         pipe = laboratory_pipeline(dtype=dtype)
+    elif config.model == TRAINED:
+        pipe = load_trained(dtype=dtype)
     else:
         pipe = _checked_pipeline(_pipeline_folder(config), dtype)
     if not hasattr(pipe, "encode_prompt") or not hasattr(pipe, "vae"):

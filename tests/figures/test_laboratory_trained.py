@@ -77,6 +77,7 @@ def networks() -> _Networks:
     return _Networks(random_pipeline(), 64, 0)
 
 
+@pytest.mark.slow
 def test_exact_predictions_have_no_error_and_track_what_is_there(networks):
     """The same code with exact predictions in the network's place."""
     networks.trained = networks.exact

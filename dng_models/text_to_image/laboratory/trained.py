@@ -16,15 +16,19 @@ from dng_models.support import foreign
 INDEX = "model_index.json"
 
 
+SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "trained"
+
+
 def load_trained(
-    folder: Path | str, *, dtype: torch.dtype = torch.float32
+    folder: Path | str = SHIPPED, *, dtype: torch.dtype = torch.float32
 ) -> StableDiffusionPipeline:
     """Load a pipeline that ``train-laboratory`` left, by diffusers' ``from_pretrained``.
 
     Parameters
     ----------
     folder : Path or str
-        Of a finished training.  Its weights are safetensors.
+        Of a finished training.  Its weights are safetensors.  Default: the one that ships with the
+        package.
     dtype : torch.dtype
         Of the networks and latents.
 
