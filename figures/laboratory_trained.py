@@ -353,6 +353,8 @@ def draw(data: Data) -> dict[str, Figure]:
             label=f"tracked: {way.label}",
         )
     second.set(xlabel="diffusion time", ylabel="log loss (nats)", xlim=(1, 0), ylim=(0, None))
+    # Room for the legend above the curves.
+    second.set_ylim(0.0, 1.6 * second.get_ylim()[1])
     second.legend()
     style.title(second, "b", "Posterior of what is unwanted")
 
