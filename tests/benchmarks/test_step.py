@@ -326,6 +326,7 @@ def test_rows_of_plain_and_captured_steps(monkeypatch):
     assert any(line.startswith("| BoundStep, eager / copy of its") for line in lines)
 
 
+@pytest.mark.slow
 def test_the_whole_gpu_path_with_the_kernel_interpreted():
     pytest.importorskip("triton")
     if torch.cuda.is_available():

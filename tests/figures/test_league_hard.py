@@ -138,6 +138,7 @@ def test_what_overflows_is_far_away_and_no_error():
     assert found.left[0] == 50 and np.isfinite(found.distance).all() and found.distance[0] > 1e6
 
 
+@pytest.mark.slow
 def test_a_case_has_every_rule_that_runs_at_every_strength():
     case = Case("2D, overlap", "deterministic", SHOWN_STEPS)
     result = league_hard.result_of(case, 20, 0)

@@ -327,6 +327,7 @@ class Network(torch.nn.Module):
         return torch.tanh(self.mix(x)).chunk(2, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "compiler"), COMPILED, indirect=["place"])
 def test_a_compiled_loop_with_a_network_is_the_loop(compiler, place, fresh):
     """Channel slices of the network's output go in as they lie."""
@@ -367,6 +368,7 @@ def test_steps_given_as_tensors_share_one_compilation(place, fresh):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_the_second_batch_size_is_compiled_for_all(fresh):
     plan = PLANS["dng"]
 

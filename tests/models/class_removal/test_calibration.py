@@ -195,6 +195,7 @@ def test_clipping_and_kinds_of_prediction_are_the_same_step():
 # ---------------------------------------------------------------- the fit
 
 
+@pytest.mark.slow
 def test_exact_networks_want_temperature_one_and_no_offset():
     """At 500 steps; the interval is widened to five standard errors, a false alarm of 6e-7.
 

@@ -189,6 +189,7 @@ def test_fid_against_data_with_and_without_the_class(tmp_path):
     assert found["fid"] < found["fid_all"]
 
 
+@pytest.mark.slow
 def test_a_thousand_images_take_a_second():
     """1024 images, 64 features and pixels, 200 resamples; half a second where nothing else runs."""
 

@@ -80,6 +80,7 @@ def test_only_what_is_left_is_timed_and_networks_of_one_size_once(tmp_path, monk
     assert plan.of_trainings(trainings, CPU) == []
 
 
+@pytest.mark.slow
 def test_updates_and_steps_are_done_and_leave_nothing(tmp_path):
     data = load_dataset("digits")
     for training in (

@@ -102,6 +102,7 @@ def test_what_calibrates_the_path_tracker_is_what_draws_with_it(materials):
     assert generate(replace(config, batch_size=2), materials).images.shape == (2, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_setting_is_drawn_with_it(materials):
     config = materials.resolved(
         Config(

@@ -96,6 +96,7 @@ def test_the_line_of_a_row_names_its_divergence_as_what_it_is(undisturbed):
     assert line.startswith("np g=0.5, without 0: ")
 
 
+@pytest.mark.slow
 def test_a_table_of_its_own_keeps_no_images(materials, undisturbed):
     table = materials.folder.tuning
     rows = sweep(CONFIGS, materials, table=table, keep_first=False, progress=False)
@@ -214,6 +215,7 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
     assert (tmp_path / "t").read_text() == '{"a": [null, 1.0], "b": {"c": null}}\n'
 
 
+@pytest.mark.slow
 def test_rows_of_other_networks_do_not_join_a_table(materials, networks):
     sweep(CONFIGS[:2], materials, progress=False)
     link = materials.folder.networks
@@ -295,6 +297,7 @@ def test_pieces_of_another_network_are_drawn_again(materials, networks):
     assert not torch.equal(first.images, second.images)
 
 
+@pytest.mark.slow
 def test_another_batch_size_changes_nothing_but_rounding(materials):
     """Images to 1e-4 of their size, and with them what is measured."""
     config = CONFIGS[1]

@@ -208,6 +208,7 @@ RULE = DynamicNegativeGuidance(1.0, PathTracker(0.3, temperature=1e-3))
 RUN = {"shape": (1, 8, 8), "steps": 4, "batch_size": 4, "sampler": DDIM(0.0)}
 
 
+@pytest.mark.slow
 def test_an_image_of_networks_does_not_depend_on_how_many_are_made():
     nets = tiny(0), tiny(1)
     many = sample(*nets, RULE, num_images=6, record=["log_posterior"], **RUN)

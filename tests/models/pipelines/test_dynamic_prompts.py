@@ -428,7 +428,7 @@ def test_a_pipeline_is_the_rule_of_dng_math(cfg_scale):
     """Float64 and no noise: the answers are the same, and the latents to rounding."""
     mixture, steps, images, led = _mixture((-2.0, 0.0, 2.0)), 20, 64, [0, 1]
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()  # of float32, as the steps would be
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()  # of float32, as its steps are
     pipe = mixture_pipeline(mixture, [[0], led], (4, 1, 1), scheduler, dtype=torch.float64)
     answers: list[np.ndarray] = []
 

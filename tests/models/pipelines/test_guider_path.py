@@ -20,6 +20,7 @@ STEPS = 3
 RULE = {"guidance_scale": 20.0, "prior": 0.02, "temperature": 1e-3, "tracker": "path"}
 
 
+@pytest.mark.slow
 @needs_guiders
 @pytest.mark.parametrize(
     ("name", "kind"),

@@ -182,6 +182,7 @@ def test_both_intervals_agree_far_from_the_floor(monkeypatch):
     assert derived != resampled
 
 
+@pytest.mark.slow
 def test_constant_features_have_an_interval():
     """The border of the digits: neither set varies there."""
     x, y = features(300, 140, 0, shift=0.1), features(300, 140, 1)

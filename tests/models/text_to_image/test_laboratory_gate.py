@@ -84,6 +84,7 @@ def test_a_pipeline_that_draws_something_else_does_not_pass():
     assert not verdict.passed and "with a: named in 0.000" in verdict.table()
 
 
+@pytest.mark.slow
 def test_images_are_of_the_seed_alone():
     def drawn(**options):
         return judge_pipeline(
