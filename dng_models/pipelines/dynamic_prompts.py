@@ -20,8 +20,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from dng_math import checks, rules
+from dng_math import checks
 from dng_math.rules import (
+    ASKED_AT,
+    ASKED_OF,
     REFERENCES,
     LimitedInterval,
     NegativePrompting,
@@ -32,8 +34,6 @@ from dng_math.rules import (
 )
 from dng_models.pipelines.decoding import ImageDecoder
 from dng_models.pipelines.trace import Question, RunTrace
-
-ASKED_AT, ASKED_OF = rules.ASKED_AT, rules.ASKED_OF
 
 Ask = Callable[[Any, int], Sequence[Iterable[str]]]
 OnError = Literal["raise", "keep"]

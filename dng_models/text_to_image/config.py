@@ -9,10 +9,11 @@ number of processes) is not compared when a folder is used again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from dng_math import checks
 from dng_math.rules import (
@@ -84,6 +85,8 @@ class Method:
     from_empty : bool
         Whether the push is measured from the unconditional prediction, or compares with it, so that
         there must be classifier-free guidance beneath.
+    make : callable, optional
+        Makes the rule of a guidance scale and hyperparameters; None: the rule of that name.
     """
 
     label: str
@@ -96,10 +99,17 @@ class Method:
     attends: bool = False
     measured: bool = False
     from_empty: bool = False
+    make: Callable[..., Rule] | None = None
 
 
 def _dng(label: str, tracker: Literal["paper", "log-odds", "path"], **how: Any) -> Method:
-    return Method(label, "dng", several=True, tracker=tracker, measured=True, **how)
+    make = DynamicNegativeGuidance.tracked
+    return Method(label, "dng", several=True, tracker=tracker, measured=True, make=make, **how)
+
+
+def _sld(level: SafetyLevel) -> Method:
+    make = partial(SafeLatentDiffusion.preset, level)
+    return Method(f"SLD {level}", "np", from_empty=True, make=make)
 
 
 METHODS: dict[str, Method] = {
@@ -110,10 +120,12 @@ METHODS: dict[str, Method] = {
     "dng-log-odds": _dng("DNG log-odds", "log-odds"),
     "dng-path": _dng("DNG path", "path"),
     "sld": Method("SLD", "np", measured=True),
-    **{f"sld-{level}": Method(f"SLD {level}", "np", from_empty=True) for level in SAFETY_LEVELS},
+    **{f"sld-{level}": _sld(level) for level in SAFETY_LEVELS},
     "perp-neg": Method("Perp-Neg", "np"),
     "ccfg": Method("CCFG", "np", measured=True),
-    "ccfg-published": Method("CCFG, published", "np", from_empty=True),
+    "ccfg-published": Method(
+        "CCFG, published", "np", from_empty=True, make=ContrastiveCFG.published
+    ),
     "geoguide": Method("GeoGuide", "np", measured=True),
     "crg": Method("CRG", "np", from_empty=True),
     # Four times the paper's scales of negative prompting are the 7.5 to 15 that it was published
@@ -608,16 +620,8 @@ class Config:
             gate = DynamicNegativeGuidance.tracked(1.0, **given) if given else None
             kind = ValueSignFlip if point.rule == "vsf" else NormalizedAttention
             return limited(kind(scale=point.guidance_scale, gate=gate), self.t_lo, self.t_hi)
-        scale = point.guidance_scale
-        name, _, level = point.rule.partition("-")
-        if METHODS[point.rule].tracker is not None:
-            rule: Rule = DynamicNegativeGuidance.tracked(scale, **given)
-        elif name == "sld" and level:
-            rule = SafeLatentDiffusion.preset(cast(SafetyLevel, level), scale)
-        elif point.rule == "ccfg-published":
-            rule = ContrastiveCFG.published(scale, **given)
-        else:
-            rule = rule_named(point.rule, scale, **given)
+        make = METHODS[point.rule].make or partial(rule_named, point.rule)
+        rule = make(point.guidance_scale, **given)
         return limited(rule, self.t_lo, self.t_hi)
 
     def _asking(self, point: Point, ask: Any) -> Rule:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dng_math import DynamicNegativeGuidance, NegativePrompting
-from dng_math.rules import Rule
-from dng_models.pipelines.dynamic_prompts import ASKED_AT, ASKED_OF, DynamicPrompts
+from dng_math.rules import ASKED_AT, ASKED_OF, Rule
+from dng_models.pipelines.dynamic_prompts import DynamicPrompts
 from dng_models.pipelines.hook import apply_guidance
 from dng_models.pipelines.judges import DetectorJudge
 from dng_models.pipelines.negative_template import COMPOSED, filled_in

@@ -28,9 +28,10 @@ from dng_math import (
     NoiseSchedule,
 )
 from dng_math import sample as sample_mixture
+from dng_math.rules import ASKED_AT
 from dng_models.pipelines import tiny
 from dng_models.pipelines.decoding import ImageDecoder
-from dng_models.pipelines.dynamic_prompts import ASKED_AT, DynamicPrompts
+from dng_models.pipelines.dynamic_prompts import DynamicPrompts
 from dng_models.pipelines.guided_chain import GuidedChain
 from dng_models.pipelines.hook import apply_guidance, remove_guidance
 from dng_models.pipelines.mixture_pipelines import mixture_pipeline
