@@ -32,7 +32,7 @@ from dng_math.rules import Unguided
 from dng_models.class_removal import networks
 from dng_models.class_removal.data import Dataset
 from dng_models.support import files, foreign
-from dng_models.support.processes import only_writer, versions
+from dng_models.support.processes import is_cpu, only_writer, versions
 from dng_models.support.progress import Progress, seconds_at, seconds_of
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ def _accelerator(config: TrainConfig, device: torch.device | str | None) -> Acce
         torch.cuda.set_device(wanted)
     # Accelerate keeps one precision per process; reset it, since trainings differ in precision.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=kind == "cpu")
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=is_cpu(wanted))
     if kind is not None and accelerator.device.type != kind:
         raise ValueError(
             f"device must be one that is here, {accelerator.device.type!r} for accelerate; "

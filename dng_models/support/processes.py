@@ -48,6 +48,14 @@ def only_writer(folder: Path | str, processes: PartialState | Accelerator) -> It
         yield
 
 
+def is_cpu(device: torch.device | None) -> bool:
+    """Whether a run is on the CPU; of no device, whether there is nothing else.
+
+    Accelerate must be told: else each process that torchrun starts takes itself for the only one.
+    """
+    return not torch.accelerator.is_available() if device is None else device.type == "cpu"
+
+
 class Place:
     """Processes and device of a run, determined on first access.
 
@@ -63,7 +71,7 @@ class Place:
     @cached_property
     def processes(self) -> PartialState:
         """State of this process and of the others that ``accelerate launch`` started."""
-        on_cpu = self._device is not None and self.device.type == "cpu"
+        on_cpu = is_cpu(None if self._device is None else self.device)
         return PartialState(cpu=True) if on_cpu else PartialState()
 
     def only_writer(self, folder: Path | str) -> AbstractContextManager[None]:

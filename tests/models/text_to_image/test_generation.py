@@ -695,8 +695,9 @@ def test_a_detector_of_the_wrong_shape_is_refused(materials):
 
 ARGUMENTS = [
     *("run", "--tiny", "--only", DINNER.name, "--relative-scales", "1"),
-    *("--num-images", "3", "--steps", "3", "--batch-size", "2", "--device", "cpu", "--quiet"),
+    *("--num-images", "3", "--steps", "3", "--batch-size", "2", "--quiet"),
 ]
+ON_CPU = ("--device", "cpu")
 LAUNCHED = """
 import sys
 from accelerate import PartialState
@@ -729,7 +730,7 @@ def killing(path, record):
     if len(calls) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
 store.append = killing
-main({[*ARGUMENTS, "--out", str(tmp_path)]!r})
+main({[*ARGUMENTS, *ON_CPU, "--out", str(tmp_path)]!r})
 """
     run_ = subprocess.run(
         [sys.executable, "-c", code],
@@ -752,13 +753,16 @@ main({[*ARGUMENTS, "--out", str(tmp_path)]!r})
 
 
 @pytest.mark.slow
-def test_two_processes_leave_the_same_files(tmp_path, undisturbed):
+@pytest.mark.parametrize("device", [ON_CPU, ()], ids=["cpu", "not told"])
+def test_two_processes_leave_the_same_files(tmp_path, undisturbed, device):
     """Through torchrun: on a CPU ``accelerate launch --num_processes 2`` starts only one."""
+    if not device and torch.accelerator.is_available():
+        pytest.skip("the images were drawn on a CPU, and here is an accelerator")
     (tmp_path / "launched.py").write_text(LAUNCHED)
     run_ = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(str(tmp_path / "launched.py"), *ARGUMENTS, "--out", str(tmp_path / "out")),
+            *(str(tmp_path / "launched.py"), *ARGUMENTS, *device, "--out", str(tmp_path / "out")),
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
