@@ -61,8 +61,8 @@ refused. One process, or launch of several, writes to a folder at a time; anothe
 only, "torchrun --nproc-per-node 2 -m ...") spreads the images over processes, with the same result.
 
 examples:
-  %(prog)s run                             the laboratory: eight minutes, no weights (four by
-                                           torchrun in two processes, as above)
+  %(prog)s run                             the laboratory, no weights; by torchrun, as above, four
+                                           minutes on two cores
   %(prog)s run --quick                     fewer images and steps of it: under a minute
   %(prog)s run --model DIR --dry-run       checks, evaluations and expected time of a run
   %(prog)s run --model stabilityai/stable-diffusion-2 --out runs/sd2
