@@ -32,8 +32,9 @@ from numba.extending import intrinsic
 def package_stamp() -> bytes:
     """Hash of all sources of this package."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + source.read_bytes())
+    package = Path(__file__).parent
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.relative_to(package).as_posix().encode() + source.read_bytes())
     return digest.digest()
 
 

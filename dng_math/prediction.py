@@ -483,7 +483,7 @@ def predict(
 
 def _known(rule: Rule) -> bool:
     """Whether the rule is one of this package, so that the arguments it reads are known."""
-    return type(rule).__module__ == rules.__name__
+    return type(rule).__module__.startswith(f"{rules.__name__}.")
 
 
 def _numbers(

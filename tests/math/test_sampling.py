@@ -425,6 +425,20 @@ def test_machine_code_is_stamped_with_all_sources():
     assert _chain_kernel.chain._cache._cache_file._source_stamp == _jit.package_stamp()
 
 
+def test_the_stamp_reads_the_packages_inside(tmp_path, monkeypatch):
+    """Kernels compile a number of ``rules`` in."""
+    from dng_math import _jit
+
+    source = tmp_path / "rules" / "protocol.py"
+    source.parent.mkdir()
+    monkeypatch.setattr(_jit, "__file__", str(tmp_path / "_jit.py"))
+    stamps = set()
+    for text in ("ROUNDING_SQ = 1e-24", "ROUNDING_SQ = 1e-20"):
+        source.write_text(text)
+        stamps.add(_jit.package_stamp.__wrapped__())
+    assert len(stamps) == 2
+
+
 # ---------------------------------------------------------------- bad input
 
 SHORT = LINEAR.respace(5)
