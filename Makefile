@@ -18,9 +18,8 @@ figures: $(VENV)/figures.stamp ## draw the figures (ARGS="..." is passed on)
 class-removal: $(VENV)/models.stamp ## train networks on digits, sweep and plot (ARGS="--quick": shipped ones)
 	$(BIN)/python -m dng_models.class_removal run $(ARGS)
 
-# The laboratory draws on one core a process.
 text-to-image: $(VENV)/models.stamp ## prompts without something, in a laboratory (ARGS="--quick": under a minute)
-	$(if $(ARGS),$(BIN)/python,OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2) -m dng_models.text_to_image run $(or $(ARGS),--device cpu)
+	$(BIN)/python -m dng_models.text_to_image run $(ARGS)
 
 test: $(VENV)/test.stamp ## run the tests (PYTEST_ARGS="-m slow" runs the long ones)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(PYTEST_ARGS)

@@ -61,8 +61,7 @@ refused. One process, or launch of several, writes to a folder at a time; anothe
 only, "torchrun --nproc-per-node 2 -m ...") spreads the images over processes, with the same result.
 
 examples:
-  %(prog)s run                             the laboratory, no weights; by torchrun, as above, four
-                                           minutes on two cores
+  %(prog)s run                             the laboratory: no weights, one to two minutes
   %(prog)s run --quick                     fewer images and steps of it: under a minute
   %(prog)s run --model DIR --dry-run       checks, evaluations and expected time of a run
   %(prog)s run --model stabilityai/stable-diffusion-2 --out runs/sd2
@@ -258,7 +257,7 @@ def make_parser() -> argparse.ArgumentParser:
     choices = command(
         "choices",
         "Print the tables of docs/choosing.md: measure in the laboratory which form of a\n"
-        "negative, prior, offset and number of steps are right. About 12 minutes on one core.",
+        "negative, prior, offset and number of steps are right. About 5 minutes on one core.",
         "\n--part needed\n--part priors --num-images 16",
     )
     _table_options(
@@ -271,7 +270,7 @@ def make_parser() -> argparse.ArgumentParser:
         "oracle",
         "Print the tables of docs/oracle.md: in the laboratory, how a judge of images on the way\n"
         "agrees with the exact posterior, and what pushing away what it sees leaves, changes and\n"
-        "costs beside DNG. About 6 minutes on one core.",
+        "costs beside DNG. About 2 minutes on one core.",
         "\n--part gate\n--part rules --num-images 16",
     )
     _table_options(

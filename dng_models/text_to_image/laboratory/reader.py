@@ -161,8 +161,11 @@ class EmbeddingReader:
                 "encoder_hidden_states must be embeddings of captions, of shape (B, L, 2), got "
                 f"{tuple(embeddings.shape)}"
             )
-        # As a list: within a forward derivative the results of tensors' methods have no data.
-        digits = np.rint(np.asarray(embeddings.tolist())).astype(np.int64)
+        try:
+            values = embeddings.double().numpy(force=True)
+        except RuntimeError:  # within a forward derivative the results of methods have no data
+            values = np.asarray(embeddings.tolist())
+        digits = np.rint(values).astype(np.int64)
         numbers = digits[..., 0] * BASE + digits[..., 1] - 1
         return [self._event(row) for row in numbers]
 

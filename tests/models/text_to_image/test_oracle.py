@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,11 @@ from dng_models.text_to_image.__main__ import main
 from dng_models.text_to_image.config import JUDGE, PAPER_MODEL, TINY, Config, Point
 from dng_models.text_to_image.generation import Materials
 from dng_models.text_to_image.laboratory import oracle
-from dng_models.text_to_image.laboratory.oracle import Gate, OracleLaboratory, gate, part
+from dng_models.text_to_image.laboratory.oracle import Gate, OracleLaboratory, gate
 from dng_models.text_to_image.laboratory.prompts import LABORATORY
 from dng_models.text_to_image.store import RunFolder
 from tests.helpers.talking import tiny_llava
 
-ROOT = Path(__file__).resolve().parents[3]
-PAGE = ROOT / "docs" / "oracle.md"
 BREAKFAST = LABORATORY[-1]
 ASK = Point(BREAKFAST, "ask", "related", 4.0)
 
@@ -218,32 +215,3 @@ def test_the_table_of_rules_has_what_each_leaves_and_costs():
     assert 0.0 < related < 50.0 and unrelated < 5.0
     # Nobody sees a skyline: the unrelated negative changes no image, and NP changes nearly all.
     assert left["VL-DNP"][3] == 0.0 and left["NP"][3] > 0.5
-
-
-def told(name: str) -> list[str]:
-    """Lines of the table that the page says a command prints."""
-    page = PAGE.read_text(encoding="utf-8")
-    command = f"<!-- python -m dng_models.text_to_image oracle --part {name} -->\n"
-    assert page.count(command) == 1
-    return page.partition(command)[2].partition("\n\n")[0].splitlines()
-
-
-def split(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_the_page_has_a_row_for_every_setting():
-    rows = [split(line) for line in told("rules")[2:]]
-    names = [setting.names for setting in oracle.compared(OracleLaboratory(1))]
-    assert [tuple(row[:3]) for row in rows] == names
-    assert [split(line)[0] for line in told("gate")[2:]] == ["0", *map(str, oracle.ASKED_AT), "49"]
-
-
-@pytest.mark.slow  # half a minute; the table of rules takes minutes
-def test_the_table_of_the_gate_is_printed():
-    printed = part("gate").splitlines()
-    assert printed[:2] == told("gate")[:2]
-    for line, said in zip(printed[2:], told("gate")[2:], strict=True):
-        now, before = (list(map(float, split(text))) for text in (line, said))
-        # Of another CPU, where an image may decide otherwise: a few of 160.
-        assert now == pytest.approx(before, abs=0.03), said
