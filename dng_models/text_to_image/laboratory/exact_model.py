@@ -495,7 +495,9 @@ class ExactModel:
             painted = (weights[:, 0] @ self._differences(scenes[0])).reshape(at.x.shape)
         else:
             painted = (weights.sum(1) @ self._paint).reshape(at.x.shape)
-            tinted = (self._tints[scenes].T @ weights.flatten(2)).unflatten(2, weights.shape[2:])
+            tinted = (self._tints[scenes].T @ weights.flatten(2)).reshape(
+                len(at.x), 3, *weights.shape[2:]
+            )
             painted = painted - (tinted @ self._cover).transpose(1, 2)
         mean = mean + painted
         apart = (at.x - at.alpha[..., None] * mean) / at.variance[..., None]
@@ -537,7 +539,7 @@ class ExactModel:
             covered = (x @ self._cover.T).transpose(1, 2)  # (B, 3, I, K E)
             tinted = self._tints[scenes] @ covered.flatten(2)
             products = (x.flatten(2) @ self._paint.T)[:, None]
-            products = products - tinted.unflatten(2, covered.shape[2:])
+            products = products - tinted.reshape(len(x), len(scenes), *covered.shape[2:])
         return products - alpha[..., None] * self._offsets[scenes][:, None]
 
     def _inferred(self, at: _Noisy) -> _Inferred:
