@@ -32,6 +32,7 @@ from dng_models.support.progress import say
 Measure = Callable[[Config], Row]
 
 FACTOR = 1.6  # ratio between neighbouring guidance scales of a setting
+RADIUS_FACTOR = 1.15  # of SPELL's radii: a ball of twice the radius holds next to every image
 MOST_SCALES = 6  # at most so many scales of one setting are measured
 
 
@@ -177,23 +178,24 @@ def enclosing(
 ) -> list[Row]:
     """Rows of a setting at scales of which two enclose a forbidden share, weakest first.
 
-    The search starts at the setting's own scale and multiplies or divides it by :data:`FACTOR`, for
-    at most :data:`MOST_SCALES` scales.  It stops without enclosing the share if the distances
-    (:func:`dng_models.class_removal.compare.badness`) exceed ``give_up_above`` and still grow while
-    the share is too large.
+    The search starts at the setting's own scale and multiplies or divides it by :data:`FACTOR`, or
+    a radius by :data:`RADIUS_FACTOR`, for at most :data:`MOST_SCALES` scales.  It stops without
+    enclosing the share if the distances (:func:`dng_models.class_removal.compare.badness`) exceed
+    ``give_up_above`` and still grow while the share is too large.
     """
+    factor = RADIUS_FACTOR if config.rule == "spell" else FACTOR
     rows = [measure(config)]
     while at_equal_safety(rows, safety)[0]["guidance_scale"] is None and len(rows) < MOST_SCALES:
         shares = [forbidden_share(row).value for row in rows]
         scales = [scale_of(row) for row in rows]
         if min(shares) <= safety:
-            rows.insert(0, measure(config.at(_rounded(scales[0] / FACTOR))))
+            rows.insert(0, measure(config.at(_rounded(scales[0] / factor))))
             continue
         if len(rows) > 1:
             before, last = (badness(row["metrics"]) for row in rows[-2:])
             if last > max(before, give_up_above):
                 break
-        rows.append(measure(config.at(_rounded(scales[-1] * FACTOR))))
+        rows.append(measure(config.at(_rounded(scales[-1] * factor))))
     return rows
 
 
