@@ -17,7 +17,7 @@ ASKED_AT, ASKED_OF = (5, 6, 7, 9, 12, 16, 21, 27, 34, 42), 50
 
 def checked_steps(at: object, of: int | None) -> tuple[int, ...]:
     """The steps at which a rule asks, of a run of ``of`` steps: sorted, each once."""
-    if isinstance(at, str) or not isinstance(at, Sequence) or not at:
+    if isinstance(at, str | bytes) or not isinstance(at, Sequence) or not at:
         raise TypeError(f"at must be a sequence of one or more steps, got {checks.shown(at)}")
     steps = [checks.integer("at", step, 0, None if of is None else of - 1) for step in at]
     return tuple(sorted(set(steps)))

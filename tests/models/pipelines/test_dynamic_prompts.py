@@ -626,6 +626,7 @@ def test_ask_may_call_the_network_unguided(pipe):
         ({"reference": "negative"}, ValueError, "reference must be"),
         ({"at": ()}, TypeError, "at must be a sequence of one or more steps"),
         ({"at": "5"}, TypeError, "at must be a sequence of one or more steps"),
+        ({"at": b"5"}, TypeError, "at must be a sequence of one or more steps"),
         ({"at": (-1,)}, ValueError, "at must be an integer"),
         ({"at": (50,)}, ValueError, "at must be an integer from 0 to 49, got 50"),
         ({"at": (1.5,)}, TypeError, "at must be an integer"),
