@@ -216,7 +216,7 @@ class GateChain(GuidedChain):
         """
         run = self._shown()
         if not run.begun:
-            self._first(run, like)
+            self._posteriors.begin(run, like)
         tracker = run.plan.tracker
         assert run.state is not None and isinstance(tracker, PaperTracker | LogOddsTracker)
         return run.log_posterior(run.state).exp().clamp(max=tracker.p_max)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from dng_models.pipelines import rows
 from dng_models.pipelines.call_begun import POSITIVE, BegunCall, Stop
-from dng_models.pipelines.guided_chain import position
 from dng_models.pipelines.layouts import Control
 from dng_models.pipelines.network_hook import NetworkHook
+from dng_models.pipelines.scheduler_reading import position
 
 # Relative tolerance of times: a 16-bit network is given them to about three digits.
 SAME_TIME = 1e-2

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dng_kernels import PathMemory, StepPlan
 from dng_models.pipelines.dynamic_prompts import Questions
+from dng_models.pipelines.scheduler_reading import same_timestep
 from dng_models.pipelines.trace import RunTrace
 from dng_models.pipelines.transitions import SchedulerRun
 
@@ -115,3 +116,72 @@ class GuidedRun:
         if len(self.plans) == 1:
             return self.plan.log_posterior(state)
         return torch.stack([p.log_posterior(own) for p, own in zip(self.plans, state, strict=True)])
+
+    def continues(self, scheduler: Any, x: Tensor, t: float) -> bool:
+        """Whether a step continues the run rather than beginning a new one.
+
+        Parameters
+        ----------
+        scheduler : SchedulerMixin
+            The scheduler, with its timesteps set.
+        x : Tensor, shape (B, ...)
+            Its latents, or the network's input.
+        t : float
+            Its timestep.
+
+        Returns
+        -------
+        bool
+
+        Raises
+        ------
+        ValueError
+            If it does not follow the last step: another timestep, batch or scheduler.
+        """
+        known = self.steps.timesteps
+        following = self.step + 1
+        expected = following < len(known) and same_timestep(known[following], t)
+        assert self.x is not None
+        if scheduler is not self.scheduler:
+            if expected and x.shape == self.x.shape:
+                raise ValueError(
+                    "pipe.scheduler must stay the same during a run: at step "
+                    f"{following} a {type(scheduler).__name__} stands where the run began with a "
+                    f"{type(self.scheduler).__name__}"
+                )
+            return False
+        if scheduler.timesteps is not self.timesteps:
+            return False
+        if not expected:
+            raise ValueError(
+                f"timestep must be {known[following] if following < len(known) else 'none'} at "
+                f"step {following} of this run, got {t}: a step was left out or is not the "
+                "scheduler's (a new run sets the scheduler's timesteps anew, or calls reset())"
+            )
+        if x.shape != self.x.shape:
+            raise ValueError(
+                f"the batch must stay the same during a run: step {self.step} had latents of shape "
+                f"{tuple(self.x.shape)}, step {following} has {tuple(x.shape)}"
+            )
+        return True
+
+    def advance(self, x: Tensor | None) -> None:
+        """Go on to the next step, whose network's input is x if it is known."""
+        self.step, self.x = self.step + 1, x
+        self.base, self.guided, self.others, self.gaps = None, None, [], []
+        if self.state is not None:
+            self.record.final = self.log_posterior(self.state)
+
+    def count(self, concepts: int, batch: int) -> None:
+        """Count the unwanted predictions that were made at this step, and those skipped."""
+        if self.evaluated is None:
+            now = [concepts] * batch
+        elif self.evaluated.ndim == 1:
+            now = (concepts * self.evaluated.long()).tolist()
+        else:
+            now = self.evaluated.sum(0).tolist()
+        record, made = self.record, sum(now)
+        record.evaluations += made
+        record.evaluations_saved += concepts * batch - made
+        before = record.evaluations_of_images or [0] * batch
+        record.evaluations_of_images = [a + b for a, b in zip(before, now, strict=True)]

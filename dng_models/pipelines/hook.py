@@ -22,9 +22,10 @@ from dng_models.pairs.denoisers import Denoiser
 from dng_models.pipelines import rows
 from dng_models.pipelines.attention_guidance import acts_on_attention, attention_calls
 from dng_models.pipelines.call_begun import Concept, check_text, maskless
+from dng_models.pipelines.chain_rules import Reference
 from dng_models.pipelines.dynamic_prompts import DynamicPrompts, asking_rule, with_decoder
 from dng_models.pipelines.guided_call import GuidedCalls
-from dng_models.pipelines.guided_chain import GuidedChain, Reference
+from dng_models.pipelines.guided_chain import GuidedChain
 from dng_models.pipelines.image_points import Images, points_of
 from dng_models.pipelines.layouts import Layout, layout_of
 from dng_models.pipelines.negative_template import checked_template

@@ -21,7 +21,7 @@ from diffusers import (
 
 from dng_math.rules import Rule
 from dng_models.pairs.denoisers import Denoiser
-from dng_models.pipelines.guided_chain import Reference
+from dng_models.pipelines.chain_rules import Reference
 from dng_models.pipelines.hook import guided_calls
 from dng_models.pipelines.trace import Trace
 

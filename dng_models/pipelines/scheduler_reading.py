@@ -9,6 +9,7 @@ its reader and add it to ``_READERS``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ STEP_METHODS = (
 # Repeated times are set apart by this much: less than any real step, but enough that differences
 # of times keep a relative precision of 1e-7.
 SMALLEST_INTERVAL = 1e-9
+SAME_TIMESTEP = 1e-5  # float32 keeps seven digits of a timestep
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,41 @@ def timesteps_of(scheduler: Any) -> Array:
             "pipelines do"
         )
     return numbers(scheduler.timesteps)
+
+
+def position(scheduler: Any, t: float) -> int:
+    """Index of a timestep in a scheduler's timesteps.
+
+    Parameters
+    ----------
+    scheduler : SchedulerMixin
+        The scheduler, with its timesteps set; its own count decides between repeated timesteps.
+    t : float
+        One of its timesteps.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        If t is none of the timesteps.
+    """
+    timesteps = np.asarray(torch.as_tensor(scheduler.timesteps).detach().double().cpu())
+    at = [i for i, value in enumerate(timesteps) if same_timestep(value, t)]
+    if not at:
+        raise ValueError(f"timestep must be one of the scheduler's, {timesteps}, got {t}")
+    for counted in ("step_index", "begin_index"):
+        index = getattr(scheduler, counted, None)
+        if index is not None and int(index) in at:
+            return int(index)
+    return at[0]
+
+
+def same_timestep(a: float, b: float) -> bool:
+    """Whether two timesteps are equal up to float32 rounding."""
+    return math.isclose(a, b, rel_tol=SAME_TIMESTEP, abs_tol=SAME_TIMESTEP)
 
 
 def numbers(values: Any) -> Array:

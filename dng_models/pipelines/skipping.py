@@ -7,10 +7,15 @@ since p is a martingale.  Only the upper bound of the scale allows for evidence 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dng_math.rules import Rule, innermost
+from dng_math.trackers import LogOddsTracker, PaperTracker
 from dng_models.pipelines.guided_run import GuidedRun
 
 # Standard deviations of unseen evidence in the upper bound, and the number of skipped steps after
@@ -89,3 +94,30 @@ def expect(run: GuidedRun) -> None:
     run.unseen_mean = torch.where(seen, zero, run.unseen_mean + temperature * q / 2.0)
     run.unseen_var = torch.where(seen, zero, run.unseen_var + temperature**2 * q)
     run.skipped = torch.where(seen, 0, run.skipped + 1)
+
+
+def warn_of_blindness(run: GuidedRun, rules: Sequence[Rule], skip_below: float) -> None:
+    """Warn if predictions are skipped as soon as the posterior falls a little.
+
+    Parameters
+    ----------
+    run : GuidedRun
+        The run, at its beginning.
+    rules : sequence of Rule
+        One for each of its plans.
+    skip_below : float
+        Predictions are skipped while the bound of the scale is below this.
+    """
+    for rule, plan in zip(rules, run.plans, strict=True):
+        if not isinstance(plan.tracker, PaperTracker | LogOddsTracker):
+            return
+        odds = plan.tracker.odds(plan.tracker.init(np.array(plan.tracker.prior)))
+        start = abs(getattr(innermost(rule), "guidance_scale", 0.0)) * float(odds)
+        if skip_below > start / 2.0:
+            warnings.warn(
+                "skip_below should be well below the scale that guidance starts with, "
+                f"g prior / (1 - prior) = {start:.3g} (a tenth costs nothing), got "
+                f"{skip_below:g}: a posterior is only updated where predictions are made",
+                stacklevel=2,
+            )
+            return

@@ -35,7 +35,7 @@ from dng_math import (
     SafeLatentDiffusion,
     Unguided,
 )
-from dng_models.pipelines import guided_chain, tiny, trace
+from dng_models.pipelines import chain_posterior, chain_prediction, tiny, trace
 from dng_models.pipelines.guided_chain import GuidedChain
 from dng_models.pipelines.hook import apply_guidance, remove_guidance
 from dng_models.pipelines.schedulers import PosteriorFlowScheduler
@@ -540,10 +540,8 @@ def test_the_fused_kernel_in_place_of_the_reference(pipe: Any, monkeypatch: Any)
     options: dict[str, Any] = {"negative_prompts": ["egg", "tea"], "cfg_scale": 3.0}
     with apply_guidance(pipe, rule, **options) as trace:
         expected = run(pipe, num_inference_steps=3)
-    for name in ("guide", "update_posterior"):
-        monkeypatch.setattr(
-            guided_chain, name, partial(getattr(guided_chain, name), backend="triton")
-        )
+    for module, name in ((chain_prediction, "guide"), (chain_posterior, "update_posterior")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), backend="triton"))
     with apply_guidance(pipe, rule, **options) as fused:
         found = run(pipe, num_inference_steps=3)
     assert apart(found, expected) < CLOSE
