@@ -17,9 +17,17 @@ PAGE = (ROOT / "docs" / "path.md").read_text(encoding="utf-8")
 CALIBRATIONS = SHIPPED / "digits" / "calibration"
 
 
+RESULTS = ROOT / "benchmarks" / "results"
+
+
 @pytest.fixture(scope="module")
 def rows():
-    return compare.read_rows(ROOT / "benchmarks" / "results" / "class_removal_path" / "sweep.jsonl")
+    return compare.read_rows(RESULTS / "class_removal_path" / "sweep.jsonl")
+
+
+@pytest.fixture(scope="module")
+def others():
+    return compare.read_rows(RESULTS / "class_removal_path_1_and_8" / "sweep.jsonl")
 
 
 def tables(text: str) -> list[str]:
@@ -33,8 +41,18 @@ def test_the_tables_are_those_of_the_rows(rows):
     assert [line for line in lines if line not in PAGE] == []
 
 
-def test_the_rows_are_of_the_networks_and_calibrations_that_ship(rows):
-    for row in rows:
+def test_the_table_of_other_digits_is_that_of_their_rows(others):
+    at_equal_safety = [line for line in tables(compare.safety_table(others, 0.01)) if "[" in line]
+    assert len(at_equal_safety) == 8
+    assert [line for line in at_equal_safety if line not in PAGE] == []
+    printed = compare.table(others)
+    for solver, share, kl in (("DDIM", "1.95", "0.0430"), ("DPM-Solver++ 2M", "2.54", "0.0501")):
+        assert f"| 1 | DNG path, calibrated, {solver} | 2 | 512 | {share} " in printed
+        assert f" {kl} [" in printed
+
+
+def test_the_rows_are_of_the_networks_and_calibrations_that_ship(rows, others):
+    for row in rows + others:
         config = Config.from_json(row["config"])
         assert config.key == row["key"]
         assert row["sources"]["classifier"] == files_digest(SHIPPED / "digits" / "classifier")
