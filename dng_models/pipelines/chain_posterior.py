@@ -157,8 +157,10 @@ class Posteriors:
         if begins:
             run.paths = [PathMemory() for _ in others]
         c, step = run.steps.coefficients, run.step
-        wide = torch.float64 if compared.dtype == torch.float64 else torch.float32
-        x = run.x.to(torch.promote_types(run.x.dtype, wide))
+        wide = _widest(compared, run.x, run.state)
+        x = run.x.to(wide)
+        if wide == torch.float64:
+            compared, others = compared.double(), [other.double() for other in others]
         states = run.state if self.concepts is not None else run.state[None]
         plans = run.plans * (len(states) // len(run.plans))
         updated = []
@@ -172,8 +174,8 @@ class Posteriors:
                 tracker,
                 memory,
                 x,
-                compared.to(x.dtype) if wide == torch.float64 else compared,
-                other.to(x.dtype) if wide == torch.float64 else other,
+                compared,
+                other,
                 own,
                 float(c.alpha_t[step]),
                 float(c.sigma_t[step]),
@@ -245,13 +247,14 @@ class Posteriors:
             return
         assert run.base is not None
         base, others = run.base, run.others
+        wide = _widest(base, x, x_next, run.state)
         if run.update_plans is not run.plans:
-            base, *others = (run.x0(x.float(), p) for p in (base, *others))
-            x, x_next = x.float(), x_next.float()
+            base, *others = (run.x0(x.to(wide), p) for p in (base, *others))
+            x, x_next = x.to(wide), x_next.to(wide)
         if self.mask is not None:
             counts = (self.mask.to(base.device) > 0.5).expand(base.shape)
             others = [torch.where(counts, other, base) for other in others]
-        if base.dtype == torch.float64 or x.dtype == torch.float64:
+        if wide == torch.float64:
             base, x, x_next = base.double(), x.double(), x_next.double()
             others = [other.double() for other in others]
         states = run.state if self.concepts is not None else run.state[None]
@@ -273,6 +276,12 @@ class Posteriors:
                 "predictions"
             )
         return divergence_gaps(run, run.x, network, self.divergence_probes, named=self.named)
+
+
+def _widest(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which posteriors are updated: float64 where any tensor has it, or float32."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
 
 
 def _state_of(run: GuidedRun, log_posterior: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ class Combination:
 
 
 def of_points(points: Tensor, run: GuidedRun, x: Tensor, like: Tensor) -> Tensor:
-    """The unwanted prediction at x of the given points, in the dtype of another one."""
+    """The unwanted prediction at x of the given points, in a dtype that fits another one's."""
     if tuple(points.shape[1:]) != tuple(x.shape[1:]):
         raise ValueError(
             "images must be of the size that the pipeline makes, as its network sees them: "
@@ -205,7 +205,9 @@ def of_points(points: Tensor, run: GuidedRun, x: Tensor, like: Tensor) -> Tensor
     c, i = run.steps.coefficients, run.step
     level = float(c.alpha_t[i]), float(c.sigma_t[i])
     found = points_prediction(points, x, *level, 0.0, run.steps.prediction_type)
-    return found.to(torch.promote_types(like.dtype, x.dtype))
+    if like.dtype != torch.float64 and found.dtype == torch.float64:
+        return found.float()  # the fused step takes float64 beside float64 alone
+    return found.to(torch.promote_types(like.dtype, found.dtype))
 
 
 def with_points(

@@ -1,0 +1,140 @@
+"""A guided chain by itself, between a scheduler and predictions from anywhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from dng_math import DynamicNegativeGuidance, FeedbackGuidance
+from dng_models.pipelines import tiny
+from dng_models.pipelines.guided_chain import GuidedChain
+from dng_models.pipelines.hook import apply_guidance
+from dng_models.text_to_image.laboratory.pipelines import BETAS
+from tests.helpers import textbook
+from tests.helpers.tolerances import STEP, error
+
+tracked = DynamicNegativeGuidance.tracked
+SHAPE = (3, 4, 2, 2)
+STEPS = 5
+
+
+def steps_of(kind: type, **options: Any) -> Any:
+    """A scheduler with its timesteps set."""
+    scheduler = kind(**{**BETAS, "clip_sample": False, **options})
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def random(count: int, seed: int = 0) -> list[Tensor]:
+    """Tensors in float64 whose numbers float32 has too."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(SHAPE, generator=generator).double() for _ in range(count)]
+
+
+# ---------------------------------------------------------------------- precision
+
+# x0 limits that no plan expresses: posteriors are updated with the limited x0 itself.
+THRESHOLDING = {"thresholding": True, "sample_max_value": 1.5}
+LIMITED: dict[str, Callable[[], Any]] = {
+    "DDPM, thresholding": lambda: steps_of(DDPMScheduler, **THRESHOLDING),
+    "DDIM, thresholding": lambda: steps_of(DDIMScheduler, **THRESHOLDING),
+    "DDIM, clip_sample": lambda: steps_of(DDIMScheduler, clip_sample=True),
+}
+TRACKERS: dict[str, Any] = {
+    "paper": tracked(3.0, 0.2, temperature=0.05),
+    "log-odds": tracked(3.0, 0.2, temperature=0.05, tracker="log-odds"),
+    "path": tracked(3.0, 0.2, temperature=0.05, tracker="path"),
+    "fbg": FeedbackGuidance(),
+}
+
+
+def derivable(at: Tensor) -> list[Tensor]:
+    """Stands in for a network where its derivative is needed."""
+    return [0.3 * at.sin(), 0.5 * at.cos()]
+
+
+def tracked_by(chain: GuidedChain, scheduler: Any, of_x: Any, of_predictions: Any) -> Tensor:
+    """The posteriors of every step along latents and predictions of two dtypes, shape (S, B)."""
+    found = []
+    for i, t in enumerate(scheduler.timesteps):
+        x, *predictions = random(4, i)
+        positive, negative, empty = (p.to(of_predictions) for p in predictions)
+        chain.observe(scheduler, x.to(of_x), t)
+        others = [negative] if chain.needs_negative else []
+        guided = chain.guide(positive, others, empty, network=derivable)
+        assert guided.dtype == of_predictions
+        run = chain._run
+        assert run is not None and run.state is not None
+        found.append(run.log_posterior(run.state))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("limit", LIMITED)
+@pytest.mark.parametrize(("tracker", "probes"), [*((name, 0) for name in TRACKERS), ("paper", 1)])
+def test_every_precision_is_guided_whatever_limits_x0(limit, tracker, probes):
+    eta = 0.5 if probes and limit.startswith("DDIM") else 1.0
+    found = {}
+    wide = (torch.float64, torch.float32)
+    for dtypes in itertools.product(wide, (*wide, torch.bfloat16)):
+        chain = GuidedChain(TRACKERS[tracker], eta=eta, divergence_probes=probes)
+        found[dtypes] = tracked_by(chain, LIMITED[limit](), *dtypes)
+    expected = found[torch.float32, torch.float32]
+    assert expected.std(1).max() > 0.05
+    for dtypes, each in found.items():
+        assert each.dtype == (torch.float64 if dtypes[1] == torch.float64 else torch.float32)
+        # Two digits of bfloat16, and differences of squares of them.
+        close = 0.2 if torch.bfloat16 in dtypes else 1e-4
+        torch.testing.assert_close(each.float(), expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("limit", ["DDIM, thresholding", "DDIM, clip_sample"])
+def test_a_limited_posterior_has_all_digits_of_a_run_in_float64(limit):
+    """By the paper's update, from what the scheduler's own step gives without its noise."""
+    scheduler = LIMITED[limit]()
+    for name in ("alphas_cumprod", "final_alpha_cumprod"):
+        setattr(scheduler, name, getattr(scheduler, name).double())
+    found = tracked_by(GuidedChain(TRACKERS["paper"], eta=1.0), scheduler, *[torch.float64] * 2)
+    log_p = np.full(SHAPE[0], np.log(0.2))
+    stride = scheduler.config.num_train_timesteps // STEPS
+    for i, t in enumerate(scheduler.timesteps[:-1]):
+        (x, *predictions), x_next = random(4, i), random(4, i + 1)[0].numpy()
+        means = [
+            scheduler.step(p, t, x, eta=1.0, variance_noise=0.0 * x).prev_sample.numpy()
+            for p in predictions[:2]
+        ]
+        ends = (scheduler.alphas_cumprod[int(at)] for at in (t, t - stride))
+        alpha_t, sigma_t, alpha_s, sigma_s = (
+            float(end) for a in ends for end in (a.sqrt(), (1.0 - a).sqrt())
+        )
+        v = textbook.step_variance(alpha_t, sigma_t, alpha_s, sigma_s, "small")
+        log_p = textbook.paper_update(log_p, x_next, *means, v, 0.05)
+        assert error(found[i + 1], log_p) < STEP
+
+
+@pytest.mark.parametrize("of_predictions", [torch.float64, torch.float32, torch.bfloat16])
+def test_points_are_compared_with_latents_in_float64(of_predictions):
+    """Whatever the dtype of the predictions, beside which theirs must stand."""
+    points = random(1, 9)[0]
+    found = []
+    for of_x in (torch.float32, torch.float64):
+        chain = GuidedChain(TRACKERS["paper"], points=points.to(of_x))
+        found.append(tracked_by(chain, steps_of(DDPMScheduler), of_x, of_predictions))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert found[0].std() > 0.01
+
+
+def test_a_thresholding_pipeline_in_float64():
+    alone = tiny.tiny_ddpm().to(torch.float64)
+    alone.scheduler = LIMITED["DDPM, thresholding"]()
+    alone.set_progress_bar_config(disable=True)
+    unwanted = tiny.tiny_unet(1).to(torch.float64)
+    with apply_guidance(alone, TRACKERS["paper"], unwanted=unwanted) as trace:
+        alone(num_inference_steps=3)
+    assert trace.log_posterior is not None and trace.log_posterior.std() > 0
