@@ -465,7 +465,7 @@ class _Run:
         )
         with bar:
             while self.step < config.steps:
-                self.loss_sum += self.update().double().cpu()
+                self.loss_sum += self.update().cpu().double()
                 self.loss_count += 1
                 self.step += 1
                 bar.update()

@@ -538,7 +538,7 @@ class _Chain:
                 assert state is not None and taken.log_weight is not None
                 ancestors = population.advance(
                     step,
-                    taken.log_weight[members].double().cpu().numpy(),
+                    taken.log_weight[members].cpu().double().numpy(),
                     self.level(state, members),
                     last=step == len(plan) - 1,
                 )

@@ -611,7 +611,7 @@ def _first_step(scheduler: Any, told: float | None) -> int:
             return int(index)
     if told is None:
         return 0
-    timesteps = scheduler.timesteps.detach().double().cpu()
+    timesteps = scheduler.timesteps.detach().cpu().double()
     nearest = int((timesteps - told).abs().argmin())
     if hasattr(scheduler, "index_for_timestep"):
         # The scheduler decides: of a repeated timestep it takes the second.

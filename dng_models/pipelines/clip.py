@@ -66,7 +66,7 @@ class Clip:
 
 
 def _unit(embeddings: Tensor) -> Array:
-    values = embeddings.double().cpu().numpy()
+    values = embeddings.cpu().double().numpy()
     unit: Array = values / np.linalg.norm(values, axis=1, keepdims=True)
     return unit
 

@@ -324,7 +324,7 @@ def position(scheduler: Any, t: float) -> int:
     ValueError
         If t is none of the timesteps.
     """
-    timesteps = np.asarray(torch.as_tensor(scheduler.timesteps).detach().double().cpu())
+    timesteps = numbers(scheduler.timesteps)
     at = [i for i, value in enumerate(timesteps) if same_timestep(value, t)]
     if not at:
         raise ValueError(f"timestep must be one of the scheduler's, {timesteps}, got {t}")

@@ -198,8 +198,8 @@ class Judge:
             found.scene.argmax(1).cpu().numpy(),
             cells.cpu().numpy(),
             nearest.variants.cpu().numpy(),
-            certainty.double().cpu().numpy(),
-            nearest.distance.double().cpu().numpy(),
+            certainty.cpu().double().numpy(),
+            nearest.distance.cpu().double().numpy(),
         )
 
     def probability(
@@ -221,7 +221,7 @@ class Judge:
         """
         x = self._latents(pictures)
         yes, _ = self.model.log_posterior(x, 1.0, 0.0, "", caption)
-        return np.asarray(yes.double().exp().cpu().numpy())
+        return np.asarray(yes.cpu().double().exp().numpy())
 
     def _latents(self, pictures: Images | Tensor) -> Tensor:
         if isinstance(pictures, Tensor):

@@ -113,7 +113,7 @@ def start_from_pictures(net: UNet2DConditionModel, latents: Tensor, seed: int) -
     seed : int
         Of the rotations, which spread the components over all groups of channels.
     """
-    cells = latents.detach().double().cpu().transpose(0, 1).flatten(1)
+    cells = latents.detach().cpu().double().transpose(0, 1).flatten(1)
     values, vectors = torch.linalg.eigh(cells @ cells.T / cells.shape[1])
     channels = min(net.conv_in.out_channels, len(values))
     values, vectors = values[-channels:].clamp(min=0.0), vectors[:, -channels:]

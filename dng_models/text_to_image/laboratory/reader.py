@@ -162,7 +162,7 @@ class EmbeddingReader:
                 f"{tuple(embeddings.shape)}"
             )
         try:
-            values = embeddings.double().numpy(force=True)
+            values = embeddings.cpu().double().numpy(force=True)
         except RuntimeError:  # within a forward derivative the results of methods have no data
             values = np.asarray(embeddings.tolist())
         digits = np.rint(values).astype(np.int64)

@@ -295,7 +295,7 @@ class _Run:
         bar = Progress(config.steps, "training the UNet", initial=self.step, shown=progress)
         with bar, networks.folded_convolutions(self.net):
             while self.step < config.steps:
-                self.losses += self.update().double().cpu()
+                self.losses += self.update().cpu().double()
                 self.loss_count += 1
                 self.step += 1
                 bar.update()

@@ -147,7 +147,7 @@ class TrainingBatches:
         from_all: float = 0.5,
         seed: int = 0,
     ) -> None:
-        squares = torch.as_tensor(alphas_cumprod).double().cpu()
+        squares = torch.as_tensor(alphas_cumprod).cpu().double()
         if squares.ndim != 1 or len(squares) == 0 or squares.min() < 0.0 or squares.max() > 1.0:
             raise ValueError(
                 f"alphas_cumprod must be numbers in [0, 1], got shape {tuple(squares.shape)}"

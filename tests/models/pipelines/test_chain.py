@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,15 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
+import dng_kernels
+import dng_models
 from dng_math import DynamicNegativeGuidance, FeedbackGuidance
 from dng_models.pipelines import tiny
+from dng_models.pipelines.call_watched import _first_step
+from dng_models.pipelines.clip import _unit
 from dng_models.pipelines.guided_chain import GuidedChain
 from dng_models.pipelines.hook import apply_guidance
+from dng_models.pipelines.scheduler_reading import position
 from dng_models.text_to_image.laboratory.pipelines import BETAS
 from tests.helpers import textbook
 from tests.helpers.tolerances import STEP, error
@@ -138,3 +145,52 @@ def test_a_thresholding_pipeline_in_float64():
     with apply_guidance(alone, TRACKERS["paper"], unwanted=unwanted) as trace:
         alone(num_inference_steps=3)
     assert trace.log_posterior is not None and trace.log_posterior.std() > 0
+
+
+# ---------------------------------------------------------------------- devices without float64
+
+
+class Narrow(Tensor):
+    """A tensor as on a device that has no float64, such as MPS; a plain one once on the CPU."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func is Tensor.cpu:
+            return found.as_subclass(Tensor)
+        if isinstance(found, cls) and found.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return found
+
+
+def test_timesteps_are_read_where_there_is_no_float64():
+    scheduler = steps_of(DDPMScheduler)
+    timesteps = scheduler.timesteps
+    scheduler.timesteps = timesteps.as_subclass(Narrow)
+    with pytest.raises(TypeError, match="no float64"):
+        scheduler.timesteps.double()
+    for told in (None, float(timesteps[2]) + 1.0):
+        assert _first_step(scheduler, told) == (0 if told is None else 2)
+    for i, t in enumerate(timesteps):
+        assert position(scheduler, float(t)) == i
+    chain = GuidedChain(TRACKERS["paper"])
+    for i, t in enumerate(scheduler.timesteps):
+        x, positive, negative = (each.float() for each in random(3, i))
+        assert chain.observe(scheduler, x, t) == i
+        chain.guide(positive, negative)
+
+
+def test_embeddings_are_read_where_there_is_no_float64():
+    found = _unit(torch.tensor([[3.0, 4.0]]).as_subclass(Narrow))
+    np.testing.assert_array_equal(found, [[0.6, 0.8]])
+
+
+@pytest.mark.parametrize("package", [dng_kernels, dng_models])
+def test_what_goes_to_the_cpu_is_widened_there(package):
+    """For what no test runs without such a device: float64 after ``cpu()``, not before."""
+    before = re.compile(r"(?<!\.cpu\(\))\.double\(\)\.([a-z]+\(\)\.)*(cpu\(|numpy\(force)")
+    paths = sorted(Path(package.__file__).parent.rglob("*.py"))
+    assert len(paths) > 10
+    assert [str(path) for path in paths if before.search(path.read_text(encoding="utf-8"))] == []
