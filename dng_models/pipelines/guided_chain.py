@@ -408,13 +408,15 @@ class GuidedChain:
         Returns
         -------
         Tensor, shape (B,), bool, on the CPU, or None
-            None means all.  :meth:`guide` ignores the negative predictions of the other images.
-            For :class:`dng_models.DynamicPrompts` shape (M, B): each concept has its own images.
+            None means all, and so does a step without this call.  :meth:`guide` ignores the
+            negative predictions of the other images.  For :class:`dng_models.DynamicPrompts` shape
+            (M, B): each concept has its own images.
 
         Raises
         ------
-        ValueError
-            If no run is under way, or the batch size is needed and not given.
+        ValueError, TypeError
+            If no run is under way, or the batch size is needed and not given, or not that of the
+            run.
         """
         run = self._shown()
         if (self.skip_below is None and run.questions is None) or not self.needs_negative:
@@ -423,6 +425,12 @@ class GuidedChain:
             if run.x is None:
                 raise ValueError("batch must be given where the latents were not shown")
             batch = len(run.x)
+        checks.integer("batch", batch, 1)
+        known = run.batch if run.begun else batch if run.x is None else len(run.x)
+        if batch != known:
+            raise ValueError(
+                f"batch must be {known}, the number of images in this run, got {batch}"
+            )
         if run.questions is not None:
             run.evaluated = run.questions.holds(batch) & (run.column("active") > 0)
             if together:
@@ -552,6 +560,14 @@ class GuidedChain:
             raise ValueError(
                 f"the batch must stay the same during a run: it began with {run.batch} images, "
                 f"step {run.step} has {len(positive)}"
+            )
+        if self.skip_below is not None and self.needs_negative and run.evaluated is None:
+            # Nobody asked at this step: all are made.
+            run.evaluated = torch.ones(len(positive), dtype=torch.bool)
+        if run.evaluated is not None and run.evaluated.shape[-1] != len(positive):
+            raise ValueError(
+                f"positive must have {run.evaluated.shape[-1]} images, the batch that "
+                f"to_evaluate() was told of at this step, got {len(positive)}"
             )
         if run.evaluated is not None and run.questions is None:
             keep = per_image(run.evaluated.to(positive.device), positive)

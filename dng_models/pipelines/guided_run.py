@@ -47,7 +47,8 @@ class GuidedRun:
     questions: Questions | None = None
     # For skipped predictions.  (M, B) or (B,): |negative - base|^2 when last seen, and mean and
     # variance of the evidence since.  (B,), or (M, B) with questions: whether this step's
-    # predictions are made.  (B,): the number of steps without since they were made last.
+    # predictions are made, None for all.  (B,): the number of steps without since they were made
+    # last.
     gap_sq: Tensor | None = None
     unseen_mean: Tensor | None = None
     unseen_var: Tensor | None = None
@@ -167,7 +168,7 @@ class GuidedRun:
 
     def advance(self, x: Tensor | None) -> None:
         """Go on to the next step, whose network's input is x if it is known."""
-        self.step, self.x = self.step + 1, x
+        self.step, self.x, self.evaluated = self.step + 1, x, None
         self.base, self.guided, self.others, self.gaps = None, None, [], []
         if self.state is not None:
             self.record.final = self.log_posterior(self.state)

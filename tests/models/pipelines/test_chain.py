@@ -23,6 +23,7 @@ from dng_models.pipelines.clip import _unit
 from dng_models.pipelines.guided_chain import GuidedChain
 from dng_models.pipelines.hook import apply_guidance
 from dng_models.pipelines.scheduler_reading import position
+from dng_models.pipelines.skipping import LONGEST_SKIP
 from dng_models.text_to_image.laboratory.pipelines import BETAS
 from tests.helpers import textbook
 from tests.helpers.tolerances import STEP, error
@@ -194,3 +195,65 @@ def test_what_goes_to_the_cpu_is_widened_there(package):
     paths = sorted(Path(package.__file__).parent.rglob("*.py"))
     assert len(paths) > 10
     assert [str(path) for path in paths if before.search(path.read_text(encoding="utf-8"))] == []
+
+
+# ---------------------------------------------------------------------- what is skipped
+
+
+def skipping() -> tuple[GuidedChain, Any]:
+    """A chain that skips whatever it may, and its scheduler."""
+    scheduler = steps_of(DDPMScheduler)
+    scheduler.set_timesteps(12)
+    return GuidedChain(TRACKERS["paper"], skip_below=1e9), scheduler
+
+
+@pytest.mark.filterwarnings("ignore:skip_below should be:UserWarning")
+def test_a_step_that_is_not_asked_about_has_all_of_its_predictions():
+    """Not those of the step before: what is given counts, and is evidence."""
+    chain, scheduler = skipping()
+    asked, expected = [], []
+    for i, t in enumerate(scheduler.timesteps):
+        x, positive, negative = (each.float() for each in random(3, i))
+        chain.observe(scheduler, x, t)
+        unasked = i == LONGEST_SKIP
+        if not unasked:
+            found = chain.to_evaluate()
+            assert found is not None
+            asked.append(bool(found.all()))
+        guided = chain.guide(positive, negative)
+        scale = chain.trace.last.scale[-1].reshape(-1, 1, 1, 1)
+        assert bool((scale > 0).all())
+        pushed = positive - scale * (negative - positive)
+        seen = unasked or asked[-1]
+        expected.append(seen)
+        torch.testing.assert_close(guided, pushed if seen else positive)
+    run = chain.trace.last
+    moved = (run.log_posterior[1:] != run.log_posterior[:-1]).all(1)
+    assert moved.tolist() == expected[:-1]
+    # At the first step, at the one that was not asked about, and not again just after it.
+    assert expected == [i in (0, LONGEST_SKIP) for i in range(12)]
+    assert run.evaluations == 2 * SHAPE[0] and run.evaluations_saved == 10 * SHAPE[0]
+
+
+@pytest.mark.filterwarnings("ignore:skip_below should be:UserWarning")
+@pytest.mark.parametrize(("batch", "error"), [(0, ValueError), (2.0, TypeError), (2, ValueError)])
+def test_a_batch_that_is_not_that_of_the_latents_is_refused(batch, error):
+    chain, scheduler = skipping()
+    chain.observe(scheduler, random(1)[0], scheduler.timesteps[0])
+    with pytest.raises(error, match=f"batch must be .*got {batch}"):
+        chain.to_evaluate(batch)
+
+
+@pytest.mark.filterwarnings("ignore:skip_below should be:UserWarning")
+def test_a_batch_that_is_not_that_of_the_predictions_is_refused():
+    chain, scheduler = skipping()
+    chain.begin(scheduler, 0)
+    chain.to_evaluate(2)
+    x = random(1)[0]
+    with pytest.raises(ValueError, match="positive must have 2 images, .*to_evaluate.*, got 3"):
+        chain.guide(x, x)
+    chain.to_evaluate(3)
+    chain.guide(x, x)
+    chain.took(x, x)
+    with pytest.raises(ValueError, match="batch must be 3, .*got 2"):
+        chain.to_evaluate(2)
