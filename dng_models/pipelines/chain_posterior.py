@@ -193,7 +193,6 @@ class Posteriors:
         positive: Tensor,
         others: list[Tensor],
         unconditional: Tensor | None,
-        result: Tensor,
         network: Predictions | None,
     ) -> None:
         """Keep what the update needs; copied, because a network may reuse its outputs' memory.
@@ -202,8 +201,8 @@ class Posteriors:
         ----------
         run : GuidedRun
             The run, at the step that is guided.
-        positive, unconditional, result : Tensor, shape (B, ...)
-            Predictions for the positive and the empty prompt, and the guided one.
+        positive, unconditional : Tensor, shape (B, ...)
+            Predictions for the positive and the empty prompt.
         others : list of Tensor, shape (B, ...) each
             Predictions of the concepts.
         network : callable, optional
@@ -214,7 +213,6 @@ class Posteriors:
         ValueError
             As for :meth:`arrive`, if the trackers need the divergence.
         """
-        run.guided = result
         if run.plan.tracker is None:
             run.base = positive
             return

@@ -590,7 +590,7 @@ class GuidedChain:
                 result, scale = shielded(self.shield, x_seen, result, *factors)
             self._record(run, scale)
             run.count(len(others) if self.points is None else 0, len(positive))
-            self._posteriors.remember(run, positive, others, unconditional, result, network)
+            self._posteriors.remember(run, positive, others, unconditional, network)
         return result
 
     def _guided(

@@ -34,7 +34,6 @@ class GuidedRun:
     momentum: Tensor | None = None
     # CRG's evidence with that of the step under way.
     evidence: Tensor | None = None
-    guided: Tensor | None = None
     base: Tensor | None = None
     others: list[Tensor] = field(default_factory=list)
     gaps: list[Tensor | None] = field(default_factory=list)
@@ -169,7 +168,7 @@ class GuidedRun:
     def advance(self, x: Tensor | None) -> None:
         """Go on to the next step, whose network's input is x if it is known."""
         self.step, self.x, self.evaluated = self.step + 1, x, None
-        self.base, self.guided, self.others, self.gaps = None, None, [], []
+        self.base, self.others, self.gaps = None, [], []
         if self.state is not None:
             self.record.final = self.log_posterior(self.state)
 

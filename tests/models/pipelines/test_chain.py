@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 import dng_kernels
 import dng_models
 from dng_math import DynamicNegativeGuidance, FeedbackGuidance
-from dng_models.pipelines import tiny
+from dng_models.pipelines import guided_run, tiny
 from dng_models.pipelines.call_watched import _first_step
 from dng_models.pipelines.clip import _unit
 from dng_models.pipelines.guided_chain import GuidedChain
@@ -257,3 +259,18 @@ def test_a_batch_that_is_not_that_of_the_predictions_is_refused():
     chain.took(x, x)
     with pytest.raises(ValueError, match="batch must be 3, .*got 2"):
         chain.to_evaluate(2)
+
+
+# ---------------------------------------------------------------------- the state of a run
+
+
+def test_what_a_run_remembers_is_read():
+    """Its tensors are as large as the latents: none is kept for nobody."""
+    read = set()
+    for path in Path(guided_run.__file__).parent.glob("*.py"):
+        names = ("run", "self") if path.name == "guided_run.py" else ("run",)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                if isinstance(node.value, ast.Name) and node.value.id in names:
+                    read.add(node.attr)
+    assert [own.name for own in fields(guided_run.GuidedRun) if own.name not in read] == []
