@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from dng_models.support import files
 from dng_models.text_to_image.laboratory.captions import Event, parse
 from dng_models.text_to_image.laboratory.worlds import WORDS_OF_CAPTIONS, World
 
@@ -40,6 +41,28 @@ def caption_tokenizer(world: World) -> CLIPTokenizer:
     CLIPTokenizer
         Of 77 tokens, as Stable Diffusion's.
     """
+    # Loaded from files, because the argument that takes a vocabulary has another name in other
+    # versions of transformers, and a wrong name is ignored.
+    with tempfile.TemporaryDirectory() as folder:
+        write_vocabulary(world, Path(folder))
+        Path(folder, "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS}),
+            encoding="utf-8",
+        )
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def write_vocabulary(world: World, folder: Path) -> None:
+    """Write ``vocab.json`` and ``merges.txt`` of a world's tokenizer.
+
+    Transformers 5 saves its tokenizers without them, and version 4 loads none without.
+
+    Parameters
+    ----------
+    world : World
+    folder : Path
+        An existing folder.
+    """
     names = [*world.objects, *(scene.name for scene in world.scenes)]
     words = sorted({word for name in names for word in name.split()} | WORDS_OF_CAPTIONS)
     # Byte-level BPE writes a printable byte as its own character, and any other byte as a character
@@ -53,19 +76,11 @@ def caption_tokenizer(world: World) -> CLIPTokenizer:
             merges[pieces[0], pieces[1]] = len(merges)
     vocabulary += dict.fromkeys(left + right for left, right in merges)
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    # Loaded from files, because the argument that takes a vocabulary has another name in other
-    # versions of transformers, and a wrong name is ignored.
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(
-            json.dumps({word: i for i, word in enumerate(vocabulary)}), encoding="utf-8"
-        )
-        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        Path(folder, "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS}),
-            encoding="utf-8",
-        )
-        return CLIPTokenizer.from_pretrained(folder)
+    files.write_text(
+        folder / "vocab.json", json.dumps({word: i for i, word in enumerate(vocabulary)})
+    )
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    files.write_text(folder / "merges.txt", "\n".join(lines) + "\n")
 
 
 def _pieces(word: str, merges: Mapping[tuple[str, str], int]) -> list[str]:

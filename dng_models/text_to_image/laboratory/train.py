@@ -46,6 +46,7 @@ from dng_models.text_to_image.laboratory.phrases import phrased
 from dng_models.text_to_image.laboratory.pipelines import BETAS
 from dng_models.text_to_image.laboratory.standard import laboratory_world
 from dng_models.text_to_image.laboratory.train_text import tokens_of, train_text_encoder
+from dng_models.text_to_image.laboratory.trained import save_trained
 from dng_models.text_to_image.laboratory.training_batches import CaptionMix, TrainingBatches
 from dng_models.text_to_image.laboratory.training_chains import TrainingChains
 from dng_models.text_to_image.laboratory.training_config import LaboratoryTraining
@@ -403,7 +404,7 @@ class _Run:
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.average)
         pipe = networks.trained_pipeline(self.world, self.tokenizer, self.text, self.net.eval())
-        pipe.to(torch.float16).save_pretrained(self.out, safe_serialization=True)
+        save_trained(pipe.to(torch.float16), self.world, self.out)
         told = {
             "configuration": self.identity,
             "steps": self.step,

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -26,7 +27,7 @@ from dng_models.text_to_image.laboratory.exact_model import ExactModel
 from dng_models.text_to_image.laboratory.phrases import phrased
 from dng_models.text_to_image.laboratory.train import train_laboratory
 from dng_models.text_to_image.laboratory.train_text import contents_of
-from dng_models.text_to_image.laboratory.trained import load_trained
+from dng_models.text_to_image.laboratory.trained import TEXT_WEIGHTS, load_trained
 from dng_models.text_to_image.laboratory.training_chains import TrainingChains
 from dng_models.text_to_image.laboratory.training_config import QUICK
 from tests.helpers.small_worlds import events, small_world
@@ -321,6 +322,26 @@ def test_the_network_is_the_averaged_one_in_half_precision(tmp_path, monkeypatch
     saved = load_file(tmp_path / UNET)
     assert saved.keys() == kept.keys()
     assert all(torch.equal(saved[name], value.half()) for name, value in kept.items())
+
+
+def test_it_is_saved_as_transformers_4_reads_it(finished):
+    """Which took random weights for the text encoder, and found no vocabulary."""
+    vocabulary = json.loads((finished / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    tokenizer = load_trained(finished).tokenizer
+    assert vocabulary == tokenizer.get_vocab()
+    merges = (finished / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert all(left + right in vocabulary for left, right in (line.split() for line in merges[1:]))
+    assert all(name.startswith("text_model.") for name in load_file(finished / TEXT_WEIGHTS))
+
+
+def test_weights_that_transformers_does_not_read_are_refused(finished, tmp_path):
+    """By another name they are not found, and random ones stay."""
+    other = shutil.copytree(finished, tmp_path / "other")
+    weights = load_file(other / TEXT_WEIGHTS)
+    weights["of_another_version.bias"] = weights.pop("text_model.final_layer_norm.bias")
+    save_file(weights, other / TEXT_WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"must hold .*final_layer_norm\.bias as the installed"):
+        load_trained(other)
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
