@@ -51,6 +51,7 @@ def tiny_llava(answer: str) -> tuple[Any, Any]:
         tokenizer_object=words,
         **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
         additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],
     )
     square = {"height": 16, "width": 16}
     processor = LlavaProcessor(

@@ -479,6 +479,7 @@ def test_a_compiled_step_has_the_same_bits_in_autocast(plan, compiler, fresh):
         assert all(map(torch.equal, compiled(function, compiler)[0](*arguments), expected))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 exports no tensors of a closure")
 def test_an_exported_step_has_the_same_bits_in_autocast(fresh):
     """The program holds the operator, and is run wherever its user likes."""
     function, arguments = everything(PLANS["dng"])

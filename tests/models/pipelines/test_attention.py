@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -214,6 +215,8 @@ def apart(a: Any, b: Any) -> float:
 @pytest.fixture(scope="module")
 def pipe_of() -> Callable[[str], Any]:
     """Pipelines in float64, built once."""
+    if transformers.__version__ < "5":
+        pytest.skip("transformers 4 has no mask for a text encoder in float64")
     made: dict[str, Any] = {}
 
     def get(name: str) -> Any:

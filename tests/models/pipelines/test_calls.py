@@ -49,6 +49,7 @@ from dng_models.pipelines.layouts import LAYOUTS, Layout
 from dng_models.pipelines.schedulers import PosteriorFlowScheduler
 from tests.helpers import textbook
 from tests.helpers.families import FAMILIES, final_latents
+from tests.helpers.families import built as built_family
 from tests.helpers.families.base import attends_in_bfloat16
 from tests.helpers.families.latent_diffusion import control, made, sd, sdxl
 
@@ -93,7 +94,7 @@ def pipe_of(built: dict[str, Any]) -> Callable[[str], Any]:
 
     def get(name: str) -> Any:
         if name not in built:
-            built[name] = kinds[name]() if name in kinds else FAMILIES[name].build()
+            built[name] = kinds[name]() if name in kinds else built_family(name)[1]
         return copy.deepcopy(built[name])
 
     return get
@@ -303,8 +304,10 @@ def test_prompts_of_one_call_and_an_added_one(pipe_of: Callable[[str], Any], nam
     """Two prompts, with two images each: rows of added text stand beside the right ones."""
     pipe = pipe_of(name)
     each = "num_videos_per_prompt" if name.startswith("LTX") else "num_images_per_prompt"
-    # Where there are masks, diffusers itself gives those of several images to the wrong prompts.
-    number = 1 if name.startswith(("Hunyuan", "LTX")) else 2
+    # Where there are masks, diffusers itself gives those of several images to the wrong prompts,
+    # and diffusers 0.35 the pooled embeddings of Stable Diffusion 3.
+    wrong = ("Hunyuan", "LTX") + (("StableDiffusion3",) if diffusers.__version__ < "0.36" else ())
+    number = 1 if name.startswith(wrong) else 2
     seeds = range(2 * number)
     prompts, negatives = ["breakfast", "tea and toast"], ["egg", "egg"]
     options: dict[str, Any] = {"negative_prompts": ["egg"]}

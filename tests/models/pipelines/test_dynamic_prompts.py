@@ -37,7 +37,7 @@ from dng_models.pipelines.hook import apply_guidance, remove_guidance
 from dng_models.pipelines.mixture_pipelines import mixture_pipeline
 from dng_models.pipelines.trace import Trace
 from figures.schedulers import BETAS
-from tests.helpers.families import FAMILIES
+from tests.helpers.families import built
 from tests.helpers.families.base import attends_in_bfloat16, final_latents
 
 PROMPT = "A classic British breakfast"
@@ -213,8 +213,7 @@ def test_each_image_has_its_own_answers_and_pays_for_them_only(pipe):
     ],
 )
 def test_layouts_of_other_kinds(name):
-    family = FAMILIES[name]
-    other = family.build()
+    family, other = built(name)
 
     def latents(rule: Any, **options: Any) -> tuple[torch.Tensor, Trace]:
         with warnings.catch_warnings():
@@ -237,8 +236,7 @@ def test_layouts_of_other_kinds(name):
 
 
 def test_classes_in_place_of_prompts():
-    family = FAMILIES["DiTPipeline"]
-    dit = family.build()
+    family, dit = built("DiTPipeline")
     with apply_guidance(dit, NegativePrompting(2.0), negative_classes=[1]):
         expected = final_latents(dit, family)
     seen = rule(always("cat"), {"dog": 0, "cat": 1}, 2.0, decode=lambda x: x)
@@ -690,8 +688,7 @@ def test_places_where_it_cannot_be(pipe):
 
 
 def test_latents_that_the_vae_does_not_decode_as_they_are():
-    family = FAMILIES["FluxPipeline"]
-    flux = family.build()
+    family, flux = built("FluxPipeline")
     with (
         warnings.catch_warnings(),
         apply_guidance(flux, rule()),

@@ -25,8 +25,8 @@ from dng_math import ClassifierFreeGuidance, DynamicNegativeGuidance, NegativePr
 from dng_models import apply_guidance
 from dng_models.pipelines import tiny
 from dng_models.pipelines.layouts import LAYOUTS, REFUSED, Layout, standing
-from tests.helpers.families import FAMILIES, Family, final_latents, stock
-from tests.helpers.families.base import NEGATIVE, PROMPT, attends_in_bfloat16
+from tests.helpers.families import FAMILIES, Family, built, final_latents, stock
+from tests.helpers.families.base import NEGATIVE, PROMPT
 from tests.helpers.families.walk import pipeline_classes
 
 tracked_dng = DynamicNegativeGuidance.tracked
@@ -82,22 +82,6 @@ def families(*without: str) -> list[Any]:
         for name in GUIDED
         if not name.startswith(without)
     ]
-
-
-def built(name: str) -> tuple[Family, Any]:
-    """Skipped where the installed diffusers or transformers does not have the class's parts."""
-    import diffusers
-
-    if not hasattr(diffusers, name.split(" (")[0]) and name != "ConsisIDPipeline":
-        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
-    if name == "ZImageOmniPipeline" and not attends_in_bfloat16():
-        pytest.skip("its picture encoder attends in bfloat16, which this torch cannot on this CPU")
-    try:
-        return FAMILIES[name], FAMILIES[name].build()
-    except (AttributeError, ImportError, TypeError, ValueError) as error:
-        if diffusers.__version__ >= "0.42":
-            raise
-        pytest.skip(f"parts of another version than diffusers {diffusers.__version__}: {error}")
 
 
 def guided(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -247,6 +248,8 @@ def drawn(pipe, rule, **options):
 @pytest.mark.parametrize("name", ["signed", "sld", "ccfg", "crg", "geoguide", "cfg++"])
 def test_every_rule_runs_in_a_pipeline(pipe, name):
     rule, _ = PUSHES[name]
+    if name == "crg":  # evidence of random networks is small, and other in each version
+        rule = dataclasses.replace(rule, threshold=0.01)
     cfg_scale = None if isinstance(rule, CFGPlusPlus) else W
     latents, trace, _ = drawn(pipe, rule, cfg_scale=cfg_scale)
     plain, _, _ = drawn(pipe, Unguided(), cfg_scale=W)

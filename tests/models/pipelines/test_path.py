@@ -39,7 +39,7 @@ from dng_models.pipelines.scheduler_reading import _READERS as WITH_STEPS
 from dng_models.pipelines.schedulers import EtaDDIMScheduler, PosteriorFlowScheduler
 from dng_models.pipelines.transitions import scheduler_run
 from tests.helpers import brownian
-from tests.helpers.families import FAMILIES, final_latents
+from tests.helpers.families import built, final_latents
 
 pytestmark = [
     # diffusers' DEIS gives tensors to NumPy's functions.
@@ -330,8 +330,7 @@ def test_images_of_half_precision_are_followed():
 
 def test_cogvideox_is_followed_with_its_own_schedulers():
     """Its DPM's step is told more than other schedulers' steps are."""
-    family = FAMILIES["CogVideoXPipeline"]
-    pipe = family.build()
+    family, pipe = built("CogVideoXPipeline")
     for kind in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler):
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
         rule = DynamicNegativeGuidance.tracked(1.0, 0.1, 0.01, tracker="path")
