@@ -34,6 +34,7 @@ from dng_math.rules import (
 )
 from dng_math.schedules import NoiseSchedule
 from dng_math.trackers import LogOddsTracker, PaperTracker, PathTracker
+from dng_models.pairs.divergence import Predictions
 from dng_models.pairs.points import refuse_no_density, stepped_by
 from dng_models.pipelines.divergence import with_divergence
 from dng_models.pipelines.dynamic_prompts import DynamicPrompts, asking_rule
@@ -301,6 +302,36 @@ def first_log_posterior(
             f"{float(last.max()):g}"
         )
     return last.detach()
+
+
+def check_prediction(name: str, given: Any, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of a prediction, or of latents, which must be that of the latents if it is known.
+
+    Some others would broadcast to it, and guide every image by one of them.
+    """
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {checks.shown(given)}")
+    if shape is not None and tuple(given.shape) != shape:
+        raise ValueError(
+            f"{name} must have the shape of the latents, {shape}, got {tuple(given.shape)}"
+        )
+    return tuple(given.shape)
+
+
+def checked_network(network: Predictions, wanted: int) -> Predictions:
+    """The network, whose predictions are checked wherever it is evaluated."""
+
+    def checked(x: Tensor) -> Sequence[Tensor]:
+        found = list(network(x))
+        shapes = [tuple(prediction.shape) for prediction in found]
+        if shapes != [tuple(x.shape)] * wanted:
+            raise ValueError(
+                f"network must return {wanted} predictions of the shape of x, {tuple(x.shape)}, "
+                f"got {len(found)}, of shapes {', '.join(map(str, shapes))}"
+            )
+        return found
+
+    return checked
 
 
 # ---------------------------------------------------------------------- plans

@@ -39,7 +39,9 @@ from dng_models.pipelines.chain_rules import (
     check_mask_values,
     check_path,
     check_points,
+    check_prediction,
     check_reference,
+    checked_network,
     checked_rules,
     first_log_posterior,
     leads,
@@ -470,16 +472,16 @@ class GuidedChain:
 
         Raises
         ------
-        ValueError
-            If no question is due at this step, or the network's input is not known.
+        ValueError, TypeError
+            If no question is due at this step, or the network's input is not known, or as for
+            :meth:`guide`, if a prediction is missing or of another shape.
         Exception
             As :meth:`.dynamic_prompts.Questions.put`.
         """
         run = self._shown()
         if run.questions is None or not self.asks:
             raise ValueError(f"look() must be called where a question is due, not at {run.step}")
-        if x is not None:
-            run.x = x
+        unconditional = self._given(positive, [], unconditional, x)
         if run.x is None:
             raise ValueError(
                 f"x must be given for {self.rule!r}, which looks at the image that a prediction "
@@ -523,9 +525,10 @@ class GuidedChain:
 
         Raises
         ------
-        ValueError
-            If no step is under way or it was guided already, if a prediction is missing or has
-            another shape, or if the divergence is needed and the network not given.
+        ValueError, TypeError
+            If no step is under way or it was guided already, if a prediction is missing, no tensor
+            or of another shape than the latents, those of the network too, or if the divergence is
+            needed and the network not given.
         """
         run = self._shown()
         if run.base is not None:
@@ -541,21 +544,9 @@ class GuidedChain:
                 )
         else:
             others = []
-        if self.needs_unconditional and unconditional is None:
-            raise ValueError(
-                f"unconditional must be given for {self.rule!r} with cfg_scale={self.cfg_scale} "
-                f"and reference={self.reference!r}"
-            )
-        if not self.needs_unconditional:
-            unconditional = None
-        if x is not None:
-            run.x = x
-        shape = tuple(positive.shape if run.x is None else run.x.shape)
-        for name, tensor in (("positive", positive), *(("negatives", o) for o in others)):
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} must have the shape of the latents, {shape}, got {tuple(tensor.shape)}"
-                )
+        unconditional = self._given(positive, others, unconditional, x)
+        if network is not None:
+            network = checked_network(network, 1 + len(others))
         if run.begun and len(positive) != run.batch:
             raise ValueError(
                 f"the batch must stay the same during a run: it began with {run.batch} images, "
@@ -598,6 +589,28 @@ class GuidedChain:
     ) -> tuple[Tensor, Tensor]:
         """The guided prediction and the scale of every image."""
         return self._combination.guided(run, positive, others, unconditional)
+
+    def _given(
+        self, positive: Tensor, others: list[Tensor], unconditional: Tensor | None, x: Tensor | None
+    ) -> Tensor | None:
+        """Check what a step is given, and keep x; the unconditional prediction if it is read."""
+        run = self._shown()
+        if self.needs_unconditional and unconditional is None:
+            raise ValueError(
+                f"unconditional must be given for {self.rule!r} with cfg_scale={self.cfg_scale} "
+                f"and reference={self.reference!r}"
+            )
+        if not self.needs_unconditional:
+            unconditional = None
+        given: list[tuple[str, Tensor | None]] = [("x", x), ("positive", positive)]
+        given += [*(("negatives", other) for other in others), ("unconditional", unconditional)]
+        shape = None if run.x is None else tuple(run.x.shape)
+        for name, prediction in given:
+            if prediction is not None or name not in ("x", "unconditional"):
+                shape = check_prediction(name, prediction, shape)
+        if x is not None:
+            run.x = x
+        return unconditional
 
     def _network_input(self, run: GuidedRun) -> Tensor:
         """What the network was shown at this step; raises ValueError if it is not known."""

@@ -22,6 +22,7 @@ from dng_math import DynamicNegativeGuidance, FeedbackGuidance
 from dng_models.pipelines import guided_run, tiny
 from dng_models.pipelines.call_watched import _first_step
 from dng_models.pipelines.clip import _unit
+from dng_models.pipelines.dynamic_prompts import DynamicPrompts
 from dng_models.pipelines.guided_chain import GuidedChain
 from dng_models.pipelines.hook import apply_guidance
 from dng_models.pipelines.scheduler_reading import position
@@ -274,3 +275,117 @@ def test_what_a_run_remembers_is_read():
                 if isinstance(node.value, ast.Name) and node.value.id in names:
                     read.add(node.attr)
     assert [own.name for own in fields(guided_run.GuidedRun) if own.name not in read] == []
+
+
+# ---------------------------------------------------------------------- what is given
+
+EACH = [tracked(3.0, 0.2), tracked(1.0, 0.1)]
+WITH_UNCONDITIONAL: dict[str, tuple[Any, dict[str, Any]]] = {
+    "cfg": (TRACKERS["paper"], {"cfg_scale": 2.0}),
+    "reference": (TRACKERS["paper"], {"reference": "unconditional"}),
+    "leads": (TRACKERS["fbg"], {}),
+    "each": (EACH, {"concepts": 2, "cfg_scale": 2.0}),
+    "union": (TRACKERS["paper"], {"concepts": 2, "cfg_scale": 2.0}),
+}
+# Of these shapes some broadcast to the latents, (3, 4, 2, 2).
+WRONG = {
+    "one image": lambda p: p[:1],
+    "one channel": lambda p: p[:, :1],
+    "another dimension": lambda p: p[None],
+    "fewer rows": lambda p: p[:, :, :1],
+}
+
+
+def at_first_step(rule: Any, **options: Any) -> tuple[GuidedChain, Tensor]:
+    """A chain that was shown latents, and these."""
+    chain, scheduler, (x,) = GuidedChain(rule, **options), steps_of(DDPMScheduler), random(1)
+    chain.observe(scheduler, x, scheduler.timesteps[0])
+    return chain, x
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", WITH_UNCONDITIONAL)
+@pytest.mark.parametrize("argument", ["positive", "negatives", "unconditional"])
+def test_a_prediction_of_another_shape_is_refused(argument, name, wrong):
+    rule, options = WITH_UNCONDITIONAL[name]
+    chain, x = at_first_step(rule, **options)
+    given = {"positive": x, "negatives": [x] * (chain.concepts or 1), "unconditional": x}
+    bad = WRONG[wrong](x)
+    if argument == "negatives":
+        given["negatives"][-1] = bad
+    else:
+        given[argument] = bad
+    if argument == "negatives" and not chain.needs_negative:
+        chain.guide(**given)  # which are not read
+        return
+    message = re.escape(f"{argument} must have the shape of the latents, {SHAPE}, got ")
+    with pytest.raises(ValueError, match=message + re.escape(str(tuple(bad.shape)))):
+        chain.guide(**given)
+
+
+@pytest.mark.parametrize("argument", ["positive", "negatives", "unconditional"])
+def test_what_is_no_prediction_is_refused_by_name(argument):
+    chain, x = at_first_step(TRACKERS["paper"], cfg_scale=2.0)
+    given = {"positive": x, "negatives": [x], "unconditional": x}
+    given[argument] = [None] if argument == "negatives" else x.numpy()
+    with pytest.raises(TypeError, match=f"{argument} must be a tensor"):
+        chain.guide(**given)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_latents_of_another_shape_than_were_shown_are_refused(wrong):
+    chain, x = at_first_step(TRACKERS["paper"])
+    bad = WRONG[wrong](x)
+    with pytest.raises(ValueError, match="x must have the shape of the latents, .* got"):
+        chain.guide(bad, bad, x=bad)
+
+
+@pytest.mark.parametrize("concepts", [None, 2])
+@pytest.mark.parametrize("points", [False, True])
+@pytest.mark.parametrize("returned", [0, 1, 2, 3, 4])
+def test_a_network_must_return_all_predictions_and_no_other(returned, points, concepts):
+    if points and concepts:
+        pytest.skip("points are one concept")
+    options = {"points": random(1)[0]} if points else {"concepts": concepts}
+    chain, x = at_first_step(TRACKERS["path"], **options)
+    wanted = 1 + (0 if points else concepts or 1)
+
+    def network(at: Tensor) -> list[Tensor]:
+        return [(k + 1.0) * at.sin() for k in range(returned)]
+
+    negatives = [] if points else [x] * (concepts or 1)
+    if returned == wanted:
+        chain.guide(x, negatives, network=network)
+        return
+    message = f"network must return {wanted} predictions of the shape of x, .* got {returned}"
+    with pytest.raises(ValueError, match=message):
+        chain.guide(x, negatives, network=network)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_network_must_return_predictions_of_the_shape_of_x(wrong):
+    chain, x = at_first_step(TRACKERS["path"])
+    message = r"network must return 2 predictions of the shape of x, \(3, 4, 2, 2\), got .*"
+    with pytest.raises(ValueError, match=message + re.escape(str(tuple(WRONG[wrong](x).shape)))):
+        chain.guide(x, x, network=lambda at: [at.sin(), WRONG[wrong](at.cos())])
+
+
+ASKING = DynamicPrompts(lambda images, step: [()] * len(images), ["egg"], at=(0,), of=None)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("argument", ["positive", "unconditional", "x"])
+def test_a_prediction_of_another_shape_is_not_looked_at(argument, wrong):
+    chain, x = at_first_step(ASKING, concepts=1, cfg_scale=2.0)
+    given = {"positive": x, "unconditional": x, "x": x}
+    given[argument] = WRONG[wrong](x)
+    with pytest.raises(ValueError, match=f"{argument} must have the shape of the latents"):
+        chain.look(**given)
+    assert chain.asks
+
+
+def test_what_is_looked_at_needs_the_unconditional_prediction():
+    """It was the image of the positive prediction alone, and nothing said so."""
+    chain, x = at_first_step(ASKING, concepts=1, cfg_scale=2.0)
+    with pytest.raises(ValueError, match="unconditional must be given .*cfg_scale=2.0"):
+        chain.look(x)
