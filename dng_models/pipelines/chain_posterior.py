@@ -80,12 +80,13 @@ class Posteriors:
                 "evaluation a step"
             )
         way_out = ", or ".join(ways)
-        way_out = f"{'Either ' if len(ways) > 1 else ''}{way_out}"
-        way_out = f"{way_out[:1].upper()}{way_out[1:]}"
+        if len(ways) > 1:
+            way_out = f"either {way_out}"
+        cure = f". {way_out[0].upper()}{way_out[1:]}" if ways else ""
         warnings.warn(
             f"{run.steps.scheduler} adds {'no' if eta.min() == 0 else 'too little'} noise "
             f"(eta = {eta.min():g}, and the tracker takes it to be 1): the tracked posterior is "
-            f"wrong however many steps are taken. {way_out}",
+            f"wrong however many steps are taken{cure}",
             stacklevel=2,
         )
 

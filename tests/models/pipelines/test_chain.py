@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 import dng_kernels
@@ -389,3 +389,21 @@ def test_what_is_looked_at_needs_the_unconditional_prediction():
     chain, x = at_first_step(ASKING, concepts=1, cfg_scale=2.0)
     with pytest.raises(ValueError, match="unconditional must be given .*cfg_scale=2.0"):
         chain.look(x)
+
+
+# ---------------------------------------------------------------------- samplers without noise
+
+
+@pytest.mark.parametrize(
+    ("kind", "has_network", "way_out"),
+    [
+        (DDIMScheduler, True, r"\. Either set pipe\.scheduler = .*, or give divergence_probes=1, "),
+        (DDIMScheduler, False, r"\. Set pipe\.scheduler = EtaDDIM.*eta=1\.0\)$"),
+        (CogVideoXDDIMScheduler, True, r"\. Give divergence_probes=1, .*a step$"),
+        (CogVideoXDDIMScheduler, False, "$"),
+    ],
+)
+def test_a_warning_of_too_little_noise_offers_what_there_is(kind, has_network, way_out):
+    chain = GuidedChain(TRACKERS["paper"], has_network=has_network)
+    with pytest.warns(UserWarning, match="adds no noise .* however many steps are taken" + way_out):
+        chain.begin(steps_of(kind), 0)
