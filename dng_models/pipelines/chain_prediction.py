@@ -192,7 +192,10 @@ class Combination:
         for scale, other in zip(scales, others, strict=True):
             gap = other.to(wide) - seen
             result = result - per_image(scale.to(wide), gap) * gap
-        return result.to(positive.dtype), scales.sum(0)
+        # As with a single push, diffusers' own combination bit for bit where nothing is pushed.
+        unpushed = per_image((scales == 0).all(0), result)
+        own = self.without_negative(positive, unconditional)
+        return torch.where(unpushed, own, result.to(positive.dtype)), scales.sum(0)
 
 
 def of_points(points: Tensor, run: GuidedRun, x: Tensor, like: Tensor) -> Tensor:

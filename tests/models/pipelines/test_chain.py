@@ -18,7 +18,7 @@ from torch import Tensor
 
 import dng_kernels
 import dng_models
-from dng_math import DynamicNegativeGuidance, FeedbackGuidance
+from dng_math import DynamicNegativeGuidance, FeedbackGuidance, LimitedInterval
 from dng_models.pipelines import guided_run, tiny
 from dng_models.pipelines.call_watched import _first_step
 from dng_models.pipelines.clip import _unit
@@ -407,3 +407,45 @@ def test_a_warning_of_too_little_noise_offers_what_there_is(kind, has_network, w
     chain = GuidedChain(TRACKERS["paper"], has_network=has_network)
     with pytest.warns(UserWarning, match="adds no noise .* however many steps are taken" + way_out):
         chain.begin(steps_of(kind), 0)
+
+
+# ---------------------------------------------------------------------- scale 0
+
+UNPUSHED: dict[str, tuple[Any, int | None]] = {
+    "one": (tracked(0.0, 0.2), None),
+    "union": (tracked(0.0, 0.2), 2),
+    "each": ([tracked(0.0, 0.2), tracked(0.0, 0.1)], 2),
+    "each, after its interval": ([LimitedInterval(rule, 0.0, 0.1) for rule in EACH], 2),
+    "asking": (ASKING, 1),
+}
+
+
+@pytest.mark.parametrize("cfg_scale", [None, 2.0])
+@pytest.mark.parametrize("name", UNPUSHED)
+def test_a_scale_of_0_leaves_the_bits_of_the_pipelines_own_guidance(name, cfg_scale):
+    """In 16 bits too, which round a combination in float32 otherwise."""
+    rule, concepts = UNPUSHED[name]
+    chain, _ = at_first_step(rule, concepts=concepts, cfg_scale=cfg_scale)
+    positive, empty, *others = (each.bfloat16() for each in random(4, 1))
+    others = others[: concepts or 1]
+    if chain.asks:
+        chain.look(positive, empty)
+    guided = chain.guide(positive, others, empty)
+    expected = positive if cfg_scale is None else empty + cfg_scale * (positive - empty)
+    assert torch.equal(guided, expected)
+    assert bool((chain.trace.last.scale == 0).all())
+    if cfg_scale is not None:
+        wide = empty.float() + cfg_scale * (positive.float() - empty.float())
+        assert not torch.equal(expected, wide.bfloat16())
+
+
+def test_only_images_without_any_push_are_left_as_they_are():
+    """Two pushes of opposite signs have a sum of 0, and push."""
+    opposed = [tracked(2.0, 0.2), tracked(-2.0, 0.2)]
+    chain, _ = at_first_step(opposed, concepts=2, cfg_scale=2.0)
+    positive, empty, *others = (each.float() for each in random(4, 1))
+    guided = chain.guide(positive, others, empty)
+    assert bool((chain.trace.last.scale == 0).all())
+    base = empty + 2.0 * (positive - empty)
+    pushed = base - 2.0 * 0.2 / (1.0 - 0.4) * (others[0] - others[1])
+    torch.testing.assert_close(guided, pushed, rtol=1e-5, atol=1e-5)
