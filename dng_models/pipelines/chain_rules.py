@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +40,6 @@ from dng_models.pipelines.divergence import with_divergence
 from dng_models.pipelines.dynamic_prompts import DynamicPrompts, asking_rule
 from dng_models.pipelines.transitions import SchedulerRun
 
-Reference = Literal["positive", "unconditional"]
-REFERENCES: tuple[str, ...] = get_args(Reference)
 ANY_RUN = NoiseSchedule.linear(2).coefficients()
 
 

@@ -25,14 +25,21 @@ import torch
 from torch import Tensor
 
 from dng_math import checks
-from dng_math.rules import CRG, FeedbackGuidance, PerpNeg, Rule, Unguided, innermost
+from dng_math.rules import (
+    CRG,
+    REFERENCES,
+    FeedbackGuidance,
+    PerpNeg,
+    Reference,
+    Rule,
+    Unguided,
+    innermost,
+)
 from dng_models.pairs.divergence import Predictions
 from dng_models.pairs.points import shielded
 from dng_models.pipelines.chain_posterior import Posteriors
 from dng_models.pipelines.chain_prediction import Combination, of_points, per_image, with_points
 from dng_models.pipelines.chain_rules import (
-    REFERENCES,
-    Reference,
     check_cfg_scale,
     check_concepts,
     check_divergence,

@@ -17,12 +17,11 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dng_math.rules import Rule
+from dng_math.rules import Reference, Rule
 from dng_models.pairs.denoisers import Denoiser
 from dng_models.pipelines import rows
 from dng_models.pipelines.attention_guidance import acts_on_attention, attention_calls
 from dng_models.pipelines.call_begun import Concept, check_text, maskless
-from dng_models.pipelines.chain_rules import Reference
 from dng_models.pipelines.dynamic_prompts import DynamicPrompts, asking_rule, with_decoder
 from dng_models.pipelines.guided_call import GuidedCalls
 from dng_models.pipelines.guided_chain import GuidedChain

@@ -19,9 +19,8 @@ from diffusers import (
     UNet2DModel,
 )
 
-from dng_math.rules import Rule
+from dng_math.rules import Reference, Rule
 from dng_models.pairs.denoisers import Denoiser
-from dng_models.pipelines.chain_rules import Reference
 from dng_models.pipelines.hook import guided_calls
 from dng_models.pipelines.trace import Trace
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,14 +11,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+import dng_models
 from dng_math import DynamicNegativeGuidance
-from dng_math.rules import ClassifierFreeGuidance, NegativePrompting
+from dng_math.rules import REFERENCES, ClassifierFreeGuidance, NegativePrompting
 from dng_models.pipelines import tiny
 from dng_models.pipelines.guided_chain import GuidedChain
 from dng_models.pipelines.hook import apply_guidance
 from dng_models.pipelines.ready_made import DNGStableDiffusionPipeline
 from dng_models.text_to_image.laboratory.pipelines import BETAS, laboratory_pipeline
 
+ROOT = Path(dng_models.__file__).parents[1]
 tracked = DynamicNegativeGuidance.tracked
 SHAPE = (3, 4, 2, 2)
 STEPS = 6
@@ -225,3 +229,17 @@ def test_the_ready_made_pipeline_has_it_too():
     np.testing.assert_array_equal(*images)
     with pytest.raises(ValueError, match="reference must be left out without rule"):
         ours("a cat", reference="unconditional", **given)
+
+
+def test_both_references_are_words_of_one_list():
+    """The trackers' own, an argument here, and a rule's: the same two predictions by one name."""
+    lists = [
+        str(path.relative_to(ROOT))
+        for package in ("dng_math", "dng_kernels", "dng_models")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if re.search(r"^(REFERENCES|Reference)\b.* = ", path.read_text(encoding="utf-8"), re.M)
+    ]
+    assert lists == [str(Path("dng_math", "rules", "protocol.py"))]
+    for given in REFERENCES:
+        rule = tracked(1.0, 0.1, reference=given)
+        assert GuidedChain(rule, reference=given, cfg_scale=2.0).reference == given
