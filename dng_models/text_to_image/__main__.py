@@ -61,7 +61,7 @@ refused. One process, or launch of several, writes to a folder at a time; anothe
 only, "torchrun --nproc-per-node 2 -m ...") spreads the images over processes, with the same result.
 
 examples:
-  %(prog)s run                             the laboratory: no weights, one to two minutes
+  %(prog)s run                             the laboratory: no weights, three minutes
   %(prog)s run --quick                     fewer images and steps of it: under a minute
   %(prog)s run --model DIR --dry-run       checks, evaluations and expected time of a run
   %(prog)s run --model stabilityai/stable-diffusion-2 --out runs/sd2

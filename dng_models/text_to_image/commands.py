@@ -28,7 +28,7 @@ MEANINGLESS = "Of tiny random networks: these numbers show that everything works
 # Defaults with --tiny.
 FEWER: dict[str, Any] = {"model": TINY, "clip": TINY, "steps": 6, "num_images": 4}
 # Defaults with --quick.
-QUICK: dict[str, Any] = {"steps": 15, "num_images": 12}
+QUICK: dict[str, Any] = {"steps": 15, "num_images": 8}
 
 
 def _config(given: argparse.Namespace) -> Config:

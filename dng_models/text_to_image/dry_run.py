@@ -51,7 +51,7 @@ H100 = (
     Measured("SD 1.5", 859_520_964, 64, 0.05728),
     Measured("SDXL", 2_567_463_684, 128, 0.2824),
 )
-LABORATORY_STEP = 1e-4  # seconds of an image and an evaluation with all scenes, on one CPU core
+LABORATORY_STEP = 2.5e-4  # seconds of an image and an evaluation with all scenes, on one CPU core
 TRAINED_STEP = 6e-4  # of the trained network
 
 
