@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,8 +73,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"LEFT OUT tests/{place}: needs {', '.join(packages)}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is no GPU."""
+    """Mark as slow what is thinned, and skip tests marked gpu where there is no GPU."""
+    count: Counter[str] = Counter()
+    for item in items:
+        thinned = item.get_closest_marker("thinned")
+        if thinned is None or item.get_closest_marker("slow"):
+            continue
+        test = item.nodeid.partition("[")[0]
+        if count[test] % thinned.args[0]:
+            item.add_marker(pytest.mark.slow)
+        count[test] += 1
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -306,6 +306,7 @@ def test_other_tensors_must_not_lie_half_on_a_result():
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 @pytest.mark.parametrize("kind", ["c order", "bfloat16", "transposed", "misaligned", "by keys"])
 @pytest.mark.parametrize("name", ["cfg", "sld", "perp_neg"])
+@pytest.mark.thinned(5)
 def test_what_was_bound_later_is_what_was_bound_first(name, kind, backend):
     """Every tensor replaced, one after the other and together, has the bits of a new bound step."""
     if backend == "triton" and find_spec("triton") is None:

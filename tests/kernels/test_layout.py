@@ -182,6 +182,7 @@ def arguments(plan, way, other, shape, device):
 
 @pytest.mark.parametrize("others", [0, 3])
 @pytest.mark.parametrize(("name", "way"), CASES, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.thinned(3)
 def test_the_kernel_is_the_reference_however_a_batch_lies(name, way, others, kernel_device):
     """And its outputs lie as x does.
 
@@ -296,6 +297,7 @@ def test_noise_does_not_depend_on_the_batch(backend, way, kernel_device):
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("block", [256, 4096])
+@pytest.mark.thinned(3)
 def test_neither_noise_nor_step_depends_on_the_block(block, plan, kernel_device, monkeypatch):
     """Noise and x_next of a rule without sums bit for bit, sums to rounding."""
     shape = (2, 3, 31, 37)
@@ -343,6 +345,7 @@ def test_a_batch_longer_than_an_axis_of_a_grid_is_the_same_batch(plan, kernel_de
 @pytest.mark.parametrize("plan", ["tracked", "safe"])
 # One, a few that are read early, and more.
 @pytest.mark.parametrize("elements", [1000, 5 * 1024 - 3, 40 * 1024])
+@pytest.mark.thinned(3)
 def test_a_launch_leaves_the_workspace_as_it_found_it(plan, elements, kernel_device):
     """Or the next one would take its sums for there."""
     plan, shape = PLANS[plan].to(kernel_device), (2, elements)
@@ -359,6 +362,7 @@ def test_a_launch_leaves_the_workspace_as_it_found_it(plan, elements, kernel_dev
 
 @pytest.mark.parametrize("elements", [5 * 1024, 40 * 1024])
 @pytest.mark.parametrize("value", [0.0, -0.0, float("nan"), -float("nan"), float("inf")])
+@pytest.mark.thinned(3)
 def test_any_sums_of_a_chunk_are_there(value, elements, kernel_device):
     """Sums of nothing but zeros in one chunk, sums that are no numbers in another."""
     plan, shape = PLANS["tracked"].to(kernel_device), (2, elements)

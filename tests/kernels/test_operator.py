@@ -182,6 +182,7 @@ def recorded(monkeypatch, call, plan, place):
 
 @pytest.mark.parametrize("place", OPERATORS, indirect=True)
 @pytest.mark.parametrize(("call", "plan"), CALLS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.thinned(5)
 def test_the_operator_does_what_its_schema_says(call, plan, place, monkeypatch, fresh):
     """It writes into nothing else, its fake is true, and compiled code gives what eager does."""
     arguments = recorded(monkeypatch, call, plan, place)
@@ -236,6 +237,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("randomness", ["noise", "seed", "keys"])
+@pytest.mark.thinned(2)
 def test_a_compiled_step_is_the_step(randomness, place, fresh):
     backend, device = place
     plan = PLANS["dng"].to(device)

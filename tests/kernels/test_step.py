@@ -483,6 +483,7 @@ def assert_equal(got: StepResult, expected: StepResult, tolerance: float, what: 
 
 
 @pytest.mark.parametrize("name", BOOKS)
+@pytest.mark.thinned(3)
 def test_step_is_the_textbook(name):
     """All samplers, kinds of prediction, CFG beneath and clipping; first, middle and last step."""
     book = BOOKS[name]
@@ -745,6 +746,7 @@ TYPES = [  # of x and of the predictions
 
 
 @pytest.mark.parametrize("name", BOOKS)
+@pytest.mark.thinned(3)
 def test_float32_is_float64_to_rounding(name):
     for seed, combination in enumerate(combinations(name)):
         plan = plan_of(BOOKS[name].rule, *combination)
@@ -756,6 +758,7 @@ def test_float32_is_float64_to_rounding(name):
 
 @needs_triton
 @pytest.mark.parametrize("name", BOOKS)
+@pytest.mark.thinned(3)
 def test_kernel_is_float64_to_rounding(name, kernel_device):
     """Every 7th combination: 7 has no factor with what is combined, so all pairs come up."""
     for seed, combination in enumerate(combinations(name)):
@@ -1367,6 +1370,7 @@ def test_a_sample_is_the_same_bits_alone_and_in_a_batch(shape, kernel_device):
 
 @needs_triton
 @pytest.mark.parametrize("name", ["paper", "sld", "ccfg", "ccfg, both", "perp-neg", "crg", "np"])
+@pytest.mark.thinned(3)
 def test_every_launch_leaves_its_counters_at_zero(name, kernel_device):
     """Or the next one would add up sums that are not there yet."""
     plan = plain_plan(name, kernel_device)
@@ -1380,6 +1384,7 @@ def test_every_launch_leaves_its_counters_at_zero(name, kernel_device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", BOOKS)
+@pytest.mark.thinned(5)
 def test_step_may_be_a_tensor(name, backend, kernel_device):
     device = kernel_device if backend == "triton" else "cpu"
     plan = plain_plan(name, device)

@@ -92,6 +92,7 @@ by_case = pytest.mark.parametrize(
 
 @TOO_LITTLE_NOISE
 @by_case
+@pytest.mark.thinned(3)
 def test_fused_engine_is_the_reference_with_guidance_beneath(rule, positive):
     tracked = isinstance(getattr(rule, "posterior", None), PaperTracker | LogOddsTracker)
     for kind, sampler in zip(KINDS, (DDPM(), DDIM(0.5), DDIM(0.0)), strict=True):

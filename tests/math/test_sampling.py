@@ -105,6 +105,7 @@ def both(mixture, schedule, rule, **options):
 @TOO_LITTLE_NOISE
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("kind", ["spherical", "diagonal", "full"])
+@pytest.mark.thinned(5)
 def test_fused_engine_is_the_reference(kind, rule):
     for d, schedule in zip((1, 2, 3), SCHEDULES, strict=True):
         mixture = moderate(d, kind, 5, d)

@@ -55,6 +55,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.thinned(3)
 def test_fused_engine_is_the_reference_with_weights(rule, settings):
     for kind, sampler in (("spherical", DDPM()), ("full", DDPM("large")), ("diagonal", DDIM(1.0))):
         mixture = moderate(3, kind, 4, 2)
@@ -198,6 +199,7 @@ def test_few_steps_are_exact_too():
 @pytest.mark.parametrize("posterior", ["exact", "tracked"])
 @pytest.mark.parametrize("resample_below", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("g", [0.5, 2.0])
+@pytest.mark.thinned(3)
 def test_weighted_shares_are_those_of_the_target(g, resample_below, posterior):
     """The far mode of 20,000 chains of 200 steps, through the least effective sample size.
 

@@ -78,6 +78,7 @@ TRACKERS = {
     ids=["one", "two"],
 )
 @pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.thinned(3)
 def test_in_one_dimension_the_chain_is_the_exact_one(name, forbidden, sampler):
     """There a random sign gives the derivative itself, so nothing is estimated."""
     rule = DynamicNegativeGuidance(1.0, TRACKERS[name])

@@ -159,6 +159,7 @@ def same_chain(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.thinned(3)
 def test_exact_denoisers_give_the_exact_chain(name, dtype):
     bound = WHOLE_CHAIN if dtype == torch.float64 else CHAIN_FLOAT32
     for sampler in (DDPM(), DDPM("large")):

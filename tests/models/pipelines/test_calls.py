@@ -781,6 +781,7 @@ MADE_FROM: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:the network of a guided")
 @pytest.mark.parametrize("how", MADE_FROM)
+@pytest.mark.thinned(3)
 def test_pipelines_that_are_made_from_a_guided_one(pipe: Any, how: str) -> None:
     def other() -> Any:
         found = MADE_FROM[how](pipe)
@@ -844,6 +845,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("what", ["pipeline", "network"])
+@pytest.mark.thinned(3)
 def test_copies_of_what_is_guided(pipe: Any, how: str, what: str) -> None:
     plain = run(pipe)
 
@@ -1201,6 +1203,7 @@ def as_object(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
 
 @pytest.mark.parametrize("way", [None, by_name, by_place, as_object])
 @pytest.mark.parametrize("wrapper", [None, Wrapped, with_lora])
+@pytest.mark.thinned(3)
 def test_wrappers_and_ways_to_call_a_network(pipe: Any, wrapper: Any, way: Any) -> None:
     if wrapper is with_lora:
         # PEFT changes the network itself.

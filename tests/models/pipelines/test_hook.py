@@ -364,6 +364,7 @@ def test_one_concept_in_a_list_is_the_negative_prompt(pipe: Any) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"divergence_probes": 1}, {"skip_below": 1.0}])
 @pytest.mark.parametrize("name", ["sd", "sd3"])
+@pytest.mark.thinned(2)
 def test_the_seed_decides_whatever_else_is_in_the_batch(
     pipe_of: Callable[[str], Any], name: str, options: dict[str, Any]
 ) -> None:

@@ -249,6 +249,7 @@ def test_a_rule_that_tracks_nothing_has_nothing_to_compare():
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.thinned(3)
 def test_the_images_of_an_unguided_chain_are_those_of_the_mixture(name):
     """At 1e-6 (empirical Bernstein), which allows 0.07; few steps shift the share by 0.02."""
     found = run(name, 50)
@@ -261,6 +262,7 @@ def test_the_images_of_an_unguided_chain_are_those_of_the_mixture(name):
 # 0.013 - 0.037.
 @pytest.mark.parametrize("tracker", ["paper", "log-odds"])
 @pytest.mark.parametrize("name", NOISY)
+@pytest.mark.thinned(3)
 def test_with_the_noise_of_the_posterior_it_is_tracked(name, tracker):
     found = run(name, 50, tracker=tracker)
     assert found.error < 0.06
@@ -285,6 +287,7 @@ def test_with_the_noise_of_the_posterior_more_steps_help(name):
 # log-odds one; the mean of the tracked posterior is a third to a half of what it should be.
 @pytest.mark.parametrize("tracker", ["paper", "log-odds"])
 @pytest.mark.parametrize("name", NOISELESS)
+@pytest.mark.thinned(3)
 def test_without_noise_the_tracked_posterior_is_wrong(name, tracker):
     found = run(name, 50, tracker=tracker)
     assert found.error > 0.09
@@ -306,6 +309,7 @@ def test_with_half_the_noise_it_is_wrong_too(name):
 # Measured with one probe, 50 steps: DDIM and DPM-Solver++ 0.053 - 0.060, flow 0.026 - 0.038.
 @pytest.mark.parametrize("tracker", ["paper", "log-odds"])
 @pytest.mark.parametrize("name", ["ddim-0", "dpm-2", "flow-euler", "flow-0.5"])
+@pytest.mark.thinned(3)
 def test_the_divergence_repairs_what_lacks_noise(name, tracker):
     plain, repaired = run(name, 50, tracker=tracker), run(name, 50, tracker=tracker, probes=1)
     assert repaired.error < 0.08
@@ -428,6 +432,7 @@ def test_the_eta_of_ddim_is_found_out(eta):
 # Measured: 0.026 - 0.028 with the paper's tracker, 0.016 - 0.028 with the log-odds one.
 @pytest.mark.parametrize("tracker", ["paper", "log-odds"])
 @pytest.mark.parametrize("name", NOISY)
+@pytest.mark.thinned(3)
 def test_guidance_removes_the_unwanted_where_it_is_tracked(name, tracker):
     """Of 0.25; a mean of 1024 posteriors, whose standard error is 0.005."""
     assert left(run(name, 50, 1.0, tracker)) < 0.055

@@ -84,6 +84,7 @@ def path_rule(g=0.0, **options):
 
 @pytest.mark.parametrize("name", [n for n in _READERS if n not in OTHER_PIPELINES])
 @pytest.mark.parametrize("g", [0.0, pytest.param(2.0, marks=pytest.mark.slow)])
+@pytest.mark.thinned(3)
 def test_every_scheduler_has_the_right_posterior_in_20_steps(name, g):
     """Without a word of warning; the other trackers refuse half of these, or are off by 0.2."""
     pipe = mixture_pipeline(MODES, [[1]], ONE, made(name))

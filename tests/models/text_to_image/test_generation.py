@@ -282,6 +282,7 @@ def test_negative_prompting_is_the_pipelines_own_with_one_more(pipe):
         *(("dng", 3.0), ("dng-empty", 3.0), ("perp-neg", 3.0), ("nag", 3.0)),
     ],
 )
+@pytest.mark.thinned(2)
 def test_every_rule_draws(pipe, rule, cfg_scale):
     config = dataclasses.replace(CONFIG, prompts=(COMPLETE,), rules=(rule,), cfg_scale=cfg_scale)
     unguided = pixels(pipe, POINTS[0], [0], config)
