@@ -35,6 +35,7 @@ from dng_math import (
     PerpNeg,
     SafeLatentDiffusion,
 )
+from tests.helpers.versions import before
 
 STEPS, BATCH, SHAPE = 10, 2, (2, 3, 4, 4)
 C = NoiseSchedule.linear(STEPS).coefficients()
@@ -481,7 +482,7 @@ def test_a_compiled_step_has_the_same_bits_in_autocast(plan, compiler, fresh):
         assert all(map(torch.equal, compiled(function, compiler)[0](*arguments), expected))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 exports no tensors of a closure")
+@pytest.mark.skipif(before("torch", "2.8"), reason="torch 2.7 exports no tensors of a closure")
 def test_an_exported_step_has_the_same_bits_in_autocast(fresh):
     """The program holds the operator, and is run wherever its user likes."""
     function, arguments = everything(PLANS["dng"])

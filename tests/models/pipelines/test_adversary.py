@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -38,6 +37,7 @@ from dng_models.pipelines.layouts import Layout
 from dng_models.pipelines.ready_made import DNGStableDiffusionPipeline
 from tests.helpers.families import built as built_family
 from tests.helpers.families import final_latents
+from tests.helpers.versions import before
 
 tracked_dng = DynamicNegativeGuidance.tracked
 
@@ -393,7 +393,7 @@ def test_networks_that_call_their_arguments_otherwise(sd: Any) -> None:
 
 
 @pytest.mark.skipif(
-    diffusers.__version__ < "0.36", reason="hooks of diffusers 0.35 do not say what they wrap"
+    before("diffusers", "0.36"), reason="hooks of diffusers 0.35 do not say what they wrap"
 )
 def test_wrappers_that_come_and_go_under_guidance(sd: Any) -> None:
     from accelerate import hooks
