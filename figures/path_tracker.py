@@ -32,8 +32,8 @@ from dng_math import (
     sample,
 )
 from dng_math.equations import path_end, path_rate
+from dng_math.hadamard import signs_of_row
 from dng_math.trackers import LARGEST_WEIGHED, path_way
-from dng_models.pairs.divergence import hadamard_row
 from dng_models.support.progress import progress_bar
 from figures import style
 from figures.guidance_1d import MIXTURE
@@ -254,6 +254,10 @@ def _independent(probes: int) -> Callable[[Points, int], Estimate]:
     return make
 
 
+def _row(index: int, length: int) -> Array:
+    return signs_of_row(index, np.arange(length), length)
+
+
 def _rows(probes: int) -> Callable[[Points, int], Estimate]:
     """What the package does."""
 
@@ -261,7 +265,7 @@ def _rows(probes: int) -> Callable[[Points, int], Estimate]:
         signs = _signs(points, seed)()
 
         def estimate(step: int, odds: Array) -> Array:
-            rows = [hadamard_row(step * probes + i, signs.shape[1]).numpy() for i in range(probes)]
+            rows = [_row(step * probes + i, signs.shape[1]) for i in range(probes)]
             return np.mean([points.chain[step].estimate(signs * row, odds) for row in rows], axis=0)
 
         return estimate
@@ -286,7 +290,7 @@ def _gaussian(points: Points, seed: int) -> Estimate:
         at = points.chain[step]
         spread = at.alpha**2 * mixture.covariances[0] + at.sigma**2
         values = at.sigma**2 * (1.0 / (spread + (at.alpha * lengths) ** 2) - 1.0 / spread)
-        v = signs * hadamard_row(step, signs.shape[1]).numpy()
+        v = signs * _row(step, signs.shape[1])
         known = (v @ axes.T) ** 2 @ values - values.sum()
         wrong = np.sum(v * at.times(v), axis=1) - at.trace()
         return at.estimate(v, odds) - known * (known @ wrong) / (known @ known)

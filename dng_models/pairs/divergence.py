@@ -28,6 +28,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from dng_kernels import standard_normal
+from dng_math.hadamard import signs_of_row
 from dng_math.trackers import LARGEST_WEIGHED
 
 Predictions = Callable[[Tensor], Sequence[Tensor]]
@@ -121,16 +122,7 @@ def hadamard_row(index: int, length: int, device: torch.device | None = None) ->
     Tensor of int64, shape (length,)
         1 and -1.
     """
-    # Multiples of the golden ratio: of rows that are near, also the leading bits differ.
-    bits = max(1, (length - 1).bit_length())
-    factor = round(_GOLDEN * 2**bits) | 1
-    bits_set = torch.arange(length, device=device) & (index * factor % 2**bits)
-    for shift in (32, 16, 8, 4, 2, 1):
-        bits_set = bits_set ^ (bits_set >> shift)
-    return 1 - 2 * (bits_set & 1)
-
-
-_GOLDEN = 0.6180339887498949
+    return signs_of_row(index, torch.arange(length, device=device), length)
 
 
 def quieter(gaps: Tensor, spreads: Tensor, log_posterior: Tensor) -> Tensor:

@@ -529,3 +529,26 @@ def test_what_a_deterministic_chain_keeps_is_the_error_of_the_prior():
     )
     exact = np.exp(tracker_steps.MIXTURE.log_posterior(result.x, forbidden))
     assert np.abs(np.exp(result.log_posterior[0]) - exact).mean() < 0.25 * kept
+
+
+def test_what_is_drawn_without_torch_is_drawn_where_torch_is_not_installed():
+    """``make figures`` installs no torch; a module that imported it stopped all figures."""
+    program = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from figures.__main__ import FIGURES, main
+module = FIGURES["path_tracker"]
+module.draw(module.compute(quick=True, seed=0))
+sys.exit(main(["--list"]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "path_tracker" in run.stdout
